@@ -192,7 +192,7 @@ SQA = register_task(
             "{question} Answer from what you hear.",
             "Here is a question about the recording: {question}",
         ),
-        instruction_test="Listen and answer: {question}",
+        instruction_test="{question}",
         metrics=("exact_match", "rouge_l"),
     )
 )
