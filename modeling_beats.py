@@ -1,0 +1,402 @@
+"""BEATs audio encoder (Chen et al. 2022, arXiv 2212.09058): log-mel patches -> Transformer with relative positions.
+
+The formulas, for input `x` of `F` frames and `M` mel bins, patches of `p` x `p`, width `d`, `N` layers, `H` heads:
+
+1.  Patches: a convolution of kernel and stride `p` without bias; flattened time-major, so token `t * M/p + f` holds
+    band `f` of time step `t`. Then LayerNorm, and a linear map to `d` unless the widths are equal.
+2.  Position: `h = LayerNorm(x + GELU(conv(x)))`; the grouped convolution has weights `g * v / ||v||`, one norm for
+    each tap of the kernel, and its last output is dropped if the kernel is even. Padded tokens are zero before it.
+3.  Layers (post-norm): `h = LN(a * h + Attn(h))`, `h = LN(a * h + FFN(h))` with `a = (2N) ** 0.25` (deep norm).
+4.  Attention: `softmax(q k / sqrt(d/H) + gate * bias)`. The bias of a head depends on the bucket of `j - i` alone and
+    is computed once for all layers. The gate of query `i` reads its unscaled projection `u = W_q h_i + b_q`, head by
+    head: eight outputs of a linear map are summed in two groups of four, `(s, r) = sigmoid(sums)`, and
+    `gate = s * (r * c - 1) + 2` with a learned `c` for each head.
+5.  Buckets: the `B/2` of a direction are one for each distance below `B/4`, then logarithmic up to `max_distance`.
+
+The published implementation divides the scores by 32, subtracts their row maximum and multiplies by 32 again before
+the bias is added. A softmax is unchanged by a constant added to a row, so this only guards half precision sums; fused
+attention accumulates in float32 and the eager path here does too, hence it is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_beats import BeatsConfig
+
+
+def relative_position_buckets(num_tokens: int, num_buckets: int, max_distance: int, device: torch.device) -> torch.Tensor:
+    """Bucket of each signed distance from `-(num_tokens - 1)` to `num_tokens - 1` (T5, Raffel et al. 2020, both ways).
+
+    Returns:
+        `torch.LongTensor` of shape `(2 * num_tokens - 1,)`: the bucket of `key position - query position`.
+    """
+    offsets = torch.arange(1 - num_tokens, num_tokens, device=device)  # (2 * tokens - 1,)
+    per_direction = num_buckets // 2
+    exact = per_direction // 2
+    distance = offsets.abs()
+    # float32 whatever the model's dtype: the integer part is what counts
+    growth = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
+    far = (exact + (growth * (per_direction - exact)).long()).clamp(max=per_direction - 1)
+    return torch.where(distance < exact, distance, far) + (offsets > 0).long() * per_direction
+
+
+def official_token_mask(padding_mask: torch.Tensor, num_frames: int, num_tokens: int) -> torch.Tensor:
+    """Token mask by the rule of the published implementation, for results that must equal it on padded batches.
+
+    That rule goes from samples to frames and from frames to tokens in the same way: cut the surplus off the end, view
+    the rest as `(target length, -1)` and call a target padding if all it covers is padding. As tokens are counted
+    through time and bands together, the last time step can be masked for some bands only. [`BeatsModel`] masks whole
+    time steps by default (`output_mask`); pass this mask as `token_mask=` to have the published rule.
+
+    Args:
+        padding_mask: `(batch, samples)` boolean, True at padded samples.
+        num_frames: frames of the filter bank.
+        num_tokens: tokens of the encoder, `8 * (num_frames // 16)` for the published shape.
+
+    Returns:
+        `(batch, num_tokens)` boolean, True at real tokens.
+
+    Raises:
+        ValueError: `padding_mask` is not two-dimensional or is shorter than the target.
+    """
+    if padding_mask.dim() != 2 or padding_mask.shape[1] < num_frames or num_frames < num_tokens:
+        raise ValueError(
+            f"official_token_mask needs (batch, samples) with samples >= frames >= tokens, got "
+            f"{tuple(padding_mask.shape)}, {num_frames} frames and {num_tokens} tokens."
+        )
+    for length in (num_frames, num_tokens):
+        surplus = padding_mask.shape[1] % length
+        padding_mask = padding_mask[:, : padding_mask.shape[1] - surplus].unflatten(1, (length, -1)).all(-1)
+    return ~padding_mask
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: object,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain attention with an additive mask: `(batch, heads, tokens, width)` in, `(batch, tokens, heads, width)` out."""
+    scores = torch.matmul(query * scaling, key.transpose(-1, -2))  # (batch, heads, tokens, tokens)
+    weights = nn.functional.softmax(scores + attention_mask, dim=-1, dtype=torch.float32).to(value.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class BeatsPatchEmbedding(nn.Module):
+    """Cuts `(batch, frames, mel bins)` into square patches: `(batch, tokens, hidden_size)`, time-major."""
+
+    def __init__(self, config: BeatsConfig) -> None:
+        super().__init__()
+        width, patch = config.patch_embed_dim, config.patch_size
+        self.convolution = nn.Conv2d(1, width, kernel_size=patch, stride=patch, bias=False)
+        self.layer_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        same = width == config.hidden_size
+        self.projection = nn.Identity() if same else nn.Linear(width, config.hidden_size)
+
+    def forward(self, input_values: torch.Tensor) -> torch.Tensor:
+        patches = self.convolution(input_values.unsqueeze(1))  # (batch, width, steps, bands)
+        patches = patches.flatten(2).transpose(1, 2)  # (batch, steps * bands, width)
+        return self.projection(self.layer_norm(patches))
+
+
+class BeatsPositionalConvolution(nn.Module):
+    """Weight-normed grouped convolution whose output is added to the tokens: `(batch, tokens, hidden_size)` both ways."""
+
+    def __init__(self, config: BeatsConfig) -> None:
+        super().__init__()
+        convolution = nn.Conv1d(
+            config.hidden_size,
+            config.hidden_size,
+            kernel_size=config.conv_pos,
+            padding=config.conv_pos // 2,
+            groups=config.conv_pos_groups,
+        )
+        self.convolution = nn.utils.parametrizations.weight_norm(convolution, name="weight", dim=2)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        # Always in float32: a sum over thousands of products, and oneDNN's bfloat16 kernels on AMX processors return
+        # garbage for this convolution when a group has few channels (seen with torch 2.13, groups of 4 and 8).
+        convolution = self.convolution
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            positions = nn.functional.conv1d(
+                hidden_states.transpose(1, 2).float(),
+                convolution.weight.float(),
+                convolution.bias.float(),
+                padding=convolution.padding,
+                groups=convolution.groups,
+            )  # (batch, hidden_size, tokens + 1 if the kernel is even)
+        positions = nn.functional.gelu(positions[..., : hidden_states.shape[1]])
+        return positions.transpose(1, 2).to(hidden_states.dtype)
+
+
+class BeatsAttention(nn.Module):
+    """Self-attention with a gated relative position bias (the gate is WavLM's, Chen et al. 2021, read from the query)."""
+
+    is_causal = False
+
+    def __init__(self, config: BeatsConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.gate_proj = nn.Linear(self.head_dim, 8)
+        self.gate_scale = nn.Parameter(torch.empty(1, self.num_heads, 1))
+
+    def position_gate(self, query: torch.Tensor) -> torch.Tensor:
+        """Factor on the bias for each head and query: `(batch, heads, tokens, head_dim)` -> `(batch, heads, tokens, 1)`."""
+        sums = self.gate_proj(query).unflatten(-1, (2, 4)).sum(-1)  # (batch, heads, tokens, 2)
+        select, reset = torch.sigmoid(sums).unbind(-1)  # 2 x (batch, heads, tokens)
+        return (select * (reset * self.gate_scale - 1.0) + 2.0).unsqueeze(-1)
+
+    def forward(
+        self, hidden_states: torch.Tensor, position_bias: torch.Tensor, padding_bias: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend within `(batch, tokens, hidden_size)`.
+
+        `position_bias` is `(1, heads, tokens, tokens)`; `padding_bias` `(batch, 1, 1, tokens)` is 0 at real tokens and
+        the lowest finite number at padded ones.
+        """
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        query, key, value = (
+            project(hidden_states).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+            for project in projections
+        )  # 3 x (batch, heads, tokens, head_dim)
+        # one pass over (batch, heads, tokens, tokens) writes the whole additive mask
+        mask = torch.addcmul(padding_bias, self.position_gate(query), position_bias)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.config.attention_dropout if self.training else 0.0
+        context, weights = attend(
+            self, query, key, value, mask, dropout=dropout, scaling=self.head_dim**-0.5
+        )  # (batch, tokens, heads, head_dim)
+        return self.out_proj(context.flatten(2)), weights
+
+
+class BeatsLayer(GradientCheckpointingLayer):
+    """Post-norm Transformer layer with deep norm: `(batch, tokens, hidden_size)` both ways."""
+
+    def __init__(self, config: BeatsConfig) -> None:
+        super().__init__()
+        self.residual_scale = (2 * config.num_hidden_layers) ** 0.25 if config.deep_norm else 1.0
+        self.attention = BeatsAttention(config)
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.intermediate = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.output = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.output_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.activation_dropout = nn.Dropout(config.activation_dropout)
+
+    def forward(
+        self, hidden_states: torch.Tensor, position_bias: torch.Tensor, padding_bias: torch.Tensor
+    ) -> torch.Tensor:
+        attended, _ = self.attention(hidden_states, position_bias, padding_bias)
+        hidden_states = self.attention_norm(self.residual_scale * hidden_states + self.dropout(attended))
+        inner = self.activation_dropout(self.activation(self.intermediate(hidden_states)))
+        return self.output_norm(self.residual_scale * hidden_states + self.dropout(self.output(inner)))
+
+
+class BeatsPreTrainedModel(PreTrainedModel):
+    """Weights, loading and attention choices that the BEATs models share."""
+
+    config_class = BeatsConfig
+    base_model_prefix = "beats"
+    main_input_name = "input_values"
+    input_modalities = ("audio",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["BeatsLayer"]
+    _supports_sdpa = True
+    _can_record_outputs = {"hidden_states": BeatsLayer, "attentions": BeatsAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, BeatsAttention):
+            init.ones_(module.gate_scale)
+            self._init_projections((module.q_proj, module.k_proj), (module.v_proj, module.out_proj))
+        elif isinstance(module, BeatsLayer):
+            self._init_projections((), (module.intermediate, module.output))
+        elif isinstance(module, BeatsPositionalConvolution):
+            self._init_positional_convolution(module.convolution)
+
+    def _init_projections(self, plain: tuple[nn.Linear, ...], scaled: tuple[nn.Linear, ...]) -> None:
+        """Xavier weights, those on the residual path shrunk by DeepNet's `(8N) ** -0.25`."""
+        if not self.config.deep_norm:
+            return
+        for linear in plain:
+            init.xavier_normal_(linear.weight)
+        for linear in scaled:
+            init.xavier_normal_(linear.weight, gain=(8 * self.config.num_hidden_layers) ** -0.25)
+
+    def _init_positional_convolution(self, convolution: nn.Conv1d) -> None:
+        """Normal directions, their norms as magnitudes, so that the weights start out normal."""
+        magnitude = convolution.parametrizations.weight.original0  # (1, 1, kernel)
+        direction = convolution.parametrizations.weight.original1  # (hidden_size, hidden_size / groups, kernel)
+        init.normal_(direction, std=math.sqrt(4.0 / (self.config.conv_pos * self.config.hidden_size)))
+        init.copy_(magnitude, direction.norm(dim=(0, 1), keepdim=True))
+        init.zeros_(convolution.bias)
+
+
+class BeatsModel(BeatsPreTrainedModel):
+    """BEATs encoder: normalised Kaldi filter banks in, 50 tokens a second out.
+
+    Numerically equal to the published implementation (microsoft/unilm, beats) for all its checkpoints; see the module
+    docstring for the formulas and `examples/convert_beats.py` for loading them.
+    """
+
+    def __init__(self, config: BeatsConfig) -> None:
+        super().__init__(config)
+        self.patch_embedding = BeatsPatchEmbedding(config)
+        self.position_convolution = BeatsPositionalConvolution(config)
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.relative_position_bias = nn.Embedding(config.num_buckets, config.num_attention_heads)
+        self.layers = nn.ModuleList([BeatsLayer(config) for _ in range(config.num_hidden_layers)])
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def output_mask(self, input_values_mask: torch.Tensor) -> torch.Tensor:
+        """Real tokens for a mask over frames: `(batch, frames)` of 0/1 -> `(batch, 8 * (frames // 16))` boolean.
+
+        A time step counts if all its `patch_size` frames are real, so that a row never sees its padding.
+        """
+        config = self.config
+        steps = input_values_mask.shape[1] // config.patch_size
+        whole = input_values_mask[:, : steps * config.patch_size].bool()
+        whole = whole.unflatten(1, (steps, config.patch_size)).all(-1)  # (batch, steps)
+        return whole.repeat_interleave(config.patches_per_step, dim=1)
+
+    def position_bias(self, num_tokens: int) -> torch.Tensor:
+        """Relative position bias shared by all layers: `(1, heads, query tokens, key tokens)`."""
+        config = self.config
+        device = self.relative_position_bias.weight.device
+        buckets = relative_position_buckets(num_tokens, config.num_buckets, config.max_distance, device)
+        by_offset = self.relative_position_bias(buckets).transpose(0, 1)  # (heads, 2 * tokens - 1)
+        # window w starts at offset w - (tokens - 1), which is the row of query tokens - 1 - w
+        return by_offset.unfold(1, num_tokens, 1).flip(1).unsqueeze(0)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_values: torch.Tensor,
+        input_values_mask: torch.Tensor | None = None,
+        token_mask: torch.Tensor | None = None,
+        **kwargs: object,
+    ) -> BaseModelOutput:
+        """Encode filter banks.
+
+        Args:
+            input_values: `(batch, frames, num_mel_bins)`, Kaldi log-mel, already normalised.
+            input_values_mask: `(batch, frames)`, 1 at real frames; none means that all are real.
+            token_mask: `(batch, tokens)`, 1 at real tokens, in place of `input_values_mask` where another rule is
+                wanted ([`official_token_mask`]).
+
+        Returns:
+            `BaseModelOutput` with `last_hidden_state` `(batch, 8 * (frames // 16), hidden_size)`. Rows equal those of
+            the clip alone at real tokens; padded tokens hold finite numbers without meaning.
+
+        Raises:
+            ValueError: shapes do not fit, the clip is shorter than one patch, or both masks are given.
+        """
+        token_mask = self._checked_token_mask(input_values, input_values_mask, token_mask)
+        hidden_states = self.patch_embedding(input_values.to(self.dtype))  # (batch, tokens, hidden_size)
+        hidden_states = self.dropout(hidden_states).masked_fill(~token_mask.unsqueeze(-1), 0.0)
+        hidden_states = self.layer_norm(hidden_states + self.position_convolution(hidden_states))
+        hidden_states = self.dropout(hidden_states)
+        position_bias = self.position_bias(hidden_states.shape[1])  # (1, heads, tokens, tokens)
+        lowest = torch.finfo(hidden_states.dtype).min
+        padding_bias = torch.zeros_like(token_mask, dtype=hidden_states.dtype).masked_fill(~token_mask, lowest)
+        padding_bias = padding_bias[:, None, None, :]  # (batch, 1, 1, tokens)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, position_bias, padding_bias)
+        return BaseModelOutput(last_hidden_state=hidden_states)
+
+    def _checked_token_mask(
+        self, input_values: torch.Tensor, input_values_mask: torch.Tensor | None, token_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The boolean `(batch, tokens)` mask in force, after the shapes have been checked."""
+        config = self.config
+        if input_values.dim() != 3 or input_values.shape[2] != config.num_mel_bins:
+            raise ValueError(
+                f"BeatsModel needs input_values (batch, frames, {config.num_mel_bins}), got {tuple(input_values.shape)}."
+            )
+        batch, frames = input_values.shape[:2]
+        if frames < config.patch_size:
+            raise ValueError(f"BeatsModel needs at least {config.patch_size} frames, got {frames}; pad the clip.")
+        tokens = frames // config.patch_size * config.patches_per_step
+        if input_values_mask is not None and token_mask is not None:
+            raise ValueError("BeatsModel takes input_values_mask or token_mask, not both.")
+        if token_mask is None and input_values_mask is None:
+            return torch.ones(batch, tokens, dtype=torch.bool, device=input_values.device)
+        given, expected = (token_mask, tokens) if token_mask is not None else (input_values_mask, frames)
+        if tuple(given.shape) != (batch, expected):
+            raise ValueError(f"BeatsModel needs a mask of shape {(batch, expected)}, got {tuple(given.shape)}.")
+        return token_mask.bool() if token_mask is not None else self.output_mask(input_values_mask)
+
+
+class BeatsForAudioClassification(BeatsPreTrainedModel):
+    """BEATs with the head of its fine-tuned checkpoints: a linear map of each token, averaged over real tokens."""
+
+    def __init__(self, config: BeatsConfig) -> None:
+        super().__init__(config)
+        self.beats = BeatsModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_values: torch.Tensor,
+        input_values_mask: torch.Tensor | None = None,
+        token_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: object,
+    ) -> SequenceClassifierOutput:
+        """Score the labels; arguments as in [`BeatsModel.forward`].
+
+        Args:
+            labels: `(batch, num_labels)` of 0/1: several labels may hold, as in AudioSet (binary cross-entropy).
+
+        Returns:
+            `SequenceClassifierOutput` with `logits` `(batch, num_labels)`; their sigmoid is what the published
+            implementation returns.
+        """
+        outputs = self.beats(input_values, input_values_mask, token_mask, **kwargs)
+        scores = self.classifier(self.dropout(outputs.last_hidden_state))  # (batch, tokens, num_labels)
+        mask = self.beats._checked_token_mask(input_values, input_values_mask, token_mask).unsqueeze(-1)
+        logits = scores.masked_fill(~mask, 0.0).sum(1) / mask.sum(1).clamp(min=1)  # (batch, num_labels)
+        loss = None
+        if labels is not None:
+            loss = nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+__all__ = ["BeatsForAudioClassification", "BeatsModel", "BeatsPreTrainedModel", "official_token_mask"]
