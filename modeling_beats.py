@@ -37,6 +37,9 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_beats import BeatsConfig
 
+# Low enough that its exponential is zero beside any score, finite in float16 so that a row of padding alone is no NaN.
+_PADDING_SCORE = -3e4
+
 
 def relative_position_buckets(num_tokens: int, num_buckets: int, max_distance: int, device: torch.device) -> torch.Tensor:
     """Bucket of each signed distance from `-(num_tokens - 1)` to `num_tokens - 1` (T5, Raffel et al. 2020, both ways).
@@ -177,15 +180,16 @@ class BeatsAttention(nn.Module):
         """Attend within `(batch, tokens, hidden_size)`.
 
         `position_bias` is `(1, heads, tokens, tokens)`; `padding_bias` `(batch, 1, 1, tokens)` is 0 at real tokens and
-        the lowest finite number at padded ones.
+        very low at padded ones.
         """
         projections = (self.q_proj, self.k_proj, self.v_proj)
         query, key, value = (
             project(hidden_states).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
             for project in projections
         )  # 3 x (batch, heads, tokens, head_dim)
-        # one pass over (batch, heads, tokens, tokens) writes the whole additive mask
-        mask = torch.addcmul(padding_bias, self.position_gate(query), position_bias)
+        gate = self.position_gate(query)  # (batch, heads, tokens, 1)
+        # One pass writes the whole additive mask; its dtype must be the query's, which autocast may have changed.
+        mask = torch.addcmul(*(term.to(query.dtype) for term in (padding_bias, gate, position_bias)))
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -329,9 +333,7 @@ class BeatsModel(BeatsPreTrainedModel):
         hidden_states = self.layer_norm(hidden_states + self.position_convolution(hidden_states))
         hidden_states = self.dropout(hidden_states)
         position_bias = self.position_bias(hidden_states.shape[1])  # (1, heads, tokens, tokens)
-        lowest = torch.finfo(hidden_states.dtype).min
-        padding_bias = torch.zeros_like(token_mask, dtype=hidden_states.dtype).masked_fill(~token_mask, lowest)
-        padding_bias = padding_bias[:, None, None, :]  # (batch, 1, 1, tokens)
+        padding_bias = (~token_mask).to(hidden_states.dtype)[:, None, None, :] * _PADDING_SCORE  # (batch, 1, 1, tokens)
         for layer in self.layers:
             hidden_states = layer(hidden_states, position_bias, padding_bias)
         return BaseModelOutput(last_hidden_state=hidden_states)
