@@ -1,0 +1,10 @@
+"""The built-in corpus: synthetic speech and sounds for all six tasks, made on the spot, the same for every seed.
+
+Speech comes from espeak-ng (extra ``corpus``), sounds from signal processing. It exists to show that everything works
+on any machine; it is no measure of how a model hears people.
+"""
+
+from .build import CorpusSizes, SplitSizes, build_corpus
+
+
+__all__ = ["CorpusSizes", "SplitSizes", "build_corpus"]
