@@ -1,0 +1,32 @@
+"""LiSTEN's metrics: `evaluate.Metric` modules that work offline and wrap well-kept libraries.
+
+Each folder is a module for `evaluate.load(folder)` and a package to import from:
+
+    >>> from listen.evaluation.metrics import WordErrorRate
+    >>> WordErrorRate().compute(predictions=["a cat sat"], references=["the cat sat"])["wer"]
+    0.3333333333333333
+"""
+
+from __future__ import annotations
+
+from .cider_d import CiderD
+from .classification import Classification
+from .event_f1 import EventF1
+from .exact_match import ExactMatch
+from .rouge_l import RougeL
+from .row_metric import RowMetric
+from .translation import Translation
+from .verification import Verification
+from .word_error_rate import WordErrorRate
+
+__all__ = [
+    "CiderD",
+    "Classification",
+    "EventF1",
+    "ExactMatch",
+    "RougeL",
+    "RowMetric",
+    "Translation",
+    "Verification",
+    "WordErrorRate",
+]
