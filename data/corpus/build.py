@@ -158,6 +158,9 @@ def _pair_rows(clips: dict[str, SpeechPlan], count: int, rng: np.random.Generato
         if plan.emotion == "neutral":
             by_speaker.setdefault(plan.speaker.name, []).append(name)
     speakers, taken = [speaker for speaker, names in by_speaker.items() if len(names) > 1], set()
+    possible = sum(len(by_speaker[speaker]) * (len(by_speaker[speaker]) - 1) // 2 for speaker in speakers)
+    if (count + 1) // 2 > possible or (count and len(speakers) < 2):
+        raise ValueError(f"{len(clips)} utterances give {possible} pairs of one speaker, too few for pairs={count}.")
     while len(taken) < count:
         same = len(taken) % 2 == 0
         first, second = rng.choice(speakers, size=2, replace=False)

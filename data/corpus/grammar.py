@@ -110,7 +110,8 @@ def draw_question(sentence: Sentence, rng: np.random.Generator) -> tuple[str, st
     fact = _pick(rng, [name for name in QUESTIONS if name in sentence.facts])
     wording = QUESTIONS[fact][int(rng.integers(len(QUESTIONS[fact])))]
     answer = sentence.facts[fact]
-    return wording.format(**{"verb": sentence.facts["action"], **sentence.facts}), answer
+    verb = sentence.facts.get("action", sentence.facts.get("call"))
+    return wording.format(verb=verb, **sentence.facts), answer
 
 
 def spoken_words() -> list[str]:
@@ -132,9 +133,9 @@ def _number_sentence(slots: dict[str, str], rng: np.random.Generator) -> Sentenc
     digits = [_pick(rng, DIGITS)]
     while len(digits) < 3:  # never the same digit twice in a row
         digits.append(_pick(rng, [digit for digit in DIGITS if digit != digits[-1]]))
-    facts = {**slots, "action": _pick(rng, CALLS), "number": " ".join(digits)}
-    english = f"{facts['action']} number {facts['number']}"
-    chinese = f"{CALLS[facts['action']]}号码{''.join(DIGITS[digit] for digit in digits)}"
+    facts = {**slots, "call": _pick(rng, CALLS), "number": " ".join(digits)}
+    english = f"{facts['call']} number {facts['number']}"
+    chinese = f"{CALLS[facts['call']]}号码{''.join(DIGITS[digit] for digit in digits)}"
     return _frame(facts, english, chinese, time_first=True)
 
 
