@@ -1,0 +1,471 @@
+"""Adapter checkpoints over frozen backbones: attach, save, load, name, switch and disable."""
+
+import copy
+import hashlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import cached_file, logging
+
+from .configuration_listen import BACKBONES, ListenConnectorConfig, ListenPromptPoolConfig
+from .modeling_beats import BeatsModel
+from .modeling_speech_encoder import ListenWhisperEncoder
+
+logger = logging.get_logger(__name__)
+
+WEIGHTS_FILE = "model.safetensors"
+_HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+_BACKBONE_KWARGS = ("attn_implementation", "cache_dir", "token", "local_files_only", "max_memory", "offload_folder")
+_LOADERS: dict[str, type] = {
+    "speech_encoder": ListenWhisperEncoder,
+    "audio_encoder": BeatsModel,
+    "language_model": AutoModelForCausalLM,
+}
+_SHAPE_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+_LORA_FIELDS = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora")
+
+
+class AdapterMixin:
+    """Loading and saving for a `PreTrainedModel` that holds backbones, `adapters` and a `ListenConfig`.
+
+    With `config.base_models` set, checkpoints hold what learns and the names, revisions and fingerprints of the
+    backbones; without, they hold everything.
+    """
+
+    # ------------------------------------------------------------------ loading
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *args: Any,
+        config: PreTrainedConfig | str | None = None,
+        base_models: dict[str, str | dict[str, str]] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load an adapter-only or a self-contained checkpoint.
+
+        Args:
+            pretrained_model_name_or_path: Hub id or folder.
+            *args: Passed to `PreTrainedModel.from_pretrained`.
+            config: A config in place of the checkpoint's.
+            base_models: Where backbones now are, in place of what the checkpoint says: a path or id for each name.
+            **kwargs: As `PreTrainedModel.from_pretrained`; `dtype`, `device_map`, `quantization_config` and
+                `attn_implementation` apply to the backbones, the adapter stays in fp32.
+
+        Raises:
+            ValueError: a learned weight is missing, or a backbone is not the one that the adapter was trained on.
+        """
+        source = os.fspath(pretrained_model_name_or_path)
+        hub = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
+        if not isinstance(config, PreTrainedConfig):
+            config = cls.config_class.from_pretrained(config or source, **hub)
+        _locate(config, source, base_models, hub)
+        wants_info = kwargs.pop("output_loading_info", False)
+        if config.base_models:
+            model, info = cls._load_adapter_checkpoint(source, *args, config=config, **kwargs)
+        else:
+            model, info = super().from_pretrained(source, *args, config=config, output_loading_info=True, **kwargs)
+        _refuse_missing(source, info)
+        if config.lora_config:
+            model._attach_lora(config.lora_config)
+            model._load_lora(source, hub)
+        model.freeze()
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def _load_adapter_checkpoint(cls, source: str, *args: Any, config: PreTrainedConfig, **kwargs: Any) -> Any:
+        device_map = kwargs.pop("device_map", None)
+        quantization = kwargs.pop("quantization_config", None)
+        placed = {} if device_map is None else {"device_map": _main_device(device_map)}
+        model, info = super().from_pretrained(
+            source, *args, config=config, init_backbones=False, output_loading_info=True, **placed, **kwargs
+        )
+        passed = {name: kwargs[name] for name in _BACKBONE_KWARGS if name in kwargs}
+        dtype = kwargs.get("dtype", "auto")
+        model.load_backbones(dtype=dtype, device_map=device_map, quantization_config=quantization, **passed)
+        return model.eval(), info
+
+    @classmethod
+    def from_backbones(cls, config: PreTrainedConfig, **kwargs: Any) -> Any:
+        """A fresh adapter over the pretrained backbones that `config.base_models` names.
+
+        Prompt values start at the mean of the LLM's input embeddings, as in the authors' code.
+
+        Args:
+            config: A `ListenConfig` with `base_models`, see `ListenConfig.from_backbones`.
+            **kwargs: `dtype`, `device_map`, `quantization_config`, `attn_implementation` for the backbones.
+
+        Raises:
+            ValueError: `config.base_models` is None.
+        """
+        if not config.base_models:
+            raise ValueError("config.base_models is None; name the backbones with ListenConfig.from_backbones(...)")
+        model = cls(copy.deepcopy(config), init_backbones=False)
+        model.load_backbones(**kwargs)
+        embedding = model.get_input_embeddings().weight.detach()
+        for adapter in model.adapters.values():
+            if adapter.prompt_pool is not None:
+                adapter.prompt_pool.initialize_values(embedding)
+        return model.eval()
+
+    def load_backbones(
+        self, dtype: Any = "auto", device_map: Any = None, quantization_config: Any = None, **kwargs: Any
+    ) -> None:
+        """Load each backbone of `config.base_models` with its own `from_pretrained` and attach it, frozen.
+
+        Raises:
+            ValueError: a backbone is not the one that the adapter was trained on.
+        """
+        for name, spec in self.config.base_models.items():
+            options = {**kwargs, "dtype": dtype, **_spec_kwargs(spec)}
+            if device_map is not None:
+                options["device_map"] = device_map if name == "language_model" else _main_device(device_map)
+            if quantization_config is not None and name == "language_model":
+                options["quantization_config"] = quantization_config
+            backbone = _LOADERS[name].from_pretrained(spec["base_model_name_or_path"], **options)
+            _check_backbone(name, spec, getattr(self.config, BACKBONES[name]), backbone)
+            setattr(self, name, backbone)
+            setattr(self.config, BACKBONES[name], backbone.config)
+        self._after_attaching(device_map)
+
+    def _after_attaching(self, device_map: Any) -> None:
+        if getattr(self.language_model, "hf_device_map", None):
+            places = self.language_model.hf_device_map.items()
+            self.hf_device_map = {f"language_model.{name}".rstrip("."): place for name, place in places}
+            self.hf_device_map[""] = _main_device(device_map)
+        if self.generation_config is not None and self.language_model.generation_config is not None:
+            self.generation_config = copy.deepcopy(self.language_model.generation_config)
+        self.post_init()  # what it collects from the children has to be collected again
+        self._keys_to_ignore_on_save = set(self._keys_to_ignore_on_save or ()) | self._frozen_keys()
+        self.freeze()
+
+    def _frozen_keys(self) -> set[str]:
+        """Names of the weights that an adapter-only checkpoint leaves to the backbones' own checkpoints."""
+        frozen = {name for name, _ in self.frozen_backbones()}
+        return {key for key in self.state_dict() if key.split(".")[0] in frozen and "lora_" not in key}
+
+    # ------------------------------------------------------------------ saving
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, save_full: bool = False, **kwargs: Any) -> Any:
+        """Write a checkpoint that `from_pretrained` and all Auto classes load.
+
+        Args:
+            save_directory: Folder to write.
+            *args: Passed to `PreTrainedModel.save_pretrained`.
+            save_full: Whether to write the frozen backbones too, for a folder that stands alone.
+            **kwargs: Passed to `PreTrainedModel.save_pretrained`.
+
+        Raises:
+            ValueError: `save_full` with an unmerged LoRA, whose base weights have other names.
+        """
+        bases, ignored = self.config.base_models, self._keys_to_ignore_on_save
+        if save_full and self.config.lora_config:
+            raise ValueError("save_full=True with a LoRA: merge it into the LLM, or save the adapter alone")
+        if save_full:
+            self.config.base_models, self._keys_to_ignore_on_save = None, (ignored or set()) - self._frozen_keys()
+        elif bases:
+            self.config.base_models = {name: self._described(name, save_directory) for name in bases}
+        try:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.config.base_models, self._keys_to_ignore_on_save = bases, ignored
+
+    def _described(self, name: str, save_directory: str | os.PathLike) -> dict[str, Any]:
+        """Where a backbone is, seen from the checkpoint, and what its weights look like."""
+        spec = dict(self.config.base_models[name])
+        path, folder = spec["base_model_name_or_path"], os.path.abspath(save_directory)
+        if os.path.isdir(path):
+            path = os.path.abspath(path)
+            inside = path.startswith(folder + os.sep)
+            spec["base_model_name_or_path"] = f"./{os.path.relpath(path, folder)}" if inside else path
+        if name not in self.config.trainable:
+            spec.setdefault("fingerprint", fingerprint(getattr(self, name)))
+        return spec
+
+    # ------------------------------------------------------------------ several adapters
+
+    def adapter_configs(self) -> dict[str, tuple[PreTrainedConfig, PreTrainedConfig | None]]:
+        """Connector and pool config of each adapter that the config describes."""
+        configs = {"default": (self.config.connector_config, self.config.prompt_pool_config)}
+        for name, parts in (self.config.extra_adapters or {}).items():
+            pool = parts.get("prompt_pool_config")
+            connector = ListenConnectorConfig(**parts["connector_config"])
+            configs[name] = (connector, ListenPromptPoolConfig(**pool) if pool is not None else None)
+        return configs
+
+    def add_adapter(self, adapter_config: Any = None, adapter_name: str = "default") -> None:
+        """Add a fresh LiSTEN adapter, or a PEFT LoRA on the LLM.
+
+        Args:
+            adapter_config: A PEFT config goes to the LLM; a `ListenPromptPoolConfig` or `None` (the default's settings)
+                makes a LiSTEN adapter.
+            adapter_name: Its name.
+
+        Raises:
+            ValueError: the name is taken.
+        """
+        if hasattr(adapter_config, "peft_type"):
+            self._attach_lora(adapter_config, adapter_name)
+        else:
+            pool = adapter_config if adapter_config is not None else self.config.prompt_pool_config
+            self._add_listen_adapter(adapter_name, self.config.connector_config, pool)
+            self.adapters[adapter_name].apply(self._init_weights)
+            if pool is not None and self.language_model is not None:
+                embedding = self.get_input_embeddings().weight.detach()
+                self.adapters[adapter_name].prompt_pool.initialize_values(embedding)
+        self.freeze()
+
+    def load_adapter(self, peft_model_id: Any = None, adapter_name: str = "default", **kwargs: Any) -> Any:
+        """Load the adapter of another LiSTEN checkpoint under a name; a PEFT checkpoint goes to the LLM.
+
+        Args:
+            peft_model_id: Folder or Hub id.
+            adapter_name: Name it gets here.
+            **kwargs: Hub arguments, or PEFT's for a PEFT checkpoint.
+
+        Raises:
+            ValueError: the name is taken, a weight is missing, or the adapter was trained on other backbones.
+        """
+        source = os.fspath(peft_model_id)
+        hub = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
+        if cached_file(source, "adapter_config.json", _raise_exceptions_for_missing_entries=False, **hub):
+            return self.language_model.load_adapter(source, adapter_name=adapter_name, **kwargs)
+        config = self.config_class.from_pretrained(source, **hub)
+        self._check_same_backbones(source, config)
+        weights = load_file(cached_file(source, WEIGHTS_FILE, **hub))
+        prefix = "adapters.default."
+        state = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+        self._add_listen_adapter(adapter_name, config.connector_config, config.prompt_pool_config)
+        adapter = self.adapters[adapter_name]
+        missing = sorted(set(adapter.state_dict()) - set(state))
+        if missing:
+            self.delete_adapter(adapter_name)
+            raise ValueError(f"{source!r} lacks the adapter weights {missing[:5]}; it is no complete LiSTEN adapter")
+        adapter.load_state_dict(state)
+        adapter.train(self.training)
+        self.freeze()
+        return None
+
+    def save_adapter(self, save_directory: str | os.PathLike, adapter_name: str | None = None) -> None:
+        """Write one adapter as a checkpoint of its own, in which it is the default.
+
+        Args:
+            save_directory: Folder to write.
+            adapter_name: Which; the active one by default.
+        """
+        name = adapter_name or self.active_adapter
+        chosen = self._adapter(name)
+        config, extra = self.config, self.config.extra_adapters
+        default = config.connector_config, config.prompt_pool_config
+        connector, pool = chosen.connector.config, chosen.prompt_pool.config if chosen.prompt_pool is not None else None
+        state = {k: v for k, v in self.state_dict().items() if not k.startswith("adapters.")}
+        state |= {f"adapters.default.{key}": value for key, value in chosen.state_dict().items()}
+        try:
+            config.connector_config, config.prompt_pool_config, config.extra_adapters = connector, pool, None
+            self.save_pretrained(save_directory, state_dict=state)
+        finally:
+            (config.connector_config, config.prompt_pool_config), config.extra_adapters = default, extra
+
+    def set_adapter(self, adapter_name: str) -> None:
+        """Make an adapter the active one.
+
+        Raises:
+            ValueError: no adapter, LiSTEN's or PEFT's, has that name.
+        """
+        on_llm = getattr(self.language_model, "peft_config", {})
+        if adapter_name not in self.adapters and adapter_name not in on_llm:
+            raise ValueError(f"adapter {adapter_name!r} is unknown; loaded: {', '.join([*self.adapters, *on_llm])}")
+        if adapter_name in self.adapters:
+            self.active_adapter = adapter_name
+        if adapter_name in on_llm:
+            self.language_model.set_adapter(adapter_name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter other than the default.
+
+        Raises:
+            ValueError: it is the default, or unknown.
+        """
+        if adapter_name == "default" or adapter_name not in self.adapters:
+            others = ", ".join(name for name in self.adapters if name != "default") or "none"
+            raise ValueError(f"adapter {adapter_name!r} cannot be deleted; those that can: {others}")
+        del self.adapters[adapter_name]
+        self.config.extra_adapters = {k: v for k, v in self.config.extra_adapters.items() if k != adapter_name} or None
+        if self.active_adapter == adapter_name:
+            self.active_adapter = "default"
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within it the model is its base LLM: text alone, no prompts, no LoRA. Audio raises an error."""
+        active, self.active_adapter = self.active_adapter, None
+        on_llm = bool(getattr(self.language_model, "_hf_peft_config_loaded", False))
+        if on_llm:
+            self.language_model.disable_adapters()
+        try:
+            yield
+        finally:
+            self.active_adapter = active
+            if on_llm:
+                self.language_model.enable_adapters()
+
+    def _add_listen_adapter(self, name: str, connector: PreTrainedConfig, pool: PreTrainedConfig | None) -> None:
+        if name in self.adapters:
+            raise ValueError(f"adapter {name!r} exists already; choose another name or delete it first")
+        module = type(self.adapters["default"])(self.config, connector, pool)
+        self.adapters[name] = module.to(self.adapters["default"].connector.projection.weight.device)
+        described = {"connector_config": connector.to_dict(), "prompt_pool_config": pool.to_dict() if pool else None}
+        self.config.extra_adapters = {**(self.config.extra_adapters or {}), name: described}
+
+    def _check_same_backbones(self, source: str, config: PreTrainedConfig) -> None:
+        for name, sub in BACKBONES.items():
+            mine, theirs = getattr(self.config, sub), getattr(config, sub)
+            if (mine is None) != (theirs is None):
+                raise ValueError(f"adapter {source!r} and this model differ in having an {name}")
+            if mine is not None:
+                _check_shape(name, f"adapter {source!r}", theirs, "this model", mine)
+            spec = (config.base_models or {}).get(name, {})
+            _check_fingerprint(name, f"adapter {source!r}", spec, "this model", getattr(self, name))
+
+    # ------------------------------------------------------------------ LoRA on the LLM
+
+    def _attach_lora(self, lora_config: Any, adapter_name: str = "default") -> None:
+        from peft import LoraConfig
+
+        if isinstance(lora_config, dict):
+            lora_config = LoraConfig(**lora_config)
+        self.language_model.add_adapter(lora_config, adapter_name)
+        settings = lora_config.to_dict()
+        targets = lora_config.target_modules
+        self.config.lora_config = {name: settings[name] for name in _LORA_FIELDS}
+        self.config.lora_config["target_modules"] = targets if isinstance(targets, str) else sorted(targets)
+        if self.config.base_models:
+            # the adapted layers have new names
+            self._keys_to_ignore_on_save = self._frozen_keys()
+
+    def _load_lora(self, source: str, hub: dict[str, Any]) -> None:
+        weights = load_file(cached_file(source, WEIGHTS_FILE, **hub))
+        state = {key: value for key, value in weights.items() if "lora_" in key}
+        wanted = {key for key in self.state_dict() if "lora_" in key}
+        if wanted != set(state):
+            odd = sorted(wanted ^ set(state))[:5]
+            raise ValueError(f"{source!r} holds other LoRA weights than config.lora_config describes: {odd}")
+        self.load_state_dict(state, strict=False)
+
+    # ------------------------------------------------------------------ counting
+
+    def parameter_counts(self) -> dict[str, tuple[int, int]]:
+        """Learned and all parameters of each module."""
+        modules = [(name, getattr(self, name)) for name in BACKBONES if getattr(self, name) is not None]
+        modules += [(f"{name}.{part}", child) for name, a in self.adapters.items() for part, child in a.named_children()]
+        return {name: _count(module) for name, module in modules}
+
+    def print_trainable_parameters(self) -> None:
+        """Print learned and all parameters by module, in PEFT's manner."""
+        counts = self.parameter_counts()
+        counts["total"] = tuple(sum(column) for column in zip(*counts.values(), strict=True))
+        lines = [f"{'module':<28}{'trainable':>16}{'all':>18}{'%':>9}"]
+        for name, (learned, total) in counts.items():
+            lines.append(f"{name:<28}{learned:>16,}{total:>18,}{100 * learned / max(total, 1):>9.3f}")
+        sys.stdout.write("\n".join(lines) + "\n")
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A short digest of a backbone's weights that survives a change of dtype and quantisation of its linear layers.
+
+    It reads the one-dimensional weights, which no quantisation touches, rounded to bfloat16; one below another is a
+    different checkpoint. Weights on the meta device are left out by raising nothing: a module that is offloaded gives
+    an empty string.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(module.named_parameters()):
+        if "lora_" in name or parameter.dim() != 1:
+            continue
+        if parameter.device.type == "meta":
+            return ""
+        digest.update(name.replace(".base_layer", "").encode())
+        rounded = parameter.detach().to("cpu", torch.bfloat16).view(torch.int16)
+        digest.update(rounded.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _locate(
+    config: PreTrainedConfig, source: str, moved: dict[str, str | dict[str, str]] | None, hub: dict[str, Any]
+) -> None:
+    """Resolve where the backbones are: `moved` wins, `./name` lies inside the checkpoint."""
+    specs = {name: dict(spec) for name, spec in (config.base_models or {}).items()}
+    for name, spec in specs.items():
+        path = spec["base_model_name_or_path"]
+        if path.startswith("./") and os.path.isdir(source):
+            spec["base_model_name_or_path"] = os.path.normpath(os.path.join(source, path))
+        elif path.startswith("./"):
+            spec.update(base_model_name_or_path=source, subfolder=path[2:], revision=hub.get("revision") or "main")
+    for name, place in (moved or {}).items():
+        if name not in specs:
+            raise ValueError(f"base_models names {name!r}, but this checkpoint's backbones are {sorted(specs) or 'inside'}")
+        specs[name].update(place if isinstance(place, dict) else {"base_model_name_or_path": str(place)})
+    config.base_models = specs or None
+
+
+def _spec_kwargs(spec: dict[str, Any]) -> dict[str, Any]:
+    chosen = {"revision": spec.get("revision") or "main"}
+    return chosen | ({"subfolder": spec["subfolder"]} if spec.get("subfolder") else {})
+
+
+def _check_backbone(name: str, spec: dict[str, Any], expected: PreTrainedConfig, backbone: PreTrainedModel) -> None:
+    found = f"{spec['base_model_name_or_path']!r} at revision {spec.get('revision') or 'main'!r}"
+    _check_shape(name, "the checkpoint", expected, found, backbone.config)
+    _check_fingerprint(name, "the checkpoint", spec, found, backbone)
+
+
+def _check_shape(name: str, whose: str, expected: PreTrainedConfig, other: str, found: PreTrainedConfig) -> None:
+    for field in _SHAPE_FIELDS:
+        want, have = getattr(expected, field, None), getattr(found, field, None)
+        if want is not None and have is not None and want != have:
+            raise ValueError(
+                f"{name}: {whose} was made for {field}={want}, but {other} has {field}={have}; "
+                "give the backbone that it was trained on"
+            )
+
+
+def _check_fingerprint(name: str, whose: str, spec: dict[str, Any], other: str, backbone: nn.Module) -> None:
+    want = spec.get("fingerprint")
+    have = fingerprint(backbone) if want else ""
+    if have and want != have:
+        raise ValueError(
+            f"{name}: {whose} was trained over weights with fingerprint {want} "
+            f"(revision {spec.get('revision') or 'main'!r}), but {other} holds {have}; give the weights that it was "
+            "trained on, or drop the fingerprint from base_models in config.json to override"
+        )
+
+
+def _refuse_missing(source: str, info: dict[str, Any]) -> None:
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"{source!r} lacks the weights {missing[:5]} ({len(missing)} in all); it is incomplete")
+
+
+def _main_device(device_map: Any) -> Any:
+    """Where the small parts go under a device map that may spread the LLM."""
+    if isinstance(device_map, dict):
+        usable = [place for place in device_map.values() if place not in ("disk", "cpu")]
+        return usable[0] if usable else "cpu"
+    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        accelerator = torch.accelerator.current_accelerator()
+        return str(accelerator) if accelerator is not None else "cpu"
+    return device_map
+
+
+def _count(module: nn.Module) -> tuple[int, int]:
+    parameters = list(module.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
+__all__ = ["AdapterMixin", "fingerprint"]

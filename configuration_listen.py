@@ -1,0 +1,312 @@
+"""Configuration of LiSTEN: which frozen backbones listen and speak, and what is learned between them."""
+
+import difflib
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+from transformers.generation import GenerationConfig
+
+from .configuration_beats import BeatsConfig
+
+STRATEGIES = ("similarity", "attention", "residual", "fixed", "random", "task")
+QUERY_STRATEGIES = ("similarity", "attention", "residual")
+KEY_LOSSES = ("distance", "similarity")
+CONNECTORS = ("window_qformer",)
+BACKBONES = {"speech_encoder": "speech_config", "audio_encoder": "audio_config", "language_model": "text_config"}
+TRAINABLE = ("adapter", "connector", "prompt_pool", "speech_encoder", "audio_encoder")
+
+_MODEL_FILE = "modeling_listen.ListenForConditionalGeneration"
+_AUTO_MAP = {
+    "AutoConfig": "configuration_listen.ListenConfig",
+    **dict.fromkeys(("AutoModel", "AutoModelForCausalLM", "AutoModelForMultimodalLM"), _MODEL_FILE),
+    "AutoProcessor": "processing_listen.ListenProcessor",
+    "AutoFeatureExtractor": "feature_extraction_listen.ListenFeatureExtractor",
+}
+_CUSTOM_PIPELINES = {"audio-llm": {"impl": "pipeline_listen.ListenPipeline", "pt": ["AutoModel"]}}
+
+
+class _StrictConfig(PreTrainedConfig):
+    """A sub-config that refuses keywords it does not know: a misspelt setting must not train in silence."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        known = {"name_or_path", "torch_dtype", "num_labels", "attn_implementation", "output_attentions", "model_type"}
+        known |= set(GenerationConfig._get_default_generation_params())
+        unknown = [name for name in kwargs if name not in known and not name.startswith("_")]
+        if unknown:
+            fields = sorted(self.__dataclass_fields__)
+            close = difflib.get_close_matches(unknown[0], fields, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(type(self).__annotations__)}"
+            raise ValueError(f"{type(self).__name__} has no field {unknown[0]!r}; {hint}")
+        super().__post_init__(**kwargs)
+
+
+class ListenConnectorConfig(_StrictConfig):
+    """The window-level Q-Former (SALMONN, arXiv 2310.13289, sec. 3): encoder frames to audio embeddings.
+
+    Args:
+        type: Kind of connector, `"window_qformer"`.
+        window_frames: Frames of 20 ms that one window holds; 17 is `round(1500 * 0.333333 / 30)`, a third of a second.
+        num_queries: Learned queries, hence audio embeddings, of each window.
+        hidden_size: Width of the Q-Former.
+        num_hidden_layers: Its layers; each has cross-attention to the window's frames.
+        num_attention_heads: Heads of each attention; divides `hidden_size`.
+        intermediate_size: Width of its feed-forward layers.
+        dropout: Dropout on its hidden states and attention weights while training.
+
+    Raises:
+        ValueError: an unknown field, an unknown `type`, a size below 1, or heads that do not divide the width.
+    """
+
+    model_type = "listen_connector"
+
+    type: str = "window_qformer"
+    window_frames: int = 17
+    num_queries: int = 1
+    hidden_size: int = 768
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    dropout: float = 0.1
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.type not in CONNECTORS:
+            raise ValueError(f"connector type={self.type!r} is unknown; choose one of {', '.join(CONNECTORS)}")
+        for name in ("window_frames", "num_queries", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"connector {name}={getattr(self, name)} must be at least 1")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"connector hidden_size={self.hidden_size} is not a multiple of "
+                f"num_attention_heads={self.num_attention_heads}; change one of them"
+            )
+
+
+class ListenPromptPoolConfig(_StrictConfig):
+    """The pool of learned key-value prompts (LiSTEN, arXiv 2505.18517).
+
+    Args:
+        pool_size: P, the number of key-value pairs.
+        num_prompts: K, the prompts chosen at inference, and the largest k drawn in training.
+        strategy: How prompts are chosen: `"similarity"`, `"attention"`, `"residual"`, or the controls `"fixed"`
+            (a classic soft prompt), `"random"` and `"task"`.
+        key_loss_type: `"distance"`, the sum of ||q - k_i|| (the paper), or `"similarity"`, minus the sum of the
+            chosen softmax similarities (the authors' code).
+        key_loss_weight: alpha, the weight of the key loss beside the next-token loss.
+        stochastic: Whether training draws k uniformly from 1..`num_prompts` for each batch.
+        score_dropout: Dropout on the selection scores while training.
+        center_query: Whether a running mean is taken from the query before it meets the keys; off in the paper.
+            It keeps the keys in use when all tasks ask alike.
+        query_momentum: Share of the old running mean that each training batch keeps, with `center_query`.
+        tasks: Names of the tasks that own a part of the pool, with `strategy="task"`.
+        shared_fraction: Share of the pool that all tasks use, with `strategy="task"`.
+
+    Raises:
+        ValueError: an unknown field, strategy or key loss, or values that cannot work together.
+    """
+
+    model_type = "listen_prompt_pool"
+
+    pool_size: int = 400
+    num_prompts: int = 160
+    strategy: str = "similarity"
+    key_loss_type: str = "distance"
+    key_loss_weight: float = 1.0
+    stochastic: bool = True
+    score_dropout: float = 0.1
+    center_query: bool = False
+    query_momentum: float = 0.99
+    tasks: list[str] | None = None
+    shared_fraction: float = 0.4
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        _check_choice("prompt pool strategy", self.strategy, STRATEGIES)
+        _check_choice("prompt pool key_loss_type", self.key_loss_type, KEY_LOSSES)
+        if not 1 <= self.num_prompts <= self.pool_size:
+            raise ValueError(
+                f"num_prompts={self.num_prompts} must lie in 1..pool_size={self.pool_size}; "
+                "lower num_prompts or enlarge the pool"
+            )
+        for name in ("score_dropout", "shared_fraction", "query_momentum"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"prompt pool {name}={getattr(self, name)} must lie in [0, 1)")
+        if self.strategy == "task":
+            self._check_tasks()
+
+    @property
+    def uses_query(self) -> bool:
+        """Whether the strategy compares a query with keys."""
+        return self.strategy in QUERY_STRATEGIES
+
+    @property
+    def num_shared(self) -> int:
+        """Prompts that every task may use, with `strategy="task"`."""
+        return round(self.pool_size * self.shared_fraction)
+
+    @property
+    def num_per_task(self) -> int:
+        """Prompts that each task owns alone, with `strategy="task"`."""
+        return (self.pool_size - self.num_shared) // len(self.tasks or [None])
+
+    def _check_tasks(self) -> None:
+        if not self.tasks:
+            raise ValueError("strategy='task' needs `tasks`, the names of the tasks that own a part of the pool")
+        reachable = self.num_per_task + self.num_shared
+        if self.num_per_task < 1 or self.num_prompts > reachable:
+            raise ValueError(
+                f"num_prompts={self.num_prompts}, but each of {len(self.tasks)} tasks reaches {reachable} of "
+                f"pool_size={self.pool_size} prompts ({self.num_per_task} of its own); enlarge the pool or ask for fewer"
+            )
+
+
+class ListenConfig(PreTrainedConfig):
+    """A whole LiSTEN model: two frozen encoders, a connector, a prompt pool and a frozen causal LLM.
+
+    Args:
+        speech_config: Config of the speech encoder, Whisper's by default; only its encoder is built.
+        audio_config: Config of the BEATs audio encoder; `None` leaves it out.
+        connector_config: Config of the connector, see `ListenConnectorConfig`.
+        prompt_pool_config: Config of the pool, see `ListenPromptPoolConfig`; `None` leaves it out.
+        text_config: Config of any causal language model of transformers.
+        base_models: Where each frozen backbone comes from: `{"speech_encoder": {"base_model_name_or_path": ...,
+            "revision": ...}, "audio_encoder": ..., "language_model": ...}`. Set, checkpoints hold the adapter alone
+            and loading fetches the backbones; `None`, checkpoints are self-contained. A path that begins with `./`
+            is a folder inside the checkpoint.
+        trainable: What learns: `"adapter"` (connector and pool), one of `"connector"`, `"prompt_pool"`, or an encoder.
+        lora_config: Settings of a PEFT LoRA on the language model, as written by `add_adapter`.
+        extra_adapters: Connector and pool settings of adapters beside the default one, by name.
+        audio_token_id: Id that marks the place of one audio embedding. May lie above the LLM's vocabulary.
+        prompt_token_id: Id that marks the place of one prompt. May lie above the LLM's vocabulary.
+        pad_to_30s: Whether Whisper sees every clip padded to 30 s, as it was trained, in place of its true length.
+
+    Raises:
+        ValueError: values that cannot work together, named with the fix.
+    """
+
+    model_type = "listen"
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "lm_loss",
+        "key_loss",
+        "prompt_indices",
+        "prompt_scores",
+        "query",
+    ]
+    sub_configs_defaults = {
+        "speech_config": SubConfigSpec(config_class=AutoConfig, model_type="whisper"),
+        "audio_config": SubConfigSpec(config_class=BeatsConfig, optional=True),
+        "connector_config": SubConfigSpec(config_class=ListenConnectorConfig),
+        "prompt_pool_config": SubConfigSpec(config_class=ListenPromptPoolConfig, optional=True),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+    }
+
+    speech_config: dict | PreTrainedConfig | None = None
+    audio_config: dict | PreTrainedConfig | None = None
+    connector_config: dict | PreTrainedConfig | None = None
+    prompt_pool_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    base_models: dict | None = None
+    trainable: list[str] | None = None
+    lora_config: dict | None = None
+    extra_adapters: dict | None = None
+    audio_token_id: int | None = None
+    prompt_token_id: int | None = None
+    pad_to_30s: bool = False
+    auto_map: dict | None = None
+    custom_pipelines: dict | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.trainable = list(self.trainable or ["adapter"])
+        # only when empty: a checkpoint may point to code in another repository
+        self.auto_map = self.auto_map or dict(_AUTO_MAP)
+        self.custom_pipelines = self.custom_pipelines or {k: dict(v) for k, v in _CUSTOM_PIPELINES.items()}
+        self._check()
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "ListenConfig":
+        """The config of a named preset, its fields replaced by `overrides`.
+
+        Raises:
+            ValueError: no preset has that name; the message lists them.
+        """
+        from .presets_listen import PRESETS
+
+        _check_choice("preset", name, tuple(PRESETS))
+        return cls(**{**PRESETS[name](), **overrides})
+
+    @classmethod
+    def from_backbones(
+        cls,
+        speech_encoder: str,
+        language_model: str,
+        audio_encoder: str | None = None,
+        revisions: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> "ListenConfig":
+        """A config for backbones named by Hub id or folder; only their `config.json` files are read.
+
+        Args:
+            speech_encoder: A Whisper checkpoint.
+            language_model: Any causal language model.
+            audio_encoder: A BEATs checkpoint in our format; `None` for no second stream.
+            revisions: Revision of each backbone, by the name of its argument; `"main"` where absent.
+            **kwargs: Other fields of the config.
+        """
+        names = {"speech_encoder": speech_encoder, "audio_encoder": audio_encoder, "language_model": language_model}
+        configs, base_models = {}, {}
+        for backbone, source in names.items():
+            if source is None:
+                continue
+            revision = (revisions or {}).get(backbone, "main")
+            config_class = BeatsConfig if backbone == "audio_encoder" else AutoConfig
+            configs[BACKBONES[backbone]] = config_class.from_pretrained(source, revision=revision)
+            base_models[backbone] = {"base_model_name_or_path": str(source), "revision": revision}
+        return cls(**configs, base_models=base_models, **kwargs)
+
+    @property
+    def encoder_width(self) -> int:
+        """Width of the fused encoder frames."""
+        audio_width = self.audio_config.hidden_size if self.audio_config is not None else 0
+        return self.speech_config.hidden_size + audio_width
+
+    def _check(self) -> None:
+        unknown = [name for name in self.trainable if name not in TRAINABLE]
+        if "language_model" in unknown:
+            raise ValueError("trainable=['language_model']: the LLM stays frozen; use add_adapter(LoraConfig(...))")
+        if unknown:
+            raise ValueError(f"trainable={unknown} is unknown; choose among {', '.join(TRAINABLE)}")
+        if "audio_encoder" in self.trainable and self.audio_config is None:
+            raise ValueError("trainable holds 'audio_encoder' but audio_config is None; give one or take it out")
+        if "prompt_pool" in self.trainable and self.prompt_pool_config is None:
+            raise ValueError("trainable holds 'prompt_pool' but prompt_pool_config is None; give one or take it out")
+        if self.audio_token_id is not None and self.audio_token_id == self.prompt_token_id:
+            raise ValueError(f"audio_token_id and prompt_token_id are both {self.audio_token_id}; they must differ")
+        self._check_base_models()
+
+    def _check_base_models(self) -> None:
+        if self.base_models is None:
+            return
+        needed = {name for name, sub in BACKBONES.items() if getattr(self, sub) is not None}
+        if set(self.base_models) != needed:
+            raise ValueError(
+                f"base_models names {sorted(self.base_models)} but this config needs {sorted(needed)}; "
+                "name each backbone once, or set base_models=None for a self-contained checkpoint"
+            )
+        for name, spec in self.base_models.items():
+            if not isinstance(spec, dict) or not spec.get("base_model_name_or_path"):
+                raise ValueError(
+                    f"base_models[{name!r}]={spec!r} needs 'base_model_name_or_path', a Hub id or a folder"
+                )
+
+
+def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{what}={value!r} is unknown; choose one of {', '.join(choices)}")
+
+
+ListenConfig.register_for_auto_class()
+
+__all__ = ["ListenConfig", "ListenConnectorConfig", "ListenPromptPoolConfig"]

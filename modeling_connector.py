@@ -1,0 +1,109 @@
+"""Connectors: from frames of the frozen encoders to audio embeddings of the LLM's width."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Blip2QFormerConfig, Blip2QFormerModel, PreTrainedConfig
+
+
+class WindowQFormer(nn.Module):
+    """SALMONN's window-level Q-Former (arXiv 2310.13289, sec. 3) over the fused encoder frames.
+
+    Each stream is normalised, the shorter one is padded in time, both are concatenated on the feature axis; learned
+    queries then read one window of frames after the other. The last, partial window is kept and masked, and only
+    windows with real frames give embeddings.
+
+    Args:
+        config: A `ListenConnectorConfig`.
+        speech_width: Width of the speech encoder's frames.
+        audio_width: Width of the audio encoder's frames; 0 without one.
+        text_width: Width of the LLM's embeddings.
+    """
+
+    def __init__(self, config: PreTrainedConfig, speech_width: int, audio_width: int, text_width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.speech_norm = nn.LayerNorm(speech_width)
+        self.audio_norm = nn.LayerNorm(audio_width) if audio_width else None
+        self.qformer = Blip2QFormerModel(_qformer_config(config, speech_width + audio_width))
+        self.query_tokens = nn.Parameter(torch.empty(1, config.num_queries, config.hidden_size))
+        self.projection = nn.Linear(config.hidden_size, text_width)
+
+    def forward(
+        self,
+        speech_hidden_states: torch.Tensor,
+        speech_mask: torch.Tensor,
+        audio_hidden_states: torch.Tensor | None = None,
+        audio_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Turn encoder frames into audio embeddings.
+
+        Args:
+            speech_hidden_states: `(chunks, speech frames, speech width)`.
+            speech_mask: `(chunks, speech frames)`, 1 on real frames.
+            audio_hidden_states: `(chunks, audio frames, audio width)`, or `None` without an audio encoder.
+            audio_mask: `(chunks, audio frames)`.
+
+        Returns:
+            The embeddings of all chunks one after the other, `(total, text width)`, and how many each chunk has,
+            `(chunks,)`.
+        """
+        frames, mask = self.fuse(speech_hidden_states, speech_mask, audio_hidden_states, audio_mask)
+        windows, window_mask = self._windows(frames, mask)  # (chunks, windows, frames, width), (chunks, windows, frames)
+        real = window_mask.any(-1)  # (chunks, windows)
+        windows, window_mask = windows[real], window_mask[real]  # (real windows, frames, width), (.., frames)
+        queries = self.query_tokens.expand(len(windows), -1, -1)  # (real windows, queries, hidden)
+        hidden = self.qformer(
+            query_embeds=queries, encoder_hidden_states=windows, encoder_attention_mask=window_mask.long()
+        ).last_hidden_state
+        embeddings = self.projection(hidden).flatten(0, 1)  # (real windows * queries, text width)
+        return embeddings, real.sum(-1) * self.config.num_queries
+
+    def lengths(self, frames: torch.Tensor) -> torch.Tensor:
+        """Embeddings that chunks of `frames` `(chunks,)` frames give, `(chunks,)`."""
+        return frames.add(self.config.window_frames - 1).div(self.config.window_frames, rounding_mode="floor").mul(
+            self.config.num_queries
+        )
+
+    def fuse(
+        self,
+        speech: torch.Tensor,
+        speech_mask: torch.Tensor,
+        audio: torch.Tensor | None,
+        audio_mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalise both streams and lay them side by side: `(chunks, frames, width)` and its mask, bool.
+
+        Frames past the end of a stream are zero after its LayerNorm, as in SALMONN, whatever the batch mates.
+        """
+        dtype = self.speech_norm.weight.dtype
+        speech = self.speech_norm(speech.to(dtype)) * speech_mask[..., None].to(dtype)  # (chunks, frames, speech width)
+        if self.audio_norm is None:
+            return speech, speech_mask.bool()
+        audio = self.audio_norm(audio.to(dtype)) * audio_mask[..., None].to(dtype)  # (chunks, frames, audio width)
+        length = max(speech.shape[1], audio.shape[1])
+        streams = [F.pad(x, (0, 0, 0, length - x.shape[1])) for x in (speech, audio)]
+        masks = [F.pad(x.bool(), (0, length - x.shape[1])) for x in (speech_mask, audio_mask)]
+        return torch.cat(streams, dim=-1), masks[0] | masks[1]
+
+    def _windows(self, frames: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        size = self.config.window_frames
+        tail = -frames.shape[1] % size
+        frames, mask = F.pad(frames, (0, 0, 0, tail)), F.pad(mask, (0, tail))
+        return frames.unflatten(1, (-1, size)), mask.unflatten(1, (-1, size))
+
+
+def _qformer_config(config: PreTrainedConfig, encoder_width: int) -> Blip2QFormerConfig:
+    return Blip2QFormerConfig(
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        intermediate_size=config.intermediate_size,
+        hidden_dropout_prob=config.dropout,
+        attention_probs_dropout_prob=config.dropout,
+        encoder_hidden_size=encoder_width,
+        cross_attention_frequency=1,
+    )
+
+
+__all__ = ["WindowQFormer"]

@@ -1,0 +1,865 @@
+"""LiSTEN (arXiv 2505.18517): frozen encoders and a learned adapter that give a frozen causal LLM ears."""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput, TransformersKwargs
+
+from .adapter_listen import AdapterMixin
+from .configuration_listen import BACKBONES, ListenConfig
+from .generation_listen import PlaceholderBlindProcessors
+from .modeling_beats import BeatsModel
+from .modeling_connector import WindowQFormer
+from .modeling_prompt_pool import ListenPromptPool, PromptSelection
+from .modeling_speech_encoder import ListenWhisperEncoder
+
+BASE_ADAPTER = "__base__"
+_PREFILL_ONLY = (
+    "speech_hidden_states",
+    "speech_hidden_states_mask",
+    "audio_hidden_states",
+    "audio_hidden_states_mask",
+    "task_ids",
+    "adapter_names",
+    "query_mask",
+)
+_FORWARDED = frozenset(TransformersKwargs.__annotations__) | {"return_dict"}
+
+
+@dataclass
+class EncodedAudio(ModelOutput):
+    """Frames of the frozen encoders, which can be computed once, stored, and given to `forward` again.
+
+    Attributes:
+        speech_hidden_states: `(chunks, speech frames, speech width)`.
+        speech_hidden_states_mask: `(chunks, speech frames)`, 1 on real frames.
+        audio_hidden_states: `(chunks, audio frames, audio width)`; `None` without an audio encoder.
+        audio_hidden_states_mask: `(chunks, audio frames)`.
+    """
+
+    speech_hidden_states: torch.Tensor | None = None
+    speech_hidden_states_mask: torch.Tensor | None = None
+    audio_hidden_states: torch.Tensor | None = None
+    audio_hidden_states_mask: torch.Tensor | None = None
+
+
+@dataclass
+class AudioEmbeddings(BaseModelOutputWithPooling):
+    """Audio embeddings in the LLM's space.
+
+    Attributes:
+        pooler_output: `(total, text width)`, the chunks one after the other.
+        lengths: `(chunks,)` embeddings of each chunk.
+    """
+
+    lengths: torch.Tensor | None = None
+
+
+@dataclass
+class ListenOutput(ModelOutput):
+    """Output of `ListenForConditionalGeneration`.
+
+    Attributes:
+        loss: Next-token loss plus the weighted key loss, if `labels` are given.
+        logits: `(batch, kept positions, vocabulary)`.
+        past_key_values: The LLM's cache.
+        hidden_states: The LLM's hidden states, if asked.
+        attentions: The LLM's attentions, if asked.
+        lm_loss: The next-token part of the loss.
+        key_loss: The key part of the loss, before its weight.
+        prompt_indices: `(batch, k)` prompts picked, best first; -1 where a row asked for fewer.
+        prompt_scores: `(batch, k)` their scores under the strategy.
+        query: `(batch, text width)` the query they answer.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    lm_loss: torch.Tensor | None = None
+    key_loss: torch.Tensor | None = None
+    prompt_indices: torch.Tensor | None = None
+    prompt_scores: torch.Tensor | None = None
+    query: torch.Tensor | None = None
+
+
+@dataclass
+class ListenModelOutput(ModelOutput):
+    """Output of `ListenModel`: the LLM's decoder output beside the prompts that were picked.
+
+    Attributes:
+        last_hidden_state: `(batch, sequence, text width)`.
+        past_key_values: The LLM's cache.
+        hidden_states: The LLM's hidden states, if asked.
+        attentions: The LLM's attentions, if asked.
+        prompt_indices: As in `ListenOutput`.
+        prompt_scores: As in `ListenOutput`.
+        query: As in `ListenOutput`.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    prompt_indices: torch.Tensor | None = None
+    prompt_scores: torch.Tensor | None = None
+    query: torch.Tensor | None = None
+
+
+@dataclass
+class PromptOutput(ModelOutput):
+    """Prompts picked for a batch, see `ListenOutput` for the shapes.
+
+    Attributes:
+        indices: `(batch, k)`, -1 where a row asked for fewer.
+        scores: `(batch, k)`.
+        key_loss: `(batch,)`, before its weight.
+        query: `(batch, text width)`.
+    """
+
+    indices: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
+    key_loss: torch.Tensor | None = None
+    query: torch.Tensor | None = None
+
+
+class ListenAdapter(nn.Module):
+    """All that learns: the connector and the prompt pool."""
+
+    def __init__(self, config: PreTrainedConfig, connector: PreTrainedConfig, pool: PreTrainedConfig | None) -> None:
+        super().__init__()
+        audio_width = config.audio_config.hidden_size if config.audio_config is not None else 0
+        text_width = config.text_config.hidden_size
+        self.connector = WindowQFormer(connector, config.speech_config.hidden_size, audio_width, text_width)
+        self.prompt_pool = ListenPromptPool(pool, text_width) if pool is not None else None
+
+
+class ListenPreTrainedModel(AdapterMixin, PreTrainedModel):
+    """What all LiSTEN models share: capabilities, initialisation, and frozen parts that stay frozen."""
+
+    config: ListenConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("audio", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["adapters"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, WindowQFormer):
+            init.normal_(module.query_tokens, mean=0.0, std=0.02)
+        elif isinstance(module, ListenPromptPool):
+            init.normal_(module.values, mean=0.0, std=0.02)
+            if module.keys is not None:
+                init.normal_(module.keys, mean=0.0, std=0.01)
+            if module.config.center_query:
+                init.zeros_(module.query_mean)
+
+    def train(self, mode: bool = True) -> "ListenPreTrainedModel":
+        """Put what learns into training mode; frozen backbones stay in eval mode, without dropout."""
+        super().train(mode)
+        for name, backbone in self.frozen_backbones():
+            backbone.eval()
+            for child_name, child in backbone.named_modules():
+                checkpointed = isinstance(child, GradientCheckpointingLayer) and child.gradient_checkpointing
+                if checkpointed or (name == "language_model" and "lora_dropout" in child_name):
+                    child.training = mode  # this module alone: its children keep their dropout off
+        return self
+
+    def frozen_backbones(self) -> Iterator[tuple[str, nn.Module]]:
+        """Names and modules of the backbones that do not learn."""
+        for name in BACKBONES:
+            backbone = getattr(self, name, None)
+            if backbone is not None and name not in self.config.trainable:
+                yield name, backbone
+
+    def freeze(self) -> None:
+        """Let exactly `config.trainable`, and LoRA weights on the LLM, require gradients."""
+        for name, parameter in self.named_parameters():
+            root, *rest = name.split(".")
+            group = rest[1] if root == "adapters" else root  # adapters.<name>.<connector or prompt_pool>
+            learns = group in self.config.trainable or (root == "adapters" and "adapter" in self.config.trainable)
+            parameter.requires_grad_("lora_" in name or (learns and parameter.is_floating_point()))
+
+
+class ListenModel(ListenPreTrainedModel):
+    """Speech encoder, audio encoder, adapters and LLM; the forward pass ends before the LLM's head.
+
+    Args:
+        config: A `ListenConfig`.
+        init_backbones: Whether to build the backbones; without, they are attached later by `load_backbones`.
+    """
+
+    def __init__(self, config: ListenConfig, init_backbones: bool = True) -> None:
+        super().__init__(config)
+        self.speech_encoder: nn.Module | None = None
+        self.audio_encoder: nn.Module | None = None
+        self.language_model: nn.Module | None = None
+        if init_backbones:
+            self.speech_encoder = ListenWhisperEncoder._from_config(config.speech_config)
+            if config.audio_config is not None:
+                self.audio_encoder = BeatsModel._from_config(config.audio_config)
+            self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.adapters = nn.ModuleDict()
+        for name, (connector, pool) in self.adapter_configs().items():
+            self.adapters[name] = ListenAdapter(config, connector, pool)
+        self.active_adapter: str | None = "default"
+        self.post_init()
+        self.freeze()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The LLM's input embeddings."""
+        return self.language_model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The LLM's head."""
+        return self.language_model.get_output_embeddings() if self.language_model is not None else None
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Refused: the LLM is frozen, and placeholder ids need no embedding.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("the LLM of a LiSTEN model is frozen and never resized; placeholder ids need no embedding")
+
+    # ------------------------------------------------------------------ hearing
+
+    def encode_audio(
+        self,
+        input_features: torch.Tensor,
+        input_features_mask: torch.Tensor | None = None,
+        input_values: torch.Tensor | None = None,
+        input_values_mask: torch.Tensor | None = None,
+    ) -> EncodedAudio:
+        """Run the encoders, without autograd where they are frozen.
+
+        Args:
+            input_features: `(chunks, mel bins, frames)` log-mel of Whisper, 100 frames a second.
+            input_features_mask: `(chunks, frames)`, 1 on real frames.
+            input_values: `(chunks, frames, mel bins)` filter-bank of BEATs, 100 frames a second.
+            input_values_mask: `(chunks, frames)`.
+
+        Raises:
+            ValueError: the filter-bank is missing, or given to a model without an audio encoder.
+        """
+        _check_streams(self.config.audio_config is not None, input_values is not None, "input_values")
+        if input_features_mask is None:
+            input_features_mask = torch.ones_like(input_features[:, 0], dtype=torch.long)
+        speech = self._encode(
+            "speech_encoder", input_features, None if self.config.pad_to_30s else input_features_mask
+        )
+        encoded = EncodedAudio(
+            speech_hidden_states=speech, speech_hidden_states_mask=self.speech_encoder.output_mask(input_features_mask)
+        )
+        if input_values is not None:
+            if input_values_mask is None:
+                input_values_mask = torch.ones_like(input_values[..., 0], dtype=torch.long)
+            encoded.audio_hidden_states = self._encode("audio_encoder", input_values, input_values_mask)
+            encoded.audio_hidden_states_mask = self.audio_encoder.output_mask(input_values_mask)
+        return encoded
+
+    def _encode(self, name: str, inputs: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        encoder = getattr(self, name)
+        with nullcontext() if name in self.config.trainable else torch.no_grad():
+            return encoder(inputs.to(encoder.dtype), mask).last_hidden_state
+
+    def get_audio_features(
+        self,
+        input_features: torch.Tensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
+        input_values: torch.Tensor | None = None,
+        input_values_mask: torch.Tensor | None = None,
+        encoded: EncodedAudio | None = None,
+        adapter_name: str | None = None,
+    ) -> AudioEmbeddings:
+        """Audio embeddings in the LLM's space, from features or from `encoded` frames.
+
+        Args:
+            input_features: See `encode_audio`.
+            input_features_mask: See `encode_audio`.
+            input_values: See `encode_audio`.
+            input_values_mask: See `encode_audio`.
+            encoded: Frames of an earlier `encode_audio`, in place of the features.
+            adapter_name: Adapter whose connector listens; the active one by default.
+
+        Returns:
+            `pooler_output` `(total, text width)`, the chunks one after the other, and `lengths` `(chunks,)`.
+
+        Raises:
+            ValueError: no adapter is active, or a stream is missing.
+        """
+        if encoded is None:
+            encoded = self.encode_audio(input_features, input_features_mask, input_values, input_values_mask)
+        embeddings, lengths = self._adapter(adapter_name or self.active_adapter).connector(
+            encoded.speech_hidden_states,
+            encoded.speech_hidden_states_mask,
+            encoded.audio_hidden_states,
+            encoded.audio_hidden_states_mask,
+        )
+        return AudioEmbeddings(pooler_output=embeddings, lengths=lengths)
+
+    def _adapter(self, name: str | None) -> ListenAdapter:
+        if name is None or name == BASE_ADAPTER:
+            raise ValueError(
+                "the input holds audio or prompts but no adapter is active for it; enable one with set_adapter(name), "
+                "or give text alone with num_prompts=0"
+            )
+        if name not in self.adapters:
+            raise ValueError(f"adapter {name!r} is unknown; loaded adapters: {', '.join(self.adapters)}")
+        return self.adapters[name]
+
+    # ------------------------------------------------------------------ filling the placeholders
+
+    def embed(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        encoded: EncodedAudio | None = None,
+        query_mask: torch.Tensor | None = None,
+        task_ids: torch.Tensor | None = None,
+        adapter_names: list[str] | None = None,
+    ) -> tuple[torch.Tensor, PromptOutput | None]:
+        """The LLM's input embeddings with audio and prompts in their places.
+
+        Args:
+            input_ids: `(batch, sequence)` with placeholder ids.
+            attention_mask: `(batch, sequence)`, 1 on real positions.
+            encoded: Encoder frames of all chunks of the batch, in order.
+            query_mask: `(batch, length)` positions that the query averages, from the first on; all real ones by default.
+            task_ids: `(batch,)`, for pools of strategy `"task"`.
+            adapter_names: Adapter of each row; the active one by default, `"__base__"` for none.
+
+        Returns:
+            `(batch, sequence, text width)` and the prompts that were picked, `None` where no row asks for any.
+
+        Raises:
+            ValueError: placeholders and audio do not match.
+        """
+        is_audio = input_ids == self._placeholder("audio_token_id")
+        is_prompt = input_ids == self._placeholder("prompt_token_id")
+        # placeholder ids may lie above the vocabulary
+        embeds = self.get_input_embeddings()(input_ids.masked_fill(is_audio | is_prompt, 0))  # (batch, seq, width)
+        names = adapter_names or [self.active_adapter] * len(input_ids)
+        if len(names) != len(input_ids):
+            raise ValueError(f"adapter_names names {len(names)} rows but the batch has {len(input_ids)}")
+        embeds = self._place_audio(embeds, is_audio, encoded, names)
+        if not is_prompt.any():
+            return embeds, None
+        query = self._query(embeds, is_prompt, attention_mask, query_mask)  # (batch, width)
+        return self._place_prompts(embeds, is_prompt, query, task_ids, names)
+
+    def select_prompts(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        query_mask: torch.Tensor | None = None,
+        task_ids: torch.Tensor | None = None,
+        adapter_names: list[str] | None = None,
+        **audio: torch.Tensor | None,
+    ) -> PromptOutput:
+        """The prompts that the pool picks for model inputs, without running the LLM.
+
+        Args:
+            input_ids: As in `embed`, with prompt placeholders.
+            attention_mask: As in `embed`.
+            query_mask: As in `embed`.
+            task_ids: As in `embed`.
+            adapter_names: As in `embed`.
+            **audio: Features or encoder frames, as in `forward`.
+
+        Raises:
+            ValueError: the input asks for no prompts.
+        """
+        _, prompts = self.embed(
+            input_ids, attention_mask, self._encoded(**audio), query_mask, task_ids, adapter_names
+        )
+        if prompts is None:
+            raise ValueError("the input asks for no prompts; process it with num_prompts of at least 1")
+        return prompts
+
+    def _placeholder(self, name: str) -> int:
+        token_id = getattr(self.config, name)
+        if token_id is None:
+            raise ValueError(f"config.{name} is None; build the processor first, it chooses the id, or set it")
+        return token_id
+
+    def _encoded(
+        self,
+        input_features: torch.Tensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
+        input_values: torch.Tensor | None = None,
+        input_values_mask: torch.Tensor | None = None,
+        **hidden_states: torch.Tensor | None,
+    ) -> EncodedAudio | None:
+        encoded = EncodedAudio(**hidden_states)
+        if encoded.speech_hidden_states is None:
+            if input_features is None:
+                return None
+            return self.encode_audio(input_features, input_features_mask, input_values, input_values_mask)
+        if input_features is not None:
+            raise ValueError("give input_features or speech_hidden_states, not both")
+        has_audio = encoded.audio_hidden_states is not None
+        _check_streams(self.config.audio_config is not None, has_audio, "audio_hidden_states")
+        for stream in ("speech_hidden_states", "audio_hidden_states"):
+            states, mask = getattr(encoded, stream), getattr(encoded, f"{stream}_mask")
+            if states is not None and mask is None:
+                setattr(encoded, f"{stream}_mask", torch.ones_like(states[..., 0], dtype=torch.long))
+        return encoded
+
+    def _place_audio(
+        self, embeds: torch.Tensor, is_audio: torch.Tensor, encoded: EncodedAudio | None, names: list[str | None]
+    ) -> torch.Tensor:
+        if encoded is None:
+            if is_audio.any():
+                raise ValueError(
+                    f"the text holds {int(is_audio.sum())} audio placeholders but no audio was given; "
+                    "pass input_features, or take them out"
+                )
+            return embeds
+        audio = self._hear(encoded, is_audio, names).to(embeds.dtype)  # (total, width)
+        return embeds.masked_scatter(is_audio[..., None], audio)
+
+    def _hear(self, encoded: EncodedAudio, is_audio: torch.Tensor, names: list[str | None]) -> torch.Tensor:
+        if len(set(names)) == 1:
+            heard = self.get_audio_features(encoded=encoded, adapter_name=names[0])
+            chunk_rows(heard.lengths, is_audio)  # raises where clips and texts do not match
+            return heard.pooler_output
+        lengths = self._adapter_lengths(encoded, names)
+        rows = chunk_rows(lengths, is_audio).tolist()
+        heard_chunks: list[torch.Tensor] = [encoded.speech_hidden_states.new_empty(0)] * len(rows)
+        for name in dict.fromkeys(names[row] for row in rows):
+            chunks = [i for i, row in enumerate(rows) if names[row] == name]
+            heard = self.get_audio_features(encoded=_take(encoded, chunks), adapter_name=name)
+            for chunk, part in zip(chunks, heard.pooler_output.split(heard.lengths.tolist()), strict=True):
+                heard_chunks[chunk] = part
+        return torch.cat(heard_chunks)
+
+    def _adapter_lengths(self, encoded: EncodedAudio, names: list[str | None]) -> torch.Tensor:
+        """Embeddings of each chunk, which adapters of one batch must agree upon."""
+        frames = encoded.speech_hidden_states_mask.sum(-1)
+        if encoded.audio_hidden_states_mask is not None:
+            frames = torch.maximum(frames, encoded.audio_hidden_states_mask.sum(-1))
+        connectors = {n: self._adapter(n).connector for n in dict.fromkeys(names) if n not in (None, BASE_ADAPTER)}
+        counts = {name: connector.lengths(frames) for name, connector in connectors.items()}
+        if not counts:
+            self._adapter(None)
+        first, *others = counts.values()
+        if any(not torch.equal(first, other) for other in others):
+            raise ValueError(
+                f"adapters {', '.join(counts)} cut audio into windows of different length; run them in separate batches"
+            )
+        return first
+
+    def _query(
+        self,
+        embeds: torch.Tensor,
+        is_prompt: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        query_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        mask = ~is_prompt  # (batch, seq)
+        if attention_mask is not None:
+            mask = mask & attention_mask.bool()
+        if query_mask is not None:  # generation appends positions that the query must not see
+            mask = mask & F.pad(query_mask.bool(), (0, mask.shape[1] - query_mask.shape[1]))
+        weights = mask[..., None].float()  # (batch, seq, 1)
+        return (embeds.float() * weights).sum(1) / weights.sum(1).clamp_min(1.0)
+
+    def _place_prompts(
+        self,
+        embeds: torch.Tensor,
+        is_prompt: torch.Tensor,
+        query: torch.Tensor,
+        task_ids: torch.Tensor | None,
+        names: list[str | None],
+    ) -> tuple[torch.Tensor, PromptOutput]:
+        counts = is_prompt.sum(-1)  # (batch,)
+        k = int(counts.max())
+        picked = PromptOutput(
+            indices=torch.full((len(query), k), -1, dtype=torch.long, device=query.device),
+            scores=query.new_zeros(len(query), k),
+            key_loss=query.new_zeros(len(query)),
+            query=query,
+        )
+        for name in dict.fromkeys(names):
+            rows = torch.tensor([i for i, other in enumerate(names) if other == name], device=query.device)
+            if not counts[rows].any():
+                continue
+            pool = self._adapter(name).prompt_pool
+            if pool is None:
+                raise ValueError(f"adapter {name!r} has no prompt pool; process the input with num_prompts=0")
+            tasks = task_ids[rows] if task_ids is not None else None
+            prompts, selection = pool(query[rows], counts[rows], tasks)
+            holes = torch.zeros_like(is_prompt).index_copy(0, rows, is_prompt[rows])  # (batch, seq)
+            embeds = embeds.masked_scatter(holes[..., None], prompts.to(embeds.dtype))
+            _record(picked, rows, counts[rows], selection)
+        return embeds, picked
+
+    def _merge(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        query_mask: torch.Tensor | None,
+        task_ids: torch.Tensor | None,
+        adapter_names: list[str] | None,
+        **audio: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, PromptOutput | None]:
+        """Embeddings, position ids and picked prompts of a forward pass."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds, one of them")
+        encoded = self._encoded(**audio)
+        if inputs_embeds is not None:
+            if encoded is not None:
+                raise ValueError("audio needs input_ids: inputs_embeds do not tell where its placeholders stand")
+            return inputs_embeds, position_ids, None
+        if labels is not None and query_mask is None:
+            query_mask = (labels != -100).cumsum(-1) == 0  # the query sees no answer
+        flat_mask = attention_mask if attention_mask is None or attention_mask.dim() == 2 else None
+        embeds, prompts = self.embed(input_ids, flat_mask, encoded, query_mask, task_ids, adapter_names)
+        same_length = flat_mask is not None and flat_mask.shape == input_ids.shape
+        if position_ids is None and same_length and (encoded is not None or prompts is not None):
+            position_ids = (flat_mask.long().cumsum(-1) - 1).clamp_min(0)  # a padded row counts as it does alone
+        return embeds, position_ids, prompts
+
+    # ------------------------------------------------------------------ forward
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        input_features: torch.FloatTensor | None = None,
+        input_features_mask: torch.LongTensor | None = None,
+        input_values: torch.FloatTensor | None = None,
+        input_values_mask: torch.LongTensor | None = None,
+        speech_hidden_states: torch.FloatTensor | None = None,
+        speech_hidden_states_mask: torch.LongTensor | None = None,
+        audio_hidden_states: torch.FloatTensor | None = None,
+        audio_hidden_states_mask: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        query_mask: torch.LongTensor | None = None,
+        task_ids: torch.LongTensor | None = None,
+        adapter_names: list[str] | None = None,
+        **kwargs: Any,
+    ) -> ListenModelOutput:
+        """Hidden states of the LLM for text, audio and prompts; the arguments are those of
+        `ListenForConditionalGeneration.forward`."""
+        _check_kwargs(kwargs)
+        embeds, position_ids, prompts = self._merge(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            labels=None,
+            query_mask=query_mask,
+            task_ids=task_ids,
+            adapter_names=adapter_names,
+            input_features=input_features,
+            input_features_mask=input_features_mask,
+            input_values=input_values,
+            input_values_mask=input_values_mask,
+            speech_hidden_states=speech_hidden_states,
+            speech_hidden_states_mask=speech_hidden_states_mask,
+            audio_hidden_states=audio_hidden_states,
+            audio_hidden_states_mask=audio_hidden_states_mask,
+        )
+        outputs = self.language_model.base_model(
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        picked = prompts or PromptOutput()
+        return ListenModelOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            prompt_indices=picked.indices,
+            prompt_scores=picked.scores,
+            query=picked.query,
+        )
+
+
+class ListenForConditionalGeneration(ListenModel, GenerationMixin):
+    """LiSTEN with the LLM's head: answers text about any number of clips.
+
+    Example:
+
+        >>> from transformers import AutoModel, AutoProcessor
+        >>> model = AutoModel.from_pretrained("model_cards/listen-tiny", trust_remote_code=True)
+        >>> processor = AutoProcessor.from_pretrained("model_cards/listen-tiny", trust_remote_code=True)
+        >>> chat = [{"role": "user", "content": [{"type": "audio", "path": "clip.wav"},
+        ...                                      {"type": "text", "text": "What is being said?"}]}]
+        >>> inputs = processor.apply_chat_template(chat, tokenize=True, add_generation_prompt=True)
+        >>> answer = model.generate(**inputs)[:, inputs["input_ids"].shape[1]:]
+    """
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        input_features: torch.FloatTensor | None = None,
+        input_features_mask: torch.LongTensor | None = None,
+        input_values: torch.FloatTensor | None = None,
+        input_values_mask: torch.LongTensor | None = None,
+        speech_hidden_states: torch.FloatTensor | None = None,
+        speech_hidden_states_mask: torch.LongTensor | None = None,
+        audio_hidden_states: torch.FloatTensor | None = None,
+        audio_hidden_states_mask: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        query_mask: torch.LongTensor | None = None,
+        task_ids: torch.LongTensor | None = None,
+        adapter_names: list[str] | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> ListenOutput:
+        """Logits, and the loss where `labels` are given.
+
+        Args:
+            input_ids: `(batch, sequence)`: k prompt placeholders, then text with audio placeholders.
+            input_features: `(chunks, mel bins, frames)` log-mel of all clips of the batch in order, see `encode_audio`.
+            input_features_mask: `(chunks, frames)`.
+            input_values: `(chunks, frames, mel bins)` filter-bank, likewise.
+            input_values_mask: `(chunks, frames)`.
+            speech_hidden_states: Encoder frames in place of the features, see `EncodedAudio`.
+            speech_hidden_states_mask: Likewise.
+            audio_hidden_states: Likewise.
+            audio_hidden_states_mask: Likewise.
+            attention_mask: `(batch, sequence)`, 1 on real positions.
+            position_ids: `(batch, sequence)`; counted from the first real position by default.
+            past_key_values: The LLM's cache.
+            inputs_embeds: `(batch, sequence, text width)` in place of `input_ids`, for text alone.
+            labels: `(batch, sequence)` ids to predict, -100 to ignore.
+            use_cache: Whether to return the cache.
+            logits_to_keep: Number of last positions that pass the head; 0 for all. With `labels`, the loss too is
+                taken there, exact when no label stands before them.
+            query_mask: `(batch, length)` positions that the query may average; by default those before the first
+                label, or all.
+            task_ids: `(batch,)`, for pools of strategy `"task"`.
+            adapter_names: Adapter of each row; the active one by default, `"__base__"` for none.
+            num_items_in_batch: Labels of the whole accumulated batch, given by the Trainer.
+            **kwargs: What the LLM's forward takes besides, such as `output_hidden_states`.
+
+        Raises:
+            ValueError: placeholders and audio do not match, or arguments exclude each other.
+            TypeError: an unknown argument.
+        """
+        _check_kwargs(kwargs)
+        embeds, position_ids, prompts = self._merge(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            labels=labels,
+            query_mask=query_mask,
+            task_ids=task_ids,
+            adapter_names=adapter_names,
+            input_features=input_features,
+            input_features_mask=input_features_mask,
+            input_values=input_values,
+            input_values_mask=input_values_mask,
+            speech_hidden_states=speech_hidden_states,
+            speech_hidden_states_mask=speech_hidden_states_mask,
+            audio_hidden_states=audio_hidden_states,
+            audio_hidden_states_mask=audio_hidden_states_mask,
+        )
+        outputs = self.language_model(
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        return self._output(outputs, prompts, labels, logits_to_keep, num_items_in_batch)
+
+    def _output(
+        self,
+        outputs: ModelOutput,
+        prompts: PromptOutput | None,
+        labels: torch.Tensor | None,
+        logits_to_keep: int | torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> ListenOutput:
+        picked = prompts or PromptOutput()
+        result = ListenOutput(
+            logits=outputs.logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            prompt_indices=picked.indices,
+            prompt_scores=picked.scores,
+            query=picked.query,
+        )
+        if labels is not None:
+            self._add_losses(result, picked.key_loss, labels, logits_to_keep, num_items_in_batch)
+        return result
+
+    def _add_losses(
+        self,
+        result: ListenOutput,
+        key_loss: torch.Tensor | None,
+        labels: torch.Tensor,
+        logits_to_keep: int | torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> None:
+        """Fill in the losses. A sample's key loss counts as often as it has labels, so that the sum over any split of
+        a batch into micro-batches and processes is the same."""
+        targets = (labels[:, 1:] != -100).sum(-1)  # (batch,)
+        kept = labels[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else labels[:, logits_to_keep]
+        vocabulary = self.config.get_text_config().vocab_size
+        result.lm_loss = self.loss_function(
+            result.logits, kept, vocab_size=vocabulary, num_items_in_batch=num_items_in_batch
+        )
+        result.loss = result.lm_loss
+        if key_loss is not None:
+            total = targets.sum() if num_items_in_batch is None else num_items_in_batch
+            result.key_loss = (key_loss * targets).sum() / total
+            weight = self._adapter(self.active_adapter).prompt_pool.config.key_loss_weight
+            result.loss = result.loss + weight * result.key_loss.to(result.loss.device)
+
+    # ------------------------------------------------------------------ generation
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, is_first_iteration: bool | None = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As upstream; encoder frames and what picks the prompts reach the first forward pass alone."""
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            for name in _PREFILL_ONLY:
+                inputs.pop(name, None)
+        return inputs
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """As upstream, but clips follow their samples: A, B becomes A, A, B, B by sample, not by clip.
+
+        The encoders run once, before the expansion. The query is fixed here: candidates of assisted decoding and
+        generated tokens are not part of it.
+        """
+        if input_ids is not None and model_kwargs.get("query_mask") is None:
+            model_kwargs["query_mask"] = torch.ones_like(input_ids)
+        if expand_size == 1:
+            return input_ids, model_kwargs
+        audio = {name: model_kwargs.pop(name) for name in _AUDIO_INPUTS if name in model_kwargs}
+        names = model_kwargs.pop("adapter_names", None)
+        encoded = self._encoded(**audio)
+        if encoded is not None:
+            lengths = self._adapter_lengths(encoded, names or [self.active_adapter])
+            rows = chunk_rows(lengths, input_ids == self.config.audio_token_id).tolist()
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        if names is not None:
+            model_kwargs["adapter_names"] = [name for name in names for _ in range(expand_size)]
+        if encoded is not None:
+            by_row = [[i for i, owner in enumerate(rows) if owner == row] for row in range(max(rows) + 1)]
+            model_kwargs.update(_take(encoded, [i for chunks in by_row for _ in range(expand_size) for i in chunks]))
+        return input_ids, model_kwargs
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
+        """As upstream; processors never see placeholder ids above the vocabulary, for which there are no scores."""
+        processors = super()._get_logits_processor(*args, **kwargs)
+        vocabulary = self.config.get_text_config().vocab_size
+        if max(self.config.audio_token_id or 0, self.config.prompt_token_id or 0) < vocabulary:
+            return processors
+        return PlaceholderBlindProcessors(processors, vocabulary)
+
+
+_AUDIO_INPUTS = (
+    "input_features",
+    "input_features_mask",
+    "input_values",
+    "input_values_mask",
+    "speech_hidden_states",
+    "speech_hidden_states_mask",
+    "audio_hidden_states",
+    "audio_hidden_states_mask",
+)
+
+
+def chunk_rows(lengths: torch.Tensor, is_audio: torch.Tensor) -> torch.Tensor:
+    """Row of the batch that each chunk of audio belongs to, `(chunks,)`.
+
+    Args:
+        lengths: `(chunks,)` embeddings of each chunk, in order.
+        is_audio: `(batch, sequence)` audio placeholders.
+
+    Raises:
+        ValueError: the placeholders of a row are not filled by whole chunks.
+    """
+    chunk_ends, row_ends = lengths.cumsum(0), is_audio.sum(-1).cumsum(0)
+    ends = [0, *chunk_ends.tolist()]
+    if any(end not in set(ends) for end in row_ends.tolist()) or ends[-1] != int(row_ends[-1]):
+        raise ValueError(
+            f"the rows hold {is_audio.sum(-1).tolist()} audio placeholders but the chunks of audio give "
+            f"{lengths.tolist()} embeddings, in order; process text and audio together with ListenProcessor"
+        )
+    return torch.searchsorted(row_ends, chunk_ends)
+
+
+def _take(encoded: EncodedAudio, chunks: list[int]) -> EncodedAudio:
+    return EncodedAudio(**{name: states[chunks] for name, states in encoded.items()})
+
+
+def _record(picked: PromptOutput, rows: torch.Tensor, counts: torch.Tensor, selection: PromptSelection) -> None:
+    k = selection.indices.shape[1]
+    valid = torch.arange(k, device=counts.device) < counts[:, None]  # (rows, k)
+    picked.indices[rows, :k] = selection.indices.masked_fill(~valid, -1)
+    picked.scores[rows, :k] = selection.scores.detach().masked_fill(~valid, 0.0)
+    picked.key_loss = picked.key_loss.index_add(0, rows, selection.key_loss)
+
+
+def _check_streams(wanted: bool, given: bool, name: str) -> None:
+    if wanted and not given:
+        raise ValueError(f"the model has an audio encoder but {name} is missing; use the model's own processor")
+    if given and not wanted:
+        raise ValueError(f"{name} was given but the model has no audio encoder; use the model's own processor")
+
+
+def _check_kwargs(kwargs: dict[str, Any]) -> None:
+    unknown = [name for name in kwargs if name not in _FORWARDED]
+    if unknown:
+        raise TypeError(f"forward() got unknown arguments {unknown}; nothing is dropped in silence, take them out")
+
+
+ListenForConditionalGeneration.register_for_auto_class("AutoModel")
+
+__all__ = ["ListenForConditionalGeneration", "ListenModel", "ListenOutput", "ListenPreTrainedModel"]

@@ -1,0 +1,294 @@
+"""The prompt pool of LiSTEN (arXiv 2505.18517): learned key-value pairs from which each input picks its own prompts."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedConfig
+
+
+@dataclass
+class PromptSelection:
+    """What the pool chose for a batch.
+
+    Attributes:
+        indices: `(batch, k)` pool positions, best first.
+        scores: `(batch, k)` score of each under the strategy; ones where the strategy has none.
+        weights: `(batch, k)` factors for the values, or `None` for values as they are.
+        key_loss: `(batch,)` the pull between query and chosen keys, zero where the strategy has none.
+    """
+
+    indices: torch.Tensor
+    scores: torch.Tensor
+    weights: torch.Tensor | None
+    key_loss: torch.Tensor
+
+
+class SelectionStrategy(Protocol):
+    """Chooses prompts. `valid` `(batch, k)` marks the places that a row really fills: rows may ask for fewer."""
+
+    def __call__(
+        self, query: torch.Tensor, keys: torch.Tensor | None, valid: torch.Tensor, task_ids: torch.Tensor | None
+    ) -> PromptSelection:
+        """`query` `(batch, dim)`, `keys` `(pool, dim)` or `None`, `task_ids` `(batch,)` or `None`."""
+        ...
+
+
+def l2_normalize(x: torch.Tensor) -> torch.Tensor:
+    """`x / ||x||` over the last axis, safe at zero, as in Learning to Prompt (arXiv 2112.08654)."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True).clamp_min(1e-12))
+
+
+def query_key_distance(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """`||q - k_i||` for `query` `(batch, dim)` and `keys` `(batch, k, dim)`: `(batch, k)`."""
+    # a norm has no gradient at zero; the floor keeps it finite without moving any other value
+    return (query[:, None] - keys).square().sum(-1).clamp_min(1e-12).sqrt()
+
+
+class SimilaritySelection:
+    """The k keys of highest cosine similarity to the query; their values as they are (LiSTEN, sec. 2)."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self.loss_type = config.key_loss_type
+        self.dropout = config.score_dropout
+        self.training = False
+
+    def __call__(
+        self, query: torch.Tensor, keys: torch.Tensor | None, valid: torch.Tensor, task_ids: torch.Tensor | None
+    ) -> PromptSelection:
+        """See `SelectionStrategy`; `scores` are cosines."""
+        scores = l2_normalize(query) @ l2_normalize(keys).T  # (batch, pool)
+        ranked = F.dropout(scores, self.dropout, self.training)
+        indices = ranked.topk(valid.shape[1], dim=-1).indices  # (batch, k)
+        if self.loss_type == "distance":
+            losses = query_key_distance(query, keys[indices])  # (batch, k)
+        else:
+            losses = -scores.softmax(-1).gather(1, indices)  # (batch, k)
+        return PromptSelection(indices, scores.gather(1, indices), None, (losses * valid).sum(-1))
+
+
+class AttentionSelection:
+    """The k keys of highest scaled dot-product attention weight; values scaled by their renormalised weight.
+
+    The weights sum to k over the chosen prompts, so that uniform attention leaves the values as they are. The keys
+    learn through the weights; there is no key loss.
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self.dropout = config.score_dropout
+        self.training = False
+
+    def __call__(
+        self, query: torch.Tensor, keys: torch.Tensor | None, valid: torch.Tensor, task_ids: torch.Tensor | None
+    ) -> PromptSelection:
+        """See `SelectionStrategy`; `scores` are attention weights over the whole pool."""
+        logits = query @ keys.T / keys.shape[1] ** 0.5  # (batch, pool)
+        attention = F.dropout(logits.softmax(-1), self.dropout, self.training)
+        scores, indices = attention.topk(valid.shape[1], dim=-1)  # (batch, k)
+        chosen = scores * valid
+        # dropout may zero every chosen score of a row that asks for few prompts
+        total = chosen.sum(-1, keepdim=True).clamp_min(1e-12)
+        weights = chosen / total * valid.sum(-1, keepdim=True)  # (batch, k)
+        return PromptSelection(indices, scores, weights, query.new_zeros(len(query)))
+
+
+class ResidualSelection:
+    """Greedy residual quantisation of the query: each pick is the unused key nearest to what is left of it.
+
+    `r_0 = q`, `r_{j+1} = r_j - k_i`; the key loss is `||q - sum of the picked keys||`.
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self.dropout = config.score_dropout
+        self.training = False
+
+    def __call__(
+        self, query: torch.Tensor, keys: torch.Tensor | None, valid: torch.Tensor, task_ids: torch.Tensor | None
+    ) -> PromptSelection:
+        """See `SelectionStrategy`; `scores` are minus the distance of each pick to the residual it was chosen for."""
+        used = torch.zeros(len(query), len(keys), dtype=torch.bool, device=query.device)  # (batch, pool)
+        if self.training:  # dropped keys cannot be picked by this batch, unless too few would be left
+            dropped = torch.rand(len(keys), device=query.device) < self.dropout
+            used |= dropped & (len(keys) - dropped.sum() >= valid.shape[1])
+        residual, indices, scores = query, [], []
+        for step in range(valid.shape[1]):
+            distances = torch.cdist(residual[:, None], keys[None])[:, 0]  # (batch, pool)
+            index = distances.masked_fill(used, torch.inf).argmin(-1, keepdim=True)  # (batch, 1)
+            indices.append(index)
+            scores.append(-distances.gather(1, index))
+            used = used.scatter(1, index, True)
+            residual = residual - keys[index[:, 0]] * valid[:, step : step + 1]  # (batch, dim)
+        key_loss = residual.square().sum(-1).clamp_min(1e-12).sqrt() * valid.any(-1)
+        return PromptSelection(torch.cat(indices, 1), torch.cat(scores, 1), None, key_loss)
+
+
+class FixedSelection:
+    """The first k prompts, the same for every input: a classic soft prompt (control)."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self.training = False
+
+    def __call__(
+        self, query: torch.Tensor, keys: torch.Tensor | None, valid: torch.Tensor, task_ids: torch.Tensor | None
+    ) -> PromptSelection:
+        """See `SelectionStrategy`."""
+        indices = torch.arange(valid.shape[1], device=query.device).expand(len(query), -1)  # (batch, k)
+        return _without_scores(indices, query)
+
+
+class RandomSelection:
+    """k prompts drawn without replacement for each input from torch's generator, also at inference (control)."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self.pool_size = config.pool_size
+        self.training = False
+
+    def __call__(
+        self, query: torch.Tensor, keys: torch.Tensor | None, valid: torch.Tensor, task_ids: torch.Tensor | None
+    ) -> PromptSelection:
+        """See `SelectionStrategy`."""
+        draws = torch.rand(len(query), self.pool_size, device=query.device)  # (batch, pool)
+        return _without_scores(draws.topk(valid.shape[1], dim=-1).indices, query)
+
+
+class TaskSelection:
+    """Each task owns a part of the pool and all share the rest (control).
+
+    Own and shared prompts alternate in proportion to their numbers, so that any k holds both.
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self.tasks = list(config.tasks)
+        self.order = [self._order(config, task) for task in range(len(self.tasks))]
+        self.training = False
+
+    def __call__(
+        self, query: torch.Tensor, keys: torch.Tensor | None, valid: torch.Tensor, task_ids: torch.Tensor | None
+    ) -> PromptSelection:
+        """See `SelectionStrategy`.
+
+        Raises:
+            ValueError: no `task_ids`, or one outside the known tasks.
+        """
+        known = ", ".join(f"{i}={name}" for i, name in enumerate(self.tasks))
+        if task_ids is None:
+            raise ValueError(f"strategy='task' needs task_ids, one a sample; known tasks: {known}")
+        if task_ids.min() < 0 or task_ids.max() >= len(self.tasks):
+            raise ValueError(f"task_ids={task_ids.tolist()} holds an unknown task; known tasks: {known}")
+        order = torch.tensor(self.order, device=query.device)  # (tasks, reachable)
+        return _without_scores(order[task_ids][:, : valid.shape[1]], query)
+
+    @staticmethod
+    def _order(config: PreTrainedConfig, task: int) -> list[int]:
+        own, shared = config.num_per_task, config.num_shared
+        first = shared + task * own
+        # the i-th of n prompts stands at (i + 1/2) / n of the way
+        places = [((i + 0.5) / own, first + i) for i in range(own)]
+        places += [((i + 0.5) / shared, i) for i in range(shared)]
+        return [index for _, index in sorted(places)]
+
+
+STRATEGIES: dict[str, type[SelectionStrategy]] = {
+    "similarity": SimilaritySelection,
+    "attention": AttentionSelection,
+    "residual": ResidualSelection,
+    "fixed": FixedSelection,
+    "random": RandomSelection,
+    "task": TaskSelection,
+}
+
+
+class ListenPromptPool(nn.Module):
+    """P learned key-value pairs and the strategy that picks k of them for a query.
+
+    Keys exist only for strategies that compare them with a query, so that every parameter can learn.
+
+    Args:
+        config: A `ListenPromptPoolConfig`.
+        width: Width of the LLM's embeddings, hence of keys and values.
+    """
+
+    def __init__(self, config: PreTrainedConfig, width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.values = nn.Parameter(torch.empty(config.pool_size, width))  # (pool, width)
+        self.keys = nn.Parameter(torch.empty(config.pool_size, width)) if config.uses_query else None
+        if config.center_query:
+            self.register_buffer("query_mean", torch.zeros(width))
+        self.strategy = STRATEGIES[config.strategy](config)
+
+    def forward(
+        self, query: torch.Tensor, counts: torch.Tensor, task_ids: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, PromptSelection]:
+        """Pick prompts for each query.
+
+        Args:
+            query: `(batch, width)` mean of audio and text embeddings before the response.
+            counts: `(batch,)` prompts that each row asks for.
+            task_ids: `(batch,)` indices into `config.tasks`, for `strategy="task"`.
+
+        Returns:
+            The prompts of all rows one after the other, `(counts.sum(), width)`, and the selection, `k = max(counts)`.
+
+        Raises:
+            ValueError: a row asks for more prompts than it can reach.
+        """
+        k = int(counts.max())
+        self._check_count(k)
+        valid = torch.arange(k, device=query.device) < counts[:, None]  # (batch, k)
+        self.strategy.training = self.training
+        with torch.autocast(query.device.type, enabled=False):  # the ranking must not depend on mixed precision
+            query = self._center(query.float())  # (batch, width)
+            keys = self.keys.float() if self.keys is not None else None
+            selection = self.strategy(query, keys, valid, task_ids)
+            prompts = self.values[selection.indices]  # (batch, k, width)
+            if selection.weights is not None:
+                prompts = prompts * selection.weights[..., None]
+        return prompts[valid], selection
+
+    @torch.no_grad()
+    def initialize_values(self, embedding: torch.Tensor) -> None:
+        """Move the values to the mean of the LLM's input `embedding` `(vocabulary, width)`, as the authors do."""
+        self.values += embedding.float().mean(0).to(self.values.device)
+
+    @torch.no_grad()
+    def initialize_keys(self, queries: torch.Tensor) -> None:
+        """Set the keys to `queries` `(n, width)` drawn with replacement, slightly moved, so that all start in use.
+
+        With `center_query` their mean becomes the running mean.
+
+        Raises:
+            ValueError: the strategy has no keys.
+        """
+        if self.keys is None:
+            raise ValueError(f"strategy={self.config.strategy!r} has no keys to initialise")
+        queries = queries.float().to(self.keys.device)
+        if self.config.center_query:
+            self.query_mean.copy_(queries.mean(0))
+            queries = queries - self.query_mean
+        drawn = queries[torch.randint(len(queries), (len(self.keys),), device=queries.device)]  # (pool, width)
+        self.keys.copy_(drawn + 0.1 * drawn.std() * torch.randn_like(drawn))
+
+    def _center(self, query: torch.Tensor) -> torch.Tensor:
+        if not self.config.center_query:
+            return query
+        if self.training:
+            with torch.no_grad():
+                self.query_mean.lerp_(query.mean(0), 1.0 - self.config.query_momentum)
+        return query - self.query_mean
+
+    def _check_count(self, k: int) -> None:
+        config = self.config
+        most = config.num_per_task + config.num_shared if config.strategy == "task" else config.pool_size
+        if k > most:
+            raise ValueError(f"the input asks for {k} prompts but the pool can give {most}; lower num_prompts")
+
+
+def _without_scores(indices: torch.Tensor, query: torch.Tensor) -> PromptSelection:
+    ones = torch.ones(indices.shape, dtype=query.dtype, device=query.device)
+    return PromptSelection(indices, ones, None, query.new_zeros(len(query)))
+
+
+__all__ = ["ListenPromptPool", "PromptSelection", "SelectionStrategy", "STRATEGIES"]

@@ -1,0 +1,94 @@
+"""Named configurations: the paper's model, its small variant, and the miniature that the repository carries."""
+
+from typing import Any
+
+_LLAMA3_8B = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    "bos_token_id": 128000,
+    "eos_token_id": 128009,
+    "dtype": "bfloat16",
+}
+_WHISPER_LARGE_V2 = {
+    "model_type": "whisper",
+    "d_model": 1280,
+    "encoder_layers": 32,
+    "encoder_attention_heads": 20,
+    "encoder_ffn_dim": 5120,
+    "decoder_layers": 32,
+    "decoder_attention_heads": 20,
+    "decoder_ffn_dim": 5120,
+    "num_mel_bins": 80,
+}
+_LLAMA3_RESERVED = {"audio_token_id": 128002, "prompt_token_id": 128003}  # <|reserved_special_token_0|>, <|..._1|>
+
+
+def _listen_llama3_8b() -> dict[str, Any]:
+    """Whisper-large-v2, BEATs and Llama-3-8B with P=400 and K=160 (arXiv 2505.18517)."""
+    return {
+        "speech_config": dict(_WHISPER_LARGE_V2),
+        "audio_config": {},
+        "connector_config": {},
+        "prompt_pool_config": {"pool_size": 400, "num_prompts": 160},
+        "text_config": dict(_LLAMA3_8B),
+        **_LLAMA3_RESERVED,
+    }
+
+
+def _listen_0_4m() -> dict[str, Any]:
+    """As `listen-llama3-8b` with a pool of 50 pairs, 0.41 M parameters, over a connector that does not learn."""
+    pool = {"pool_size": 50, "num_prompts": 20}
+    return {**_listen_llama3_8b(), "prompt_pool_config": pool, "trainable": ["prompt_pool"]}
+
+
+def _listen_tiny() -> dict[str, Any]:
+    """The miniature of `model_cards/listen-tiny`, which runs on a laptop in seconds."""
+    return {
+        "speech_config": {
+            "model_type": "whisper",
+            "d_model": 128,
+            "encoder_layers": 4,
+            "encoder_attention_heads": 4,
+            "encoder_ffn_dim": 512,
+            "decoder_layers": 1,
+            "decoder_attention_heads": 4,
+            "decoder_ffn_dim": 512,
+            "num_mel_bins": 80,
+        },
+        "audio_config": {
+            "hidden_size": 128,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "intermediate_size": 512,
+            "patch_embed_dim": 128,
+        },
+        "connector_config": {"hidden_size": 192, "num_attention_heads": 4, "intermediate_size": 768},
+        "prompt_pool_config": {"pool_size": 24, "num_prompts": 10},
+        "text_config": {
+            "model_type": "llama",
+            "vocab_size": 1200,
+            "hidden_size": 192,
+            "intermediate_size": 512,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 1024,
+        },
+    }
+
+
+PRESETS = {
+    "listen-llama3-8b": _listen_llama3_8b,
+    "listen-0.4m": _listen_0_4m,
+    "listen-tiny": _listen_tiny,
+}
+
+__all__ = ["PRESETS"]
