@@ -14,7 +14,7 @@ Nothing here depends on the batch mates of a clip.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -29,7 +29,7 @@ _FULL_SCALE = 2.0**15  # Kaldi reads 16-bit samples as integers
 _PREEMPHASIS = 0.97
 _LOWEST_KALDI_HERTZ = 20.0
 _HIGHEST_WHISPER_HERTZ = 8000.0
-_CHUNKS_AT_ONCE = 8  # bounds the memory of the spectra, whatever the length of the audio
+_CHUNKS_AT_ONCE = 4  # of similar length; bounds the memory of the spectra, whatever the length of the audio
 # What the base classes themselves write to or read from a saved feature extractor.
 _INHERITED_ARGUMENTS = frozenset(
     {"auto_map", "feature_extractor_type", "padding_side", "padding_value", "processor_class", "return_attention_mask"}
@@ -75,10 +75,10 @@ def _povey_window(length: int) -> torch.Tensor:
     return torch.hann_window(length, periodic=False, dtype=torch.float32).pow(0.85)
 
 
-def _power_spectrum(frames: torch.Tensor, n_fft: int) -> torch.Tensor:
-    """`(..., window)` -> `(..., n_fft // 2 + 1)`."""
-    spectrum = torch.view_as_real(torch.fft.rfft(frames, n=n_fft))  # (..., bins, 2)
-    return spectrum.square_().sum(-1)
+def _power_spectrum(frames: torch.Tensor) -> torch.Tensor:
+    """`(..., n_fft)` -> `(..., n_fft // 2 + 1)`."""
+    spectrum = torch.fft.rfft(frames)
+    return spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
 
 
 def _reflect_edges(waveforms: torch.Tensor, lengths: torch.Tensor, width: int) -> torch.Tensor:
@@ -114,7 +114,7 @@ def log_mel_spectrogram(
     counts = lengths // hop_length
     padded = _reflect_edges(waveforms, lengths, n_fft // 2)
     frames = padded.unfold(1, n_fft, hop_length)[:, : int(counts.max())]  # (clips, frames, n_fft)
-    power = _power_spectrum(frames * torch.hann_window(n_fft, dtype=frames.dtype), n_fft)  # (clips, frames, bins)
+    power = _power_spectrum(frames * torch.hann_window(n_fft, dtype=torch.float32))  # (clips, frames, bins)
     log_mel = (power @ _whisper_filters(num_mel_bins, n_fft, sampling_rate)).clamp_(min=1e-10).log10_()
     padding = ~_prefix_mask(counts, log_mel.shape[1]).unsqueeze(-1)  # (clips, frames, 1)
     loudest = log_mel.masked_fill(padding, -torch.inf).amax((1, 2), keepdim=True)  # (clips, 1, 1)
@@ -135,9 +135,11 @@ def kaldi_fbank(waveforms: torch.Tensor, num_mel_bins: int, sampling_rate: int) 
     n_fft = 1 << (window - 1).bit_length()
     frames = waveforms.unfold(1, window, shift) * _FULL_SCALE  # (clips, frames, window)
     frames -= frames.mean(-1, keepdim=True)
-    previous = torch.cat((frames[..., :1], frames[..., :-1]), dim=-1)  # the first sample stands before itself
-    frames = frames.sub_(previous, alpha=_PREEMPHASIS).mul_(_povey_window(window))
-    power = _power_spectrum(frames, n_fft)  # (clips, frames, n_fft // 2 + 1)
+    emphasised = frames.new_zeros(*frames.shape[:2], n_fft)
+    torch.sub(frames[..., 1:], frames[..., :-1], alpha=_PREEMPHASIS, out=emphasised[..., 1:window])
+    emphasised[..., 0] = frames[..., 0] * (1.0 - _PREEMPHASIS)  # the first sample stands before itself
+    emphasised[..., :window] *= _povey_window(window)
+    power = _power_spectrum(emphasised)  # (clips, frames, n_fft // 2 + 1)
     mel = power @ _kaldi_filters(num_mel_bins, n_fft, sampling_rate)  # (clips, frames, num_mel_bins)
     return mel.clamp_(min=torch.finfo(torch.float32).eps).log_()
 
@@ -311,8 +313,8 @@ class ListenFeatureExtractor(SequenceFeatureExtractor):
         spans = torch.full_like(lengths, self.chunk_samples) if self.pad_to_30s else lengths
         total = int(spans.max()) // self.hop_length
         features = torch.zeros(len(chunks), self.feature_size, total, dtype=torch.float32)
-        for rows in _groups(len(chunks)):
-            waveforms = _stack(chunks[rows], int(spans[rows].max()))
+        for rows in lengths.argsort().split(_CHUNKS_AT_ONCE):
+            waveforms = _stack([chunks[row] for row in rows], int(spans[rows].max()))
             log_mel = log_mel_spectrogram(
                 waveforms, spans[rows], self.feature_size, self.n_fft, self.hop_length, self.sampling_rate
             )
@@ -324,16 +326,12 @@ class ListenFeatureExtractor(SequenceFeatureExtractor):
         total = int(counts.max())
         mask = _prefix_mask(counts, total)
         values = torch.zeros(len(chunks), total, self.num_fbank_bins, dtype=torch.float32)
-        for rows in _groups(len(chunks)):
-            waveforms = _stack(chunks[rows], int(lengths[rows].max()))
+        for rows in lengths.argsort().split(_CHUNKS_AT_ONCE):
+            waveforms = _stack([chunks[row] for row in rows], int(lengths[rows].max()))
             fbank = kaldi_fbank(waveforms, self.num_fbank_bins, self.sampling_rate)
             values[rows, : fbank.shape[1]] = fbank.sub_(self.fbank_mean).div_(2.0 * self.fbank_std)
         values.masked_fill_(~mask.unsqueeze(-1), 0.0)
         return {"input_values": values, "input_values_mask": mask.long()}
-
-
-def _groups(count: int) -> Iterator[slice]:
-    return (slice(start, start + _CHUNKS_AT_ONCE) for start in range(0, count, _CHUNKS_AT_ONCE))
 
 
 def _stack(chunks: list[np.ndarray], samples: int) -> torch.Tensor:
