@@ -1,12 +1,101 @@
-"""Packaging: the repository root is the package ``listen``."""
+"""Packaging of LiSTEN: the repository root is the package ``listen``.
+
+The flat root modules (``modeling_listen.py`` and its neighbours) travel to the Hub with each checkpoint, which accepts
+flat files only. So they stay at the root, and the root is what gets installed as ``listen``.
+"""
+
+from pathlib import Path
+from shutil import rmtree
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
-SUBPACKAGES = find_packages(include=["data*", "training*", "evaluation*", "analysis*"])
+SUBPACKAGES = ("data", "training", "evaluation", "analysis")
+
+REQUIRED = [
+    # model and checkpoints
+    "torch>=2.11",  # tensors and autograd; the oldest release that transformers 5.23 is run with here
+    "transformers>=5.23",  # SubConfigSpec, slice_logits_to_keep, dropping of audio inputs after prefill
+    "huggingface_hub>=1.31",  # downloads and uploads of checkpoints; the bound that transformers 5.23 sets itself
+    "safetensors>=0.8",  # every file of weights; the bound that transformers 5.23 sets itself
+    "peft>=0.20",  # LoRA baselines on the inner LLM; the bound that transformers 5.23 sets itself
+    "numpy>=1.26",  # waveforms before they become tensors
+    # audio
+    "soundfile>=0.12",  # reads and writes wav, flac, ogg and mp3 without ffmpeg
+    "librosa>=0.10.2",  # resampling (through soxr) for transformers' load_audio and the corpus
+    # data and training
+    "accelerate>=1.12",  # devices and processes below transformers' Trainer
+    "datasets>=4.4",  # manifests, streaming, cached encoder features
+    "pyyaml>=6.0",  # recipes in examples/configs
+    "tensorboard>=2.16",  # default log of losses and pool health
+    "rich>=13.7",  # progress bars and result tables
+    # evaluation and analysis
+    "evaluate>=0.4.6",  # metric modules share its interface
+    "jiwer>=4.0",  # word and character error rates
+    "sacrebleu>=2.4",  # BLEU and chrF with the zh tokeniser
+    "rouge-score>=0.1.2",  # ROUGE-L of free answers
+    "scikit-learn>=1.5",  # recalls, ROC for the equal error rate, clusters of the pool
+    "matplotlib>=3.9",  # plots of prompt usage and training curves
+]
+
+EXTRAS = {
+    # speech synthesis of the built-in corpus; espeak-ng is GPL-3.0, hence never a hard dependency
+    "demo": ["espeakng-loader==0.2.4"],
+    "dev": [
+        "pytest>=8.4",  # tests
+        "pytest-xdist>=3.6",  # one test process per core
+        "ruff>=0.14",  # lint and formatting
+        "setuptools>=70.1",  # builds the wheel that the packaging tests look into
+    ],
+}
+
+
+class BuildPy(build_py):
+    """Builds ``listen`` from the repository root without the root's own tooling scripts."""
+
+    NOT_SHIPPED = frozenset({"setup", "conftest"})
+
+    def run(self) -> None:
+        """Builds into an empty folder: what an earlier build left there would be shipped too."""
+        rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        """Returns (package, module, file) of each module that belongs in the package."""
+        modules = super().find_package_modules(package, package_dir)
+        return [module for module in modules if module[1] not in self.NOT_SHIPPED]
+
+
+def packages() -> list[str]:
+    """Names the sub-folders of the root that are part of the package, nested ones included."""
+    return find_packages(include=[*SUBPACKAGES, *(f"{name}.*" for name in SUBPACKAGES)])
+
+
 setup(
     name="listen",
     version="0.1.0",
-    package_dir={"listen": ".", **{f"listen.{name}": name.replace(".", "/") for name in SUBPACKAGES}},
-    packages=["listen", *(f"listen.{name}" for name in SUBPACKAGES)],
-    python_requires=">=3.10",
+    description="Audio language models that learn by selecting soft prompts, on Hugging Face transformers",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="The LiSTEN authors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Multimedia :: Sound/Audio :: Speech",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    package_dir={"listen": ".", **{f"listen.{name}": name.replace(".", "/") for name in packages()}},
+    packages=["listen", *(f"listen.{name}" for name in packages())],
+    package_data={"listen": ["py.typed"]},
+    include_package_data=False,
+    cmdclass={"build_py": BuildPy},
+    python_requires=">=3.11",  # set by transformers 5.23; the code itself keeps to Python 3.10
+    install_requires=REQUIRED,
+    extras_require=EXTRAS,
+    zip_safe=False,
 )

@@ -1,0 +1,34 @@
+# `make demo` and `make test` do all the set-up: they create .venv and install the pinned dependencies once.
+
+PYTHON ?= $(firstword $(foreach version,3.11 3.12 3.13,$(if $(shell python$(version) -V 2>/dev/null),python$(version))) python3)
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check install -qq
+STAMP := $(VENV)/.installed
+
+# One thread per process: the models of demo and tests are small, and more threads only wait for each other.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test lint clean
+
+demo: $(STAMP)  ## build the corpus, train, evaluate, answer questions; writes runs/demo
+	@$(RUN) examples/demo.py
+
+test: $(STAMP) lint  ## lint, then run every test
+	@HF_HUB_OFFLINE=1 $(RUN) -m pytest -q -n auto --dist loadfile
+
+lint: $(STAMP)  ## style and docstrings
+	@$(RUN) -m ruff check --quiet .
+
+# torch goes first and alone, so that no other package can ask for its newest release and gigabytes of CUDA with it.
+$(STAMP): requirements.txt setup.py pyproject.toml
+	@echo "Setting up $(VENV) with $(PYTHON) (once, a few minutes)"
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@$(PIP) "$$(grep '^torch==' requirements.txt)"
+	@$(PIP) -r requirements.txt
+	@$(PIP) --no-deps --editable .
+	@touch $@
+
+clean:  ## forget the environment and every build product; runs/ stays
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,179 @@
+"""What `pip install` ships, what it asks for, and that the checkout works from anywhere."""
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from email.parser import HeaderParser
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parents[1]
+SUBPACKAGES = ("data", "training", "evaluation", "analysis")
+CARD = {  # the packages that the design names
+    *("torch", "transformers", "accelerate", "peft", "datasets", "evaluate"),
+    *("huggingface_hub", "safetensors", "soundfile", "librosa"),
+}
+GENERATED = shutil.ignore_patterns(
+    ".git", ".venv", "runs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", "model_cards"
+)
+
+
+def python(*arguments: str, cwd: Path, **environment: str) -> str:
+    """Runs this interpreter and returns what it wrote; a failure shows both of its streams."""
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{arguments} failed:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def copy_checkout(target: Path) -> Path:
+    """Copies the checkout without anything that is generated, as a fresh clone would have it."""
+    return Path(shutil.copytree(ROOT, target, ignore=GENERATED))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built from a checkout in which stray files lie about."""
+    source = copy_checkout(tmp_path_factory.mktemp("source") / "my-clone")
+    for stray in ("conftest.py", "runs/demo/left.py", "build/lib/listen/removed.py"):
+        (source / stray).parent.mkdir(parents=True, exist_ok=True)
+        (source / stray).write_text('"""Not part of the package."""\n')
+    out = tmp_path_factory.mktemp("wheel")
+    python("-m", "pip", "wheel", "-qq", "--no-deps", "--no-build-isolation", "-w", str(out), ".", cwd=source)
+    (built,) = out.iterdir()
+    return built
+
+
+@pytest.fixture(scope="module")
+def requirements(wheel: Path) -> dict[str, Requirement]:
+    """The requirements that the wheel's metadata states, by canonical name."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
+        metadata = HeaderParser().parsestr(archive.read(name).decode())
+    parsed = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
+    return {canonicalize_name(r.name): r for r in parsed}
+
+
+def pins() -> list[Requirement]:
+    """The lines of requirements.txt."""
+    lines = (line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines())
+    return [Requirement(line) for line in lines if line]
+
+
+def expected_modules() -> set[str]:
+    """Archive names of all modules by rule: the flat root modules and everything below the sub-packages."""
+    flat = {f"listen/{path.name}" for path in ROOT.glob("*.py") if path.stem not in {"setup", "conftest"}}
+    nested = {f"listen/{path.relative_to(ROOT)}" for name in SUBPACKAGES for path in (ROOT / name).rglob("*.py")}
+    return flat | nested
+
+
+def test_wheel_holds_exactly_the_package(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    info = {name for name in names if ".dist-info/" in name}
+    assert names - info == expected_modules() | {"listen/py.typed"}
+    assert any(name.endswith("LICENSE") for name in info)
+
+
+def test_subpackages_hold_code_only() -> None:
+    """Data files would need a package_data entry to be shipped; there are none to forget."""
+    stray = [
+        path.relative_to(ROOT)
+        for name in SUBPACKAGES
+        for path in (ROOT / name).rglob("*")
+        if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts
+    ]
+    assert stray == []
+
+
+def test_every_module_of_the_wheel_imports(wheel: Path, tmp_path: Path) -> None:
+    python("-m", "pip", "install", "-qq", "--no-deps", "--target", str(tmp_path), str(wheel), cwd=tmp_path)
+    program = (
+        "import importlib, pkgutil, listen\n"
+        "names = [m.name for m in pkgutil.walk_packages(listen.__path__, 'listen.')]\n"
+        "modules = [importlib.import_module(name) for name in names]\n"
+        "print(listen.__file__, len(modules))"
+    )
+    where, count = python("-c", program, cwd=Path("/"), PYTHONPATH=str(tmp_path)).split()
+    assert Path(where) == tmp_path / "listen" / "__init__.py"
+    assert int(count) == len(expected_modules()) - 1  # all but listen/__init__.py itself
+
+
+def test_requirements_have_bounds_and_hold_the_design_card(requirements: dict[str, Requirement]) -> None:
+    hard = {name: r for name, r in requirements.items() if r.marker is None}
+    assert {canonicalize_name(name) for name in CARD} <= set(hard)
+    for requirement in requirements.values():
+        assert any(s.operator in {">=", "=="} for s in requirement.specifier), f"no lower bound: {requirement}"
+    assert hard["transformers"].specifier == Requirement("transformers>=5.23").specifier
+    assert str(requirements["espeakng-loader"].marker) == 'extra == "demo"'
+
+
+def test_each_requirement_states_its_reason() -> None:
+    lines = re.findall(r'^ +"[\w-]+[>=]=[\d.]+",.*$', (ROOT / "setup.py").read_text(), flags=re.MULTILINE)
+    assert len(lines) >= len(CARD)
+    assert [line for line in lines if not re.search(r"  # \w+", line)] == []
+
+
+def test_pins_are_exact_start_with_torch_and_cover_setup(requirements: dict[str, Requirement]) -> None:
+    exact = {canonicalize_name(pin.name): pin for pin in pins()}
+    assert str(pins()[0]) == "torch==2.13.0"
+    assert set(exact) == set(requirements)
+    for name, pin in exact.items():
+        (specifier,) = pin.specifier
+        assert specifier.operator == "=="
+        assert specifier.version in requirements[name].specifier, f"{pin} is outside {requirements[name]}"
+
+
+@pytest.mark.parametrize("pin", pins(), ids=str)
+def test_tests_run_on_the_pins(pin: Requirement) -> None:
+    installed = Version(importlib.metadata.version(pin.name))
+    assert installed.public in pin.specifier  # a local build such as 2.13.0+cpu is the pinned version
+
+
+def test_editable_install_imports_from_elsewhere(tmp_path: Path) -> None:
+    where = python("-c", "import listen, listen.data.tasks; print(listen.__file__)", cwd=tmp_path)
+    assert Path(where.strip()) == ROOT / "__init__.py"
+
+
+@pytest.mark.slow
+def test_editable_install_works_in_a_stock_environment(tmp_path: Path) -> None:
+    """The pip and setuptools that `venv` itself brings must be enough."""
+    source = copy_checkout(tmp_path / "my-clone")
+    python("-m", "venv", "fresh", cwd=tmp_path)
+    interpreter = tmp_path / "fresh" / "bin" / "python"
+    done = subprocess.run(
+        [interpreter, "-m", "pip", "install", "-q", "--no-deps", "-e", source], capture_output=True, text=True
+    )
+    if "No matching distribution found for setuptools" in done.stderr:
+        pytest.skip("no package registry to fetch the build backend from")
+    assert done.returncode == 0, done.stderr
+    program = "import importlib.util; print(importlib.util.find_spec('listen').origin)"  # finds without importing torch
+    found = subprocess.run([interpreter, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert found.stdout.strip() == str(source / "__init__.py"), found.stderr
+
+
+def test_pytest_collects_in_a_folder_of_any_name(tmp_path: Path) -> None:
+    clone = copy_checkout(tmp_path / "a clone-with.odd name")
+    listed = python("-m", "pytest", "--collect-only", "-q", "tests/test_packaging.py", cwd=clone)
+    assert "tests/test_packaging.py::test_pytest_collects_in_a_folder_of_any_name" in listed
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_ci_passes_on_real_data_and_exit_code(tmp_path: Path, status: int) -> None:
+    clone = tmp_path / "clone"
+    (clone / ".ci").mkdir(parents=True)
+    shutil.copy(ROOT / ".ci" / "run", clone / ".ci" / "run")
+    (clone / "Makefile").write_text(f'test:\n\t@echo "data=$(LISTEN_REAL_DATA)"; exit {status}\n')
+    environment = {key: value for key, value in os.environ.items() if key != "LISTEN_REAL_DATA"}
+    for expected in ("data=", f"data={tmp_path / 'shared' / 'data'}"):
+        done = subprocess.run(["bash", clone / ".ci" / "run"], env=environment, cwd="/", capture_output=True, text=True)
+        assert (done.stdout.splitlines()[0], done.returncode == 0) == (expected, status == 0)
+        (tmp_path / "shared" / "data").mkdir(parents=True, exist_ok=True)
