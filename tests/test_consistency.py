@@ -34,7 +34,7 @@ HUB_PACKAGES = {
     "numpy",
     "safetensors",
     "huggingface_hub",
-}  # transformers brings the last three
+}  # all with transformers
 # written in pieces, so that this file may be read by its own rule
 FORBIDDEN = [r"\bTO" r"DO\b", r"\bFIX" r"ME\b", r"\bXX" r"X\b", r"(?<![\w.])/wo" r"rk/", r"/ro" r"ot/", r"/ho" r"me/\w"]
 
