@@ -166,13 +166,13 @@ class BeatsAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.gate_proj = nn.Linear(self.head_dim, 8)
-        self.gate_scale = nn.Parameter(torch.empty(1, self.num_heads, 1))
+        self.gate_scale = nn.Parameter(torch.empty(1, self.num_heads, 1, 1))
 
     def position_gate(self, query: torch.Tensor) -> torch.Tensor:
         """Factor on the bias for each head and query: `(batch, heads, tokens, head_dim)` -> `(batch, heads, tokens, 1)`."""
         sums = self.gate_proj(query).unflatten(-1, (2, 4)).sum(-1)  # (batch, heads, tokens, 2)
-        select, reset = torch.sigmoid(sums).unbind(-1)  # 2 x (batch, heads, tokens)
-        return (select * (reset * self.gate_scale - 1.0) + 2.0).unsqueeze(-1)
+        select, reset = torch.sigmoid(sums).chunk(2, dim=-1)  # 2 x (batch, heads, tokens, 1)
+        return select * (reset * self.gate_scale - 1.0) + 2.0
 
     def forward(
         self, hidden_states: torch.Tensor, position_bias: torch.Tensor, padding_bias: torch.Tensor
