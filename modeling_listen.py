@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -755,9 +755,14 @@ class ListenForConditionalGeneration(ListenModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, is_first_iteration: bool | None = False, **kwargs: Any
     ) -> dict[str, Any]:
-        """As upstream; encoder frames and what picks the prompts reach the first forward pass alone."""
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
-        if not is_first_iteration and kwargs.get("use_cache", True):
+        """As upstream; encoder frames and what picks the prompts reach the first forward pass alone.
+
+        An empty cache too means the first pass: an assistant's passes are never called so, yet it must hear.
+        """
+        cache = kwargs.get("past_key_values")
+        first = is_first_iteration or (cache is not None and cache.get_seq_length() == 0)
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=first, **kwargs)
+        if not first and kwargs.get("use_cache", True):
             for name in _PREFILL_ONLY:
                 inputs.pop(name, None)
         return inputs
@@ -794,13 +799,14 @@ class ListenForConditionalGeneration(ListenModel, GenerationMixin):
             model_kwargs.update(_take(encoded, [i for chunks in by_row for _ in range(expand_size) for i in chunks]))
         return input_ids, model_kwargs
 
-    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
-        """As upstream; processors never see placeholder ids above the vocabulary, for which there are no scores."""
-        processors = super()._get_logits_processor(*args, **kwargs)
-        vocabulary = self.config.get_text_config().vocab_size
-        if max(self.config.audio_token_id or 0, self.config.prompt_token_id or 0) < vocabulary:
+    def _get_logits_processor(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
+        """As upstream, but processors never see placeholders: for ids above the vocabulary there are no scores."""
+        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
+        placeholders = [self.config.audio_token_id, self.config.prompt_token_id]
+        if not processors or None in placeholders:
             return processors
-        return PlaceholderBlindProcessors(processors, vocabulary)
+        pad = generation_config.pad_token_id
+        return PlaceholderBlindProcessors(processors, placeholders, pad)
 
 
 _AUDIO_INPUTS = (

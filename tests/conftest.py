@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from listen.configuration_listen import ListenConfig
+from listen.feature_extraction_listen import ListenFeatureExtractor
 from listen.modeling_listen import ListenForConditionalGeneration
 
 VOCABULARY = 99
@@ -75,3 +76,42 @@ def model() -> ListenForConditionalGeneration:
 def shared_model() -> ListenForConditionalGeneration:
     """A tiny random model that no test may change."""
     return tiny_model()
+
+
+def clip(seconds: float, seed: int = 0) -> torch.Tensor:
+    """Noise of `seconds`, `(samples,)` at 16 kHz."""
+    return 0.1 * torch.randn(int(16000 * seconds), generator=torch.Generator().manual_seed(seed))
+
+
+def make_inputs(
+    model: ListenForConditionalGeneration,
+    rows: list[list[torch.Tensor]],
+    num_prompts: int | list[int] = 3,
+    text: list[list[int]] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Model inputs for rows of clips, each row `[prompts][BOS][clips][text]`, left-padded.
+
+    Args:
+        model: Counts the audio embeddings.
+        rows: Clips of each row.
+        num_prompts: Prompts of each row, or of all.
+        text: Ids that end each row; some that tell the rows apart by default.
+    """
+    extractor = ListenFeatureExtractor()
+    clips = [c.numpy() for row in rows for c in row]
+    audio = dict(extractor(clips, sampling_rate=16000, return_tensors="pt")) if clips else {}
+    lengths = iter(model.get_audio_features(**audio).lengths.tolist() if clips else [])
+    counts = num_prompts if isinstance(num_prompts, list) else [num_prompts] * len(rows)
+    ids = []
+    for i, row in enumerate(rows):
+        heard = [
+            AUDIO_ID
+            for c in row
+            for _ in range(extractor.num_chunks(len(c)))
+            for _ in range(next(lengths))
+        ]
+        ids.append([PROMPT_ID] * counts[i] + [1, *heard, *(text[i] if text else [10 + i, 7, 8, 9])])
+    longest = max(map(len, ids))
+    audio["input_ids"] = torch.tensor([[0] * (longest - len(r)) + r for r in ids])
+    audio["attention_mask"] = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in ids])
+    return audio

@@ -1,0 +1,89 @@
+"""The windowed Q-Former: every frame is read once, padding never."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import tiny_config
+from listen.modeling_connector import WindowQFormer
+
+SPEECH, AUDIO, TEXT, WINDOW = 12, 8, 20, 17
+
+
+@pytest.fixture()
+def connector() -> WindowQFormer:
+    torch.manual_seed(0)
+    module = WindowQFormer(tiny_config().connector_config, SPEECH, AUDIO, TEXT).eval()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=0.3)
+    return module
+
+
+def frames(length: int, width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    states = torch.randn(1, length, width, generator=torch.Generator().manual_seed(seed))
+    return states, torch.ones(1, length, dtype=torch.long)
+
+
+def pad(states: torch.Tensor, mask: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    missing = length - states.shape[1]
+    noise = 9.0 * torch.randn(1, missing, states.shape[2])  # what padding holds must not matter
+    return torch.cat([states, noise], 1), torch.cat([mask, torch.zeros(1, missing, dtype=torch.long)], 1)
+
+
+@pytest.mark.parametrize(("length", "expected"), [(1, 1), (16, 1), (17, 1), (18, 2), (34, 2), (1500, 89)])
+def test_a_clip_gives_one_embedding_per_started_window(connector: WindowQFormer, length: int, expected: int) -> None:
+    embeddings, lengths = connector(*frames(length, SPEECH), *frames(length, AUDIO))
+    assert embeddings.shape == (expected, TEXT)
+    assert lengths.tolist() == [expected]
+    assert connector.lengths(torch.tensor([length])).tolist() == [expected]
+
+
+def test_padded_frames_are_not_heard(connector: WindowQFormer) -> None:
+    speech, audio = frames(40, SPEECH, 1), frames(37, AUDIO, 2)
+    alone, _ = connector(*speech, *audio)
+    padded, lengths = connector(*pad(*speech, 90), *pad(*audio, 80))
+    assert lengths.tolist() == [3]
+    torch.testing.assert_close(padded, alone, atol=1e-5, rtol=1e-4)
+
+
+def test_the_partial_window_equals_its_frames_cut_out(connector: WindowQFormer) -> None:
+    speech, audio = frames(20, SPEECH, 1), frames(20, AUDIO, 2)
+    whole, _ = connector(*speech, *audio)
+    tail, _ = connector(speech[0][:, WINDOW:], speech[1][:, WINDOW:], audio[0][:, WINDOW:], audio[1][:, WINDOW:])
+    torch.testing.assert_close(whole[1:], tail, atol=1e-5, rtol=1e-4)
+
+
+def test_windows_are_read_apart(connector: WindowQFormer) -> None:
+    speech, audio = frames(51, SPEECH, 1), frames(51, AUDIO, 2)
+    before, _ = connector(*speech, *audio)
+    speech[0][:, 20] = torch.randn(SPEECH)
+    after, _ = connector(*speech, *audio)
+    moved = (after - before).abs().amax(-1) > 1e-4
+    assert moved.tolist() == [False, True, False]
+
+
+def test_streams_are_normalised_then_laid_side_by_side(connector: WindowQFormer) -> None:
+    speech, audio = frames(20, SPEECH, 1), frames(18, AUDIO, 2)
+    fused, mask = connector.fuse(*speech, *audio)
+    torch.testing.assert_close(fused[..., :SPEECH], connector.speech_norm(speech[0]))
+    torch.testing.assert_close(fused[:, :18, SPEECH:], connector.audio_norm(audio[0]))
+    assert not fused[:, 18:, SPEECH:].any()
+    assert mask.sum() == 20
+
+
+def test_several_queries_give_several_embeddings() -> None:
+    config = tiny_config(connector_config={"hidden_size": 32, "num_attention_heads": 2, "num_queries": 3})
+    module = WindowQFormer(config.connector_config, SPEECH, 0, TEXT)
+    embeddings, lengths = module(*frames(35, SPEECH))
+    assert embeddings.shape == (9, TEXT)
+    assert lengths.tolist() == module.lengths(torch.tensor([35])).tolist() == [9]
+
+
+def test_an_empty_chunk_gives_nothing_and_no_nan(connector: WindowQFormer) -> None:
+    speech, audio = frames(20, SPEECH), frames(20, AUDIO)
+    silent = torch.zeros_like(speech[1])
+    both = (torch.cat([speech[0]] * 2), torch.cat([speech[1], silent]))
+    embeddings, lengths = connector(*both, torch.cat([audio[0]] * 2), torch.cat([audio[1], silent]))
+    assert lengths.tolist() == [2, 0]
+    assert embeddings.isfinite().all()

@@ -1,0 +1,208 @@
+"""The pool against the formulas, written out slowly."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from listen.configuration_listen import ListenPromptPoolConfig
+from listen.modeling_prompt_pool import ListenPromptPool
+
+POOL, WIDTH, BATCH = 10, 8, 5
+
+
+def make_pool(strategy: str, seed: int = 0, **kwargs: object) -> ListenPromptPool:
+    torch.manual_seed(seed)
+    config = ListenPromptPoolConfig(pool_size=POOL, num_prompts=4, strategy=strategy, **kwargs)
+    pool = ListenPromptPool(config, WIDTH)
+    with torch.no_grad():
+        for parameter in pool.parameters():
+            parameter.normal_()
+    return pool.eval()
+
+
+@pytest.fixture()
+def query() -> torch.Tensor:
+    return torch.randn(BATCH, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+def full(k: int) -> torch.Tensor:
+    return torch.full((BATCH,), k)
+
+
+def test_similarity_takes_the_nearest_keys_by_cosine_best_first(query: torch.Tensor) -> None:
+    pool = make_pool("similarity")
+    prompts, selection = pool(query, full(4))
+    for row in range(BATCH):
+        cosines = [float(torch.cosine_similarity(query[row], key, dim=0)) for key in pool.keys.detach()]
+        best = sorted(range(POOL), key=lambda i: -cosines[i])[:4]
+        assert selection.indices[row].tolist() == best
+        torch.testing.assert_close(selection.scores[row], torch.tensor([cosines[i] for i in best]))
+        torch.testing.assert_close(prompts.view(BATCH, 4, WIDTH)[row], pool.values[best])
+        distance = sum(float((query[row] - pool.keys[i]).detach().norm()) for i in best)
+        assert selection.key_loss[row].item() == pytest.approx(distance, rel=1e-5)
+
+
+def test_similarity_key_loss_of_the_authors_code(query: torch.Tensor) -> None:
+    pool = make_pool("similarity", key_loss_type="similarity")
+    _, selection = pool(query, full(3))
+    for row in range(BATCH):
+        cosines = torch.stack([torch.cosine_similarity(query[row], key, dim=0) for key in pool.keys])
+        expected = -cosines.softmax(0)[selection.indices[row]].sum()
+        torch.testing.assert_close(selection.key_loss[row], expected)
+
+
+def test_attention_scales_values_by_renormalised_weights(query: torch.Tensor) -> None:
+    pool = make_pool("attention")
+    prompts, selection = pool(query, full(4))
+    for row in range(BATCH):
+        weights = (pool.keys @ query[row] / math.sqrt(WIDTH)).softmax(0)
+        top = weights.topk(4)
+        assert selection.indices[row].tolist() == top.indices.tolist()
+        scale = top.values / top.values.sum() * 4
+        expected = pool.values[top.indices] * scale[:, None]
+        torch.testing.assert_close(prompts.view(BATCH, 4, WIDTH)[row], expected)
+    assert selection.key_loss.tolist() == [0.0] * BATCH
+
+
+def test_uniform_attention_leaves_the_values_alone(query: torch.Tensor) -> None:
+    pool = make_pool("attention")
+    pool.keys.data.zero_()
+    prompts, selection = pool(query, full(POOL))
+    torch.testing.assert_close(prompts.view(BATCH, POOL, WIDTH), pool.values[selection.indices])
+
+
+def test_attention_teaches_the_keys(query: torch.Tensor) -> None:
+    pool = make_pool("attention")
+    pool(query, full(3))[0].square().sum().backward()
+    assert pool.keys.grad.abs().sum() > 0
+
+
+def test_residual_picks_greedily_from_what_is_left(query: torch.Tensor) -> None:
+    pool = make_pool("residual")
+    _, selection = pool(query, full(4))
+    for row in range(BATCH):
+        residual, used = query[row].clone(), []
+        for _ in range(4):
+            distances = {i: float((residual - pool.keys[i]).detach().norm()) for i in range(POOL) if i not in used}
+            used.append(min(distances, key=distances.get))
+            residual = residual - pool.keys[used[-1]]
+        assert selection.indices[row].tolist() == used
+        torch.testing.assert_close(selection.key_loss[row], residual.norm())
+
+
+def test_fixed_is_the_same_for_all(query: torch.Tensor) -> None:
+    prompts, selection = make_pool("fixed")(query, full(3))
+    assert selection.indices.tolist() == [[0, 1, 2]] * BATCH
+    assert "keys" not in dict(make_pool("fixed").named_parameters())
+
+
+def test_random_draws_without_replacement(query: torch.Tensor) -> None:
+    pool = make_pool("random")
+    torch.manual_seed(3)
+    _, first = pool(query, full(POOL))
+    _, second = pool(query, full(POOL))
+    assert all(sorted(row) == list(range(POOL)) for row in first.indices.tolist())
+    assert not torch.equal(first.indices, second.indices)
+
+
+def test_tasks_own_disjoint_parts_and_share_the_rest(query: torch.Tensor) -> None:
+    pool = make_pool("task", tasks=["asr", "er"], shared_fraction=0.4)
+    task_ids = torch.tensor([0, 1, 0, 1, 1])
+    _, selection = pool(query, full(7), task_ids)
+    asr, er = (set(selection.indices[row].tolist()) for row in (0, 1))
+    assert asr & er == set(range(4)) and len(asr - er) == 3 and len(er - asr) == 3
+    assert asr | er == set(range(POOL))
+    _, fewer = pool(query, full(4), task_ids)
+    assert 0 < len(set(fewer.indices[0].tolist()) & asr & er) < 4  # any k holds own and shared prompts
+    with pytest.raises(ValueError, match="0=asr, 1=er"):
+        pool(query, full(2))
+    with pytest.raises(ValueError, match="unknown task"):
+        pool(query, full(2), torch.tensor([0, 2, 0, 0, 0]))
+
+
+@pytest.mark.parametrize("strategy", ["similarity", "attention", "residual", "fixed"])
+def test_a_row_depends_neither_on_its_mates_nor_on_their_k(strategy: str, query: torch.Tensor) -> None:
+    pool = make_pool(strategy)
+    counts = torch.tensor([0, 4, 1, 3, 2])
+    prompts, selection = pool(query, counts)
+    rows = prompts.split(counts.tolist())
+    for i, count in enumerate(counts.tolist()):
+        if count == 0:
+            assert selection.key_loss[i].item() == 0.0
+            continue
+        alone, single = pool(query[i : i + 1], counts[i : i + 1])
+        torch.testing.assert_close(rows[i], alone)
+        torch.testing.assert_close(selection.key_loss[i], single.key_loss[0])
+        assert selection.indices[i, :count].tolist() == single.indices[0].tolist()
+
+
+def test_fewer_prompts_are_a_prefix_of_more(query: torch.Tensor) -> None:
+    for strategy in ("similarity", "attention", "residual", "fixed"):
+        pool = make_pool(strategy)
+        assert torch.equal(pool(query, full(8))[1].indices[:, :3], pool(query, full(3))[1].indices)
+
+
+def test_key_loss_pulls_keys_and_queries_together(query: torch.Tensor) -> None:
+    pool = make_pool("similarity", score_dropout=0.0).train()
+    optimizer = torch.optim.SGD(pool.parameters(), lr=0.05)
+    losses = []
+    for _ in range(100):
+        loss = pool(query, full(2))[1].key_loss.mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.75 * losses[0]  # several queries share keys: the distance cannot vanish
+
+
+def test_key_loss_is_finite_where_a_key_equals_the_query(query: torch.Tensor) -> None:
+    pool = make_pool("similarity")
+    pool.keys.data[:BATCH] = query
+    pool(query, full(1))[1].key_loss.sum().backward()
+    assert pool.keys.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("strategy", ["similarity", "attention", "residual"])
+def test_score_dropout_acts_in_training_alone(strategy: str, query: torch.Tensor) -> None:
+    pool = make_pool(strategy, score_dropout=0.5)
+    steady = [pool(query, full(4))[1].indices for _ in range(4)]
+    assert all(torch.equal(steady[0], other) for other in steady)
+    pool.train()
+    torch.manual_seed(0)
+    noisy = [pool(query, full(4))[1].indices for _ in range(4)]
+    assert any(not torch.equal(steady[0], other) for other in noisy)
+    assert all(len(set(row)) == 4 for selection in noisy for row in selection.tolist())
+
+
+def test_centred_queries_spread_over_keys_that_alike_queries_would_leave(query: torch.Tensor) -> None:
+    alike = 100.0 + query  # what all tasks share drowns what sets them apart
+    plain, centred = make_pool("similarity"), make_pool("similarity", center_query=True)
+    assert len(set(plain(alike, full(1))[1].indices.flatten().tolist())) == 1
+    centred.initialize_keys(alike)
+    assert len(set(centred(alike, full(1))[1].indices.flatten().tolist())) > 1
+    before = centred.query_mean.clone()
+    centred(alike + 5, full(1))
+    assert torch.equal(before, centred.query_mean)
+    centred.train()(alike + 5, full(1))
+    torch.testing.assert_close(centred.query_mean, before + 0.01 * 5)
+
+
+def test_values_start_at_the_mean_embedding() -> None:
+    pool = make_pool("similarity")
+    before, embedding = pool.values.detach().clone(), torch.randn(50, WIDTH)
+    pool.initialize_values(embedding)
+    torch.testing.assert_close(pool.values.data, before + embedding.mean(0))
+
+
+def test_mixed_precision_does_not_change_the_choice(query: torch.Tensor) -> None:
+    pool = make_pool("similarity")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = pool(query, full(4))[1]
+    assert torch.equal(mixed.scores, pool(query, full(4))[1].scores)
+
+
+def test_too_many_prompts_is_an_error(query: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="asks for 11 prompts but the pool can give 10"):
+        make_pool("similarity")(query, full(11))
