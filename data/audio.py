@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import fsspec
 import numpy as np
-from transformers.audio_utils import load_audio
+
+from ..audio_listen import load_waveform
 
 
 def read_clip(clip: Mapping[str, Any], sampling_rate: int) -> np.ndarray:
@@ -30,11 +30,7 @@ def read_clip(clip: Mapping[str, Any], sampling_rate: int) -> np.ndarray:
     if data is None and ("::" in path or ("://" in path and not path.startswith(("http://", "https://")))):
         with fsspec.open(path, "rb") as file:
             data = file.read()
-    source = path if data is None else "data:audio;base64," + base64.b64encode(data).decode("ascii")
-    try:
-        return load_audio(source, sampling_rate=sampling_rate)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"cannot decode the audio of {path or 'a clip given as bytes'}: {error}") from error
+    return load_waveform(path if data is None else data, target_rate=sampling_rate)
 
 
 def read_clips(

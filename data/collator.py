@@ -1,0 +1,227 @@
+"""From rows of data to model inputs: wording, chat template, audio or stored features, prompts and labels.
+
+Everything random (the wording, the reference, k) is drawn from the seed, the epoch and the ids of the batch's rows and
+from nothing else. So it does not depend on workers or on where a run was interrupted: resuming equals a straight run.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from .audio import read_clips
+from .features import EncodedRecording, FeatureStore, collate_features, recordings_of
+from .manifest import extra_fields
+from .tasks import get_task
+
+IGNORED = -100
+_FRAME_MULTIPLE = 32  # frames of 10 ms that audio features are rounded up to; few shapes are faster
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row, worded.
+
+    Attributes:
+        prompt: rendered chat up to where the answer begins, with one `<|audio|>` a recording.
+        answer: what follows, up to the token that ends the turn.
+        instruction: wording of the task that was used.
+        response: answer in plain text.
+    """
+
+    prompt: str
+    answer: str
+    instruction: str
+    response: str
+
+
+class ListenCollator:
+    """Turns rows of the manifest schema into inputs of `ListenForConditionalGeneration`.
+
+    Args:
+        processor: a `ListenProcessor`; any chat template will do.
+        train: whether wordings and references are drawn, instead of the test wording and the first reference.
+        for_generation: give prompts only, to be continued by `generate`, and the rows beside them.
+        num_prompts: k; the processor's by default.
+        min_prompts: least k; with it, training draws k uniformly from `min_prompts` to `num_prompts` for each batch.
+        features: store of encoder features, used in place of audio.
+        join_silence_seconds: silence between the clips of rows that join them.
+        seed: fixes what is drawn.
+        pad_to_multiple_of: sequence lengths are rounded up to a multiple of it.
+
+    Raises:
+        ValueError: `min_prompts` outside 1..`num_prompts`, or options that exclude each other.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        train: bool = False,
+        for_generation: bool = False,
+        num_prompts: int | None = None,
+        min_prompts: int | None = None,
+        features: FeatureStore | None = None,
+        join_silence_seconds: float = 0.0,
+        seed: int = 0,
+        pad_to_multiple_of: int = 8,
+    ) -> None:
+        if train and for_generation:
+            raise ValueError("train=True needs answers and for_generation=True leaves them out; choose one")
+        self.processor = processor
+        self.train = train
+        self.for_generation = for_generation
+        self.num_prompts = processor.num_prompts if num_prompts is None else num_prompts
+        self.min_prompts = min_prompts
+        self.features = features
+        self.join_silence_seconds = join_silence_seconds
+        self.seed = seed
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self._epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers that live on see it change
+        if min_prompts is not None and not 1 <= min_prompts <= self.num_prompts:
+            raise ValueError(f"min_prompts={min_prompts} must lie in 1..num_prompts={self.num_prompts}")
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the epoch, so that the same rows are worded otherwise in the next one."""
+        self._epoch.fill_(epoch)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Model inputs for a batch.
+
+        Args:
+            rows: rows with the columns of `listen.data.manifest.FEATURES`.
+
+        Returns:
+            `input_ids`, `attention_mask` `(batch, sequence)`, padded on the left; the audio inputs of all recordings
+            in order; `task_ids` `(batch,)` for pools divided among tasks. For training and loss also `labels`
+            `(batch, sequence)`, -100 before the answers, and `logits_to_keep`, the number of last positions that hold
+            all of them. For generation also `rows`, a list of mappings that describe the samples.
+
+        Raises:
+            ValueError: a row that cannot be worded or read; the message names it.
+        """
+        rng = random.Random("|".join([str(self.seed), str(int(self._epoch)), *(str(row["id"]) for row in rows)]))
+        num_prompts = self.draw_num_prompts(rng)
+        examples = [self.word(row, rng) for row in rows]
+        inputs = self._prompt_inputs(rows, examples, num_prompts)
+        if self.for_generation:
+            return {**inputs, "rows": [_describe(row, item) for row, item in zip(rows, examples, strict=True)]}
+        return self._with_answers(inputs, examples)
+
+    def draw_num_prompts(self, rng: random.Random) -> int:
+        """k of one batch."""
+        if not self.train or self.min_prompts is None:
+            return self.num_prompts
+        return rng.randint(self.min_prompts, self.num_prompts)
+
+    def word(self, row: Mapping[str, Any], rng: random.Random) -> Example:
+        """Choose instruction and response of a row and render them in the LLM's chat format.
+
+        Raises:
+            ValueError: no response, or a chat template that does not keep it.
+        """
+        draw = rng if self.train else None
+        responses = [response.strip() for response in row["response"]]
+        response = draw.choice(responses) if draw else responses[0]
+        if not response:
+            raise ValueError(f"row {row['id']!r} has an empty response; take it out or give it one")
+        instruction = row.get("instruction") or get_task(row["task"]).instruction(row.get("question"), draw)
+        audio = [{"type": "audio"} for _ in recordings_of(row)]
+        user = {"role": "user", "content": [*audio, {"type": "text", "text": instruction}]}
+        prompt = self.processor.apply_chat_template([user], add_generation_prompt=True)
+        return Example(prompt, self._answer(user, prompt, response), instruction, response)
+
+    def _answer(self, user: dict[str, Any], prompt: str, response: str) -> str:
+        """The response as the template writes it after the generation prompt, and the token that ends the turn."""
+        full = self.processor.apply_chat_template([user, {"role": "assistant", "content": response}])
+        # some templates write the turn of an assistant in another way than they begin one for generation
+        answer = full[len(prompt) :] if full.startswith(prompt) else full[full.rfind(response) :]
+        start = answer.find(response)
+        if start < 0:
+            raise ValueError(f"the chat template does not write the response {response!r} as it is; set another one")
+        end = start + len(response)
+        return answer[:end] + self._end_of_turn(answer[end:])
+
+    def _end_of_turn(self, tail: str) -> str:
+        tokenizer = self.processor.tokenizer
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        found = [(tail.index(token), token) for token in special if token in tail]
+        if not found:
+            return tokenizer.eos_token
+        position, token = min(found)
+        return tail[:position] + token
+
+    def _prompt_inputs(
+        self, rows: Sequence[Mapping[str, Any]], examples: Sequence[Example], num_prompts: int
+    ) -> dict[str, Any]:
+        texts = [example.prompt for example in examples]
+        options = {
+            "num_prompts": num_prompts,
+            "task": [row["task"] for row in rows],
+            "pad_to_multiple_of": self.pad_to_multiple_of,
+        }
+        if self.features is not None:
+            stored: list[EncodedRecording] = [item for row in rows for item in self.features.recordings(row)]
+            inputs = self.processor(texts, num_samples=[item.num_samples for item in stored], **options)
+            return {**inputs, **collate_features(stored)}
+        rate = self.processor.feature_extractor.sampling_rate
+        waves = [self._read(row, rate) for row in rows]
+        inputs = dict(self.processor(texts, audio=waves, sampling_rate=rate, **options))
+        fixed = getattr(self.processor.feature_extractor, "pad_to_30s", False)
+        return {**inputs, **_round_frames(inputs, ("input_values",) if fixed else ("input_features", "input_values"))}
+
+    def _read(self, row: Mapping[str, Any], sampling_rate: int) -> list[np.ndarray]:
+        try:
+            return read_clips(row["audio"], sampling_rate, bool(row.get("join")), self.join_silence_seconds)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"row {row['id']!r}: {error}") from error
+
+    def _with_answers(self, inputs: dict[str, Any], examples: Sequence[Example]) -> dict[str, Any]:
+        tokenizer = self.processor.tokenizer
+        answers = tokenizer([example.answer for example in examples], add_special_tokens=False)["input_ids"]
+        prompts = [
+            ids[mask.bool()].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+        ]
+        full = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+        length = self._rounded(max(map(len, full)))
+        labels = [[IGNORED] * (length - len(answer)) + answer for answer in answers]
+        batch = {
+            **inputs,
+            "input_ids": torch.tensor([[tokenizer.pad_token_id] * (length - len(ids)) + ids for ids in full]),
+            "attention_mask": torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in full]),
+            "labels": torch.tensor(labels),  # (batch, sequence)
+        }
+        # one more than the longest answer: the position before it predicts its first token
+        batch["logits_to_keep"] = min(length, self._rounded(max(map(len, answers)) + 1))
+        return batch
+
+    def _rounded(self, length: int) -> int:
+        return -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
+
+
+def _round_frames(inputs: Mapping[str, Any], names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Audio features padded to few lengths; their masks tell what is real."""
+    rounded: dict[str, torch.Tensor] = {}
+    for name in names:
+        if name not in inputs:
+            continue
+        missing = -inputs[f"{name}_mask"].shape[1] % _FRAME_MULTIPLE
+        padding = (0, missing) if name == "input_features" else (0, 0, 0, missing)
+        rounded[name] = torch.nn.functional.pad(inputs[name], padding)  # (chunks, bins, frames) or (chunks, frames, bins)
+        rounded[f"{name}_mask"] = torch.nn.functional.pad(inputs[f"{name}_mask"], (0, missing))  # (chunks, frames)
+    return rounded
+
+
+def _describe(row: Mapping[str, Any], example: Example) -> dict[str, Any]:
+    return {
+        "id": row["id"],
+        "task": row["task"],
+        "instruction": example.instruction,
+        "question": row.get("question"),
+        "references": list(row["response"]),
+        "extra": extra_fields(row),
+    }

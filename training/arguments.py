@@ -1,0 +1,402 @@
+"""Arguments of a training run: documented dataclasses, filled from a YAML file and the command line.
+
+A file has one section a dataclass; any value can be overridden by its dotted name, or by its bare name where only one
+section has it:
+
+    accelerate launch examples/train.py --config examples/configs/listen-llama3-8b.yaml \\
+        --model.prompt_pool.pool_size 200 --training.learning_rate 1e-4 --bf16
+
+Values are read as YAML (`true`, `1e-4`, `[a, b]`, `{x: 1}`, `null`); a flag without a value is `true`. A name that no
+section knows is an error which names the closest one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import TrainingArguments
+
+from ..data.manifest import LOADERS
+from ..data.mixing import STRATEGIES
+
+
+class ArgumentError(ValueError):
+    """An argument that does not exist or has an impossible value; the message names it and the fix."""
+
+
+@dataclass
+class ModelArguments:
+    """What is trained.
+
+    Either `checkpoint` continues a LiSTEN model, or the backbones are named and a fresh adapter is put between them.
+
+    Attributes:
+        checkpoint: folder or Hub id of a LiSTEN checkpoint whose adapter is trained on.
+        preset: named configuration whose connector, pool and trainable parts are taken over.
+        speech_encoder: folder or Hub id of a Whisper checkpoint.
+        audio_encoder: folder or Hub id of a BEATs checkpoint in this package's format; null leaves the stream out.
+        language_model: folder or Hub id of a causal LLM; its tokenizer is used too.
+        revisions: revision of each backbone by its name above; `main` where absent.
+        connector: fields of `ListenConnectorConfig` that differ from the preset.
+        prompt_pool: fields of `ListenPromptPoolConfig` that differ from the preset; `{pool_size: 0}` is a model
+            without a pool.
+        trainable: parts that learn, see `ListenConfig.trainable`.
+        lora: arguments of `peft.LoraConfig` for a LoRA on the LLM.
+        pad_to_30s: whether Whisper sees every clip padded to 30 s.
+        dtype: type of the frozen backbones, such as `bfloat16`; `auto` keeps what their checkpoints have.
+        attn_implementation: `eager`, `sdpa`, `flash_attention_2`, ...; null is transformers' choice.
+    """
+
+    checkpoint: str | None = None
+    preset: str | None = None
+    speech_encoder: str | None = None
+    audio_encoder: str | None = None
+    language_model: str | None = None
+    revisions: dict[str, str] = field(default_factory=dict)
+    connector: dict[str, Any] = field(default_factory=dict)
+    prompt_pool: dict[str, Any] = field(default_factory=dict)
+    trainable: list[str] | None = None
+    lora: dict[str, Any] | None = None
+    pad_to_30s: bool | None = None
+    dtype: str = "auto"
+    attn_implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check that it is clear what to build.
+
+        Raises:
+            ArgumentError: neither a checkpoint nor backbones, or both.
+        """
+        named = [name for name in ("preset", "speech_encoder", "audio_encoder", "language_model") if getattr(self, name)]
+        if self.checkpoint and (named or self.connector or self.prompt_pool):
+            raise ArgumentError(
+                f"model.checkpoint={self.checkpoint!r} brings its own backbones and settings; "
+                f"leave out {', '.join(named) or 'connector and prompt_pool'}"
+            )
+        if not self.checkpoint and not (self.speech_encoder and self.language_model):
+            raise ArgumentError("name model.speech_encoder and model.language_model, or a model.checkpoint to train on")
+
+
+@dataclass
+class DataSource:
+    """One source of rows.
+
+    Attributes:
+        path: a manifest, a SALMONN annotation file, or what `datasets.load_dataset` takes.
+        format: `manifest`, `salmonn` or `datasets`; null tells by the name (`.jsonl`, `.json`, anything else).
+        task: task of all rows; a manifest's own tasks are kept, so leave it out there.
+        tasks: keep only rows of these tasks.
+        columns: our column -> column of the source, for `datasets`.
+        task_names: task names of a SALMONN file that are not known, and ours.
+        name: configuration of a Hub data set.
+        split: its part.
+        revision: its commit or tag.
+        data_files: files for a builder of `datasets`.
+        streaming: whether its rows are fetched as needed.
+        max_rows: use only so many rows, drawn at random.
+    """
+
+    path: str
+    format: str | None = None
+    task: str | None = None
+    tasks: list[str] | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    task_names: dict[str, str] = field(default_factory=dict)
+    name: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    data_files: str | list[str] | None = None
+    streaming: bool = False
+    max_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        """Tell the format.
+
+        Raises:
+            ArgumentError: an unknown format.
+        """
+        endings = {".jsonl": "manifest", ".json": "salmonn"}
+        self.format = self.format or endings.get(Path(self.path).suffix, "datasets")
+        if self.format not in LOADERS:
+            raise ArgumentError(f"{self.path}: format={self.format!r} is unknown; choose one of {', '.join(LOADERS)}")
+
+
+@dataclass
+class DataArguments:
+    """What is trained and evaluated on.
+
+    Attributes:
+        train: sources of training rows: paths or mappings with the fields of `DataSource`.
+        eval: sources of evaluation rows.
+        mixing: how tasks are mixed: `proportional`, `equal`, `temperature` or `weights`.
+        mixing_temperature: 1 is proportional, large is equal.
+        mixing_weights: share of each task, for `weights`.
+        features: folder of encoder features made by `examples/precompute_features.py`; null runs the encoders.
+        join_tasks: tasks whose clips are put into one recording; LiSTEN as published joins the two of `sv`.
+        join_silence_seconds: silence between joined clips; SALMONN's data has 0.1.
+        max_audio_seconds: leave out training rows with more audio; how many is logged.
+        max_eval_rows: evaluate on so many rows of each task.
+        check_files: whether a missing audio file is an error before training starts.
+    """
+
+    train: list[Any] = field(default_factory=list)
+    eval: list[Any] = field(default_factory=list)
+    mixing: str = "proportional"
+    mixing_temperature: float = 2.0
+    mixing_weights: dict[str, float] | None = None
+    features: str | None = None
+    join_tasks: list[str] = field(default_factory=list)
+    join_silence_seconds: float = 0.0
+    max_audio_seconds: float | None = None
+    max_eval_rows: int | None = None
+    check_files: bool = True
+
+    def __post_init__(self) -> None:
+        """Bring the sources into one form.
+
+        Raises:
+            ArgumentError: an unknown mixing strategy or field of a source.
+        """
+        self.train = [_source("data.train", item) for item in _as_list(self.train)]
+        self.eval = [_source("data.eval", item) for item in _as_list(self.eval)]
+        if self.mixing not in STRATEGIES:
+            raise ArgumentError(f"data.mixing={self.mixing!r} is unknown; choose one of {', '.join(STRATEGIES)}")
+
+
+@dataclass
+class ListenTrainingArguments(TrainingArguments):
+    """Hugging Face's `TrainingArguments`, with defaults for LiSTEN and a few fields of its own.
+
+    Attributes:
+        min_prompts: least k that training draws for a batch; the most is the pool's `num_prompts`. It takes effect
+            while the pool is `stochastic`.
+        generation_eval_rows: rows of each task that every evaluation answers by generation and scores; 0 for none.
+        generation_max_new_tokens: longest answer there.
+        generation_num_beams: beams there.
+        num_threads: threads of torch in this process; null leaves torch's choice. One is best for miniature models.
+        pad_to_multiple_of: sequences and stored features are padded to a multiple of it, so that few shapes occur.
+        lr_scheduler_kwargs: settings of the schedule, as in `TrainingArguments`.
+        resume: `true` goes on from the last checkpoint of the folder if there is one, a path from that checkpoint.
+    """
+
+    output_dir: str | None = field(default="runs/train")
+    learning_rate: float = field(default=3e-5)
+    weight_decay: float = field(default=0.05)
+    adam_beta2: float = field(default=0.999)
+    lr_scheduler_type: str = field(default="cosine")
+    logging_steps: float = field(default=10)
+    report_to: None | str | list[str] = field(default="tensorboard")
+    save_total_limit: int | None = field(default=3)
+    remove_unused_columns: bool = field(default=False)
+    label_names: list[str] | None = field(default_factory=lambda: ["labels"])
+    ddp_find_unused_parameters: bool | None = field(default=False)
+    min_prompts: int = field(default=1)
+    generation_eval_rows: int = field(default=0)
+    generation_max_new_tokens: int = field(default=128)
+    generation_num_beams: int = field(default=1)
+    num_threads: int | None = field(default=None)
+    pad_to_multiple_of: int = field(default=8)
+    resume: bool | str = field(default=False)
+
+    def __post_init__(self) -> None:
+        """As upstream.
+
+        Raises:
+            ArgumentError: a value out of range.
+        """
+        super().__post_init__()
+        for name in ("min_prompts", "pad_to_multiple_of", "generation_max_new_tokens", "generation_num_beams"):
+            if getattr(self, name) < 1:
+                raise ArgumentError(f"training.{name}={getattr(self, name)} must be at least 1")
+        if self.label_smoothing_factor:
+            raise ArgumentError("training.label_smoothing_factor would replace the model's own loss; leave it at 0")
+
+
+SECTIONS: dict[str, type] = {"model": ModelArguments, "data": DataArguments, "training": ListenTrainingArguments}
+"""Section of a file -> its dataclass."""
+
+
+@dataclass(frozen=True)
+class RunArguments:
+    """All arguments of a run.
+
+    Attributes:
+        model: section `model`.
+        data: section `data`.
+        training: section `training`.
+        raw: what the file and the command line said, for the run folder.
+    """
+
+    model: ModelArguments
+    data: DataArguments
+    training: ListenTrainingArguments
+    raw: dict[str, Any]
+
+
+def parse_arguments(argv: Sequence[str]) -> RunArguments:
+    """Read `--config FILE` and overrides.
+
+    Args:
+        argv: command line without the program's name.
+
+    Returns:
+        The checked arguments.
+
+    Raises:
+        ArgumentError: an unknown name, a missing value, or a value that cannot be.
+        FileNotFoundError: there is no such file.
+    """
+    overrides = _split(argv)
+    files = [value for name, value in overrides if name == "config"]
+    raw: dict[str, Any] = {}
+    for file in files:
+        _merge(raw, read_config(file))
+    for name, value in overrides:
+        if name != "config":
+            _set(raw, resolve_name(name), _parse_value(value))
+    return build_arguments(raw)
+
+
+def build_arguments(raw: Mapping[str, Any]) -> RunArguments:
+    """Arguments from nested mappings, as a file would hold them.
+
+    Raises:
+        ArgumentError: see `parse_arguments`.
+    """
+    _refuse_unknown(raw, list(SECTIONS), "")
+    built = {}
+    for section, kind in SECTIONS.items():
+        values = raw.get(section) or {}
+        _refuse_unknown(values, _field_names(kind), f"{section}.")
+        built[section] = kind(**values)
+    return RunArguments(**built, raw={section: dict(raw.get(section) or {}) for section in SECTIONS})
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a YAML file of sections.
+
+    Raises:
+        ArgumentError: it is not YAML, or not a mapping.
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader) or {}
+    except yaml.YAMLError as error:
+        raise ArgumentError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ArgumentError(f"{path} must hold the sections {', '.join(SECTIONS)}, found {type(content).__name__}")
+    return content
+
+
+def resolve_name(name: str) -> str:
+    """Dotted name of an argument given with or without its section.
+
+    Raises:
+        ArgumentError: no section has it, or several have.
+    """
+    if name.split(".")[0] in SECTIONS:
+        return name
+    homes = [section for section, kind in SECTIONS.items() if name.split(".")[0] in _field_names(kind)]
+    if len(homes) == 1:
+        return f"{homes[0]}.{name}"
+    if homes:
+        raise ArgumentError(f"--{name} is in the sections {', '.join(homes)}; write --{homes[0]}.{name}")
+    everything = [f"{section}.{known}" for section, kind in SECTIONS.items() for known in _field_names(kind)]
+    raise ArgumentError(f"unknown argument --{name}{_closest(name, everything)}")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats: PyYAML would read `1e-4` as text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _split(argv: Sequence[str]) -> list[tuple[str, str]]:
+    """`--a 1 --b=2 --c` as pairs."""
+    pairs: list[tuple[str, str]] = []
+    position = 0
+    while position < len(argv):
+        word = argv[position]
+        if not word.startswith("--"):
+            raise ArgumentError(f"expected --name before {word!r}")
+        name, equals, value = word[2:].partition("=")
+        position += 1
+        if not equals:
+            has_value = position < len(argv) and not argv[position].startswith("--")
+            value = argv[position] if has_value else "true"
+            position += has_value
+        pairs.append((name, value))
+    return pairs
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        return text
+
+
+def _set(raw: dict[str, Any], name: str, value: Any) -> None:
+    *parents, last = name.split(".")
+    node = raw
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ArgumentError(f"--{name}: {parent!r} holds {node!r}, which has no fields")
+    node[last] = value
+
+
+def _merge(base: dict[str, Any], other: Mapping[str, Any]) -> None:
+    for name, value in other.items():
+        if isinstance(value, Mapping) and isinstance(base.get(name), dict):
+            _merge(base[name], value)
+        else:
+            base[name] = value
+
+
+def _source(where: str, item: Any) -> DataSource:
+    if isinstance(item, DataSource):
+        return item
+    if isinstance(item, (str, os.PathLike)):
+        return DataSource(path=os.fspath(item))
+    if not isinstance(item, Mapping) or "path" not in item:
+        raise ArgumentError(f"{where}: a source is a path or a mapping with 'path', found {item!r}")
+    _refuse_unknown(item, _field_names(DataSource), f"{where}: ")
+    return DataSource(**item)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _field_names(kind: type) -> list[str]:
+    return [entry.name for entry in dataclasses.fields(kind) if entry.init]
+
+
+def _refuse_unknown(given: Any, known: Sequence[str], prefix: str) -> None:
+    if not isinstance(given, Mapping):
+        raise ArgumentError(f"{prefix.rstrip('.') or 'the file'} must be a mapping, found {given!r}")
+    for name in given:
+        if name not in known:
+            raise ArgumentError(f"unknown argument {prefix}{name}{_closest(str(name), known)}")
+
+
+def _closest(name: str, known: Sequence[str]) -> str:
+    bare = name.split(".")[-1]
+    close = difflib.get_close_matches(name, known, n=1) or [
+        full for full in known if difflib.get_close_matches(bare, [full.split(".")[-1]], n=1)
+    ]
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(known))}"
