@@ -249,7 +249,9 @@ class ListenFeatureExtractor(SequenceFeatureExtractor):
 
     def num_encoder_frames(self, num_samples: int) -> list[int]:
         """Real 50 Hz frames of each chunk of a clip after both encoders, the longer one of the two streams."""
-        return [max(self._speech_frames(length), self._audio_tokens(length)) for length in self.chunk_lengths(num_samples)]
+        return [
+            max(self._speech_frames(length), self._audio_tokens(length)) for length in self.chunk_lengths(num_samples)
+        ]
 
     def _speech_frames(self, length: int) -> int:
         return -(-(length // self.hop_length) // self.speech_downsampling)
@@ -337,7 +339,7 @@ class ListenFeatureExtractor(SequenceFeatureExtractor):
 def _stack(chunks: list[np.ndarray], samples: int) -> torch.Tensor:
     """Chunks followed by silence, `(chunks, samples)` float32."""
     stacked = torch.zeros(len(chunks), samples, dtype=torch.float32)
-    for row, chunk in zip(stacked, chunks):
+    for row, chunk in zip(stacked, chunks, strict=True):
         row[: len(chunk)] = torch.from_numpy(chunk)
     return stacked
 

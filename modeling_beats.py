@@ -41,7 +41,9 @@ from .configuration_beats import BeatsConfig
 _PADDING_SCORE = -3e4
 
 
-def relative_position_buckets(num_tokens: int, num_buckets: int, max_distance: int, device: torch.device) -> torch.Tensor:
+def relative_position_buckets(
+    num_tokens: int, num_buckets: int, max_distance: int, device: torch.device
+) -> torch.Tensor:
     """Bucket of each signed distance from `-(num_tokens - 1)` to `num_tokens - 1` (T5, Raffel et al. 2020, both ways).
 
     Returns:
@@ -97,7 +99,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: object,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain attention with an additive mask: `(batch, heads, tokens, width)` in, `(batch, tokens, heads, width)` out."""
+    """Plain attention: `(batch, heads, tokens, width)` and an additive mask in, `(batch, tokens, heads, width)` out."""
     scores = torch.matmul(query * scaling, key.transpose(-1, -2))  # (batch, heads, tokens, tokens)
     weights = nn.functional.softmax(scores + attention_mask, dim=-1, dtype=torch.float32).to(value.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
@@ -116,13 +118,14 @@ class BeatsPatchEmbedding(nn.Module):
         self.projection = nn.Identity() if same else nn.Linear(width, config.hidden_size)
 
     def forward(self, input_values: torch.Tensor) -> torch.Tensor:
+        """Embed the patches; frames beyond the last whole patch are left out."""
         patches = self.convolution(input_values.unsqueeze(1))  # (batch, width, steps, bands)
         patches = patches.flatten(2).transpose(1, 2)  # (batch, steps * bands, width)
         return self.projection(self.layer_norm(patches))
 
 
 class BeatsPositionalConvolution(nn.Module):
-    """Weight-normed grouped convolution whose output is added to the tokens: `(batch, tokens, hidden_size)` both ways."""
+    """Weight-normed grouped convolution over time: `(batch, tokens, hidden_size)` both ways."""
 
     def __init__(self, config: BeatsConfig) -> None:
         super().__init__()
@@ -136,6 +139,7 @@ class BeatsPositionalConvolution(nn.Module):
         self.convolution = nn.utils.parametrizations.weight_norm(convolution, name="weight", dim=2)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What is to be added to each token for its position."""
         # Always in float32: a sum over thousands of products, and oneDNN's bfloat16 kernels on AMX processors return
         # garbage for this convolution when a group has few channels (seen with torch 2.13, groups of 4 and 8).
         convolution = self.convolution
@@ -152,7 +156,7 @@ class BeatsPositionalConvolution(nn.Module):
 
 
 class BeatsAttention(nn.Module):
-    """Self-attention with a gated relative position bias (the gate is WavLM's, Chen et al. 2021, read from the query)."""
+    """Self-attention with a relative position bias behind a gate (WavLM, Chen et al. 2021) that reads the query."""
 
     is_causal = False
 
@@ -169,7 +173,7 @@ class BeatsAttention(nn.Module):
         self.gate_scale = nn.Parameter(torch.empty(1, self.num_heads, 1, 1))
 
     def position_gate(self, query: torch.Tensor) -> torch.Tensor:
-        """Factor on the bias for each head and query: `(batch, heads, tokens, head_dim)` -> `(batch, heads, tokens, 1)`."""
+        """Factor on the bias of each query: `(batch, heads, tokens, head_dim)` -> `(batch, heads, tokens, 1)`."""
         sums = self.gate_proj(query).unflatten(-1, (2, 4)).sum(-1)  # (batch, heads, tokens, 2)
         select, reset = torch.sigmoid(sums).chunk(2, dim=-1)  # 2 x (batch, heads, tokens, 1)
         return select * (reset * self.gate_scale - 1.0) + 2.0
@@ -218,6 +222,7 @@ class BeatsLayer(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: torch.Tensor, position_bias: torch.Tensor, padding_bias: torch.Tensor
     ) -> torch.Tensor:
+        """One layer; the biases are those of [`BeatsAttention.forward`]."""
         attended, _ = self.attention(hidden_states, position_bias, padding_bias)
         hidden_states = self.attention_norm(self.residual_scale * hidden_states + self.dropout(attended))
         inner = self.activation_dropout(self.activation(self.intermediate(hidden_states)))
@@ -271,6 +276,9 @@ class BeatsModel(BeatsPreTrainedModel):
     Numerically equal to the published implementation (microsoft/unilm, beats) for all its checkpoints; see the module
     docstring for the formulas and `examples/convert_beats.py` for loading them.
     """
+
+    # the head of a fine-tuned checkpoint, when the encoder alone is wanted
+    _keys_to_ignore_on_load_unexpected = [r"^classifier\."]
 
     def __init__(self, config: BeatsConfig) -> None:
         super().__init__(config)
@@ -345,7 +353,8 @@ class BeatsModel(BeatsPreTrainedModel):
         config = self.config
         if input_values.dim() != 3 or input_values.shape[2] != config.num_mel_bins:
             raise ValueError(
-                f"BeatsModel needs input_values (batch, frames, {config.num_mel_bins}), got {tuple(input_values.shape)}."
+                f"BeatsModel needs input_values (batch, frames, {config.num_mel_bins}), got shape "
+                f"{tuple(input_values.shape)}."
             )
         batch, frames = input_values.shape[:2]
         if frames < config.patch_size:

@@ -2,9 +2,9 @@
 
     python examples/convert_beats.py BEATs_iter3_plus_AS2M.pt beats-iter3-plus-as2m
 
-The checkpoint is the `.pt` file of https://github.com/microsoft/unilm/tree/master/beats, pre-trained or fine-tuned. It is
-read with `weights_only=True`, so nothing in it is executed. The folder holds `config.json`, `model.safetensors` and a
-model card; name it in `base_models.audio_encoder` of a LiSTEN configuration.
+The checkpoint is the `.pt` file of https://github.com/microsoft/unilm/tree/master/beats, pre-trained or fine-tuned. It
+is read with `weights_only=True`, so nothing in it is executed. The folder holds `config.json`, `model.safetensors` and
+a model card; name it in `base_models.audio_encoder` of a LiSTEN configuration.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import ModelCardData
+
 from listen.configuration_beats import BeatsConfig
 from listen.modeling_beats import BeatsForAudioClassification, BeatsModel
 
