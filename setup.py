@@ -17,23 +17,30 @@ REQUIRED = [
     "torch>=2.11",  # tensors and autograd; the oldest release that transformers 5.23 is run with here
     "transformers>=5.23",  # SubConfigSpec, slice_logits_to_keep, dropping of audio inputs after prefill
     "huggingface_hub>=1.31",  # downloads and uploads of checkpoints; the bound that transformers 5.23 sets itself
+    "tokenizers>=0.23",  # trains the tokeniser of the tiny language model
     "safetensors>=0.8",  # every file of weights; the bound that transformers 5.23 sets itself
     "peft>=0.20",  # LoRA baselines on the inner LLM; the bound that transformers 5.23 sets itself
     "numpy>=1.26",  # waveforms before they become tensors
+    "jinja2>=3.1",  # chat templates and the HTML report
     # audio
     "soundfile>=0.12",  # reads and writes wav, flac, ogg and mp3 without ffmpeg
     "librosa>=0.10.2",  # resampling (through soxr) for transformers' load_audio and the corpus
+    "scipy>=1.12",  # filters of the corpus's sounds
+    "soxr>=0.5",  # the resampler itself, block by block
+    "fsspec>=2024.2",  # opens audio behind URLs, as datasets does
     # data and training
     "accelerate>=1.12",  # devices and processes below transformers' Trainer
     "datasets>=4.4",  # manifests, streaming, cached encoder features
     "pyyaml>=6.0",  # recipes in examples/configs
     "tensorboard>=2.16",  # default log of losses and pool health
-    "rich>=13.7",  # progress bars and result tables
+    "rich>=13.7",  # result tables
+    "tqdm>=4.66",  # progress bars
     # evaluation and analysis
     "evaluate>=0.4.6",  # metric modules share its interface
     "jiwer>=4.0",  # word and character error rates
     "sacrebleu>=2.4",  # BLEU and chrF with the zh tokeniser
     "rouge-score>=0.1.2",  # ROUGE-L of free answers
+    "nltk>=3.9",  # Treebank tokeniser of the caption scores
     "scikit-learn>=1.5",  # recalls, ROC for the equal error rate, clusters of the pool
     "matplotlib>=3.9",  # plots of prompt usage and training curves
 ]
@@ -42,6 +49,7 @@ EXTRAS = {
     # speech synthesis of the built-in corpus; espeak-ng is GPL-3.0, hence never a hard dependency
     "demo": ["espeakng-loader==0.2.4"],
     "dev": [
+        "packaging>=24.0",  # reads requirements in the packaging tests
         "pytest>=8.4",  # tests
         "pytest-xdist>=3.6",  # one test process per core
         "ruff>=0.14",  # lint and formatting

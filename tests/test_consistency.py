@@ -1,6 +1,7 @@
 """The repository's own rules, checked by reading it: style, documentation, and what may import what."""
 
 import ast
+import importlib.metadata
 import re
 import statistics
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAT = sorted(path for path in ROOT.glob("*.py") if path.stem not in {"setup", "conftest", "__init__"})
@@ -26,6 +28,8 @@ TEXT = [
     *(ROOT / name for name in ("Makefile", "pyproject.toml", "requirements.txt", "MANIFEST.in", ".ci/run")),
 ]
 
+SETUP = (ROOT / "setup.py").read_text(encoding="utf-8")
+PROVIDERS = importlib.metadata.packages_distributions()  # import name -> distributions
 MAX_BODY = 50  # lines of a function, its docstring not counted
 MAX_MEDIAN = 10
 HUB_PACKAGES = {
@@ -142,6 +146,17 @@ def test_flat_modules_travel_alone(path: Path) -> None:
     imports = [node for node in load_time_imports(tree) if not getattr(node, "level", 0)]
     foreign = set().union(*map(foreign_packages, imports))
     assert foreign <= HUB_PACKAGES, "import it inside the function that needs it"
+
+
+@pytest.mark.parametrize("path", [*LIBRARY, *SCRIPTS, *TESTS], ids=name_of)
+def test_imports_are_declared(path: Path) -> None:
+    """Nothing is imported, wherever the import stands, that setup.py does not ask for."""
+    declared = {canonicalize_name(name) for name in re.findall(r'^ +.*?"([\w-]+)[<>=]=.*?"', SETUP, flags=re.MULTILINE)}
+    own = {"listen", *(part for script in [*SCRIPTS, *TESTS] for part in (script.stem, script.parent.name))}
+    imports = [node for node in ast.walk(parse(path)) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    foreign = set().union(*(foreign_packages(node) for node in imports if not getattr(node, "level", 0))) - own
+    providers = {name: PROVIDERS.get(name, [name]) for name in foreign}
+    assert [name for name, dists in providers.items() if not declared & set(map(canonicalize_name, dists))] == []
 
 
 @pytest.mark.parametrize("path", FLAT, ids=name_of)
