@@ -47,7 +47,7 @@ class AdapterMixin:
         pretrained_model_name_or_path: str | os.PathLike,
         *args: Any,
         config: PreTrainedConfig | str | None = None,
-        base_models: dict[str, str | dict[str, str]] | None = None,
+        backbones: dict[str, str | dict[str, str]] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Load an adapter-only or a self-contained checkpoint.
@@ -56,7 +56,7 @@ class AdapterMixin:
             pretrained_model_name_or_path: Hub id or folder.
             *args: Passed to `PreTrainedModel.from_pretrained`.
             config: A config in place of the checkpoint's.
-            base_models: Where backbones now are, in place of what the checkpoint says: a path or id for each name.
+            backbones: Where backbones now are, in place of what the checkpoint says: a path or id by name.
             **kwargs: As `PreTrainedModel.from_pretrained`; `dtype`, `device_map`, `quantization_config` and
                 `attn_implementation` apply to the backbones, the adapter stays in fp32.
 
@@ -67,7 +67,7 @@ class AdapterMixin:
         hub = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
         if not isinstance(config, PreTrainedConfig):
             config = cls.config_class.from_pretrained(config or source, **hub)
-        _locate(config, source, base_models, hub)
+        _locate(config, source, backbones, hub)
         wants_info = kwargs.pop("output_loading_info", False)
         if config.base_models:
             model, info = cls._load_adapter_checkpoint(source, *args, config=config, **kwargs)
@@ -409,7 +409,7 @@ def _locate(
             spec.update(base_model_name_or_path=source, subfolder=path[2:], revision=hub.get("revision") or "main")
     for name, place in (moved or {}).items():
         if name not in specs:
-            raise ValueError(f"base_models names {name!r}, but this checkpoint's backbones are {sorted(specs) or 'inside'}")
+            raise ValueError(f"backbones names {name!r}, but those of this checkpoint are {sorted(specs) or 'inside it'}")
         specs[name].update(place if isinstance(place, dict) else {"base_model_name_or_path": str(place)})
     config.base_models = specs or None
 

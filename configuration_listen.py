@@ -13,6 +13,7 @@ STRATEGIES = ("similarity", "attention", "residual", "fixed", "random", "task")
 QUERY_STRATEGIES = ("similarity", "attention", "residual")
 KEY_LOSSES = ("distance", "similarity")
 CONNECTORS = ("window_qformer",)
+SPEECH_ENCODERS = ("whisper",)
 BACKBONES = {"speech_encoder": "speech_config", "audio_encoder": "audio_config", "language_model": "text_config"}
 TRAINABLE = ("adapter", "connector", "prompt_pool", "speech_encoder", "audio_encoder")
 
@@ -273,6 +274,7 @@ class ListenConfig(PreTrainedConfig):
         return self.speech_config.hidden_size + audio_width
 
     def _check(self) -> None:
+        _check_choice("speech_config model_type", self.speech_config.model_type, SPEECH_ENCODERS)
         unknown = [name for name in self.trainable if name not in TRAINABLE]
         if "language_model" in unknown:
             raise ValueError("trainable=['language_model']: the LLM stays frozen; use add_adapter(LoraConfig(...))")

@@ -1,0 +1,315 @@
+"""Adapter checkpoints: exactly what learned is written, exactly what was trained on is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import clip, make_inputs, tiny_config, tiny_model
+from listen import ListenConfig, ListenForConditionalGeneration, ListenPromptPoolConfig
+from peft import LoraConfig
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM
+
+ROWS = [[clip(1.3, 1)], [], [clip(0.9, 2), clip(2.1, 3)]]
+POOL = {"pool_size": 12, "num_prompts": 4}
+
+
+@pytest.fixture(scope="module")
+def backbones(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the three backbones of a random model, each in its own format."""
+    folder = tmp_path_factory.mktemp("backbones")
+    model = tiny_model()
+    for name in ("speech_encoder", "audio_encoder", "language_model"):
+        getattr(model, name).save_pretrained(folder / name)
+    return folder
+
+
+def fresh(backbones: Path, seed: int = 5, **fields: object) -> ListenForConditionalGeneration:
+    template = tiny_config()
+    config = ListenConfig.from_backbones(
+        **{name: str(backbones / name) for name in ("speech_encoder", "audio_encoder", "language_model")},
+        connector_config=template.connector_config.to_dict(),
+        **{"prompt_pool_config": POOL, "audio_token_id": 100, "prompt_token_id": 101, **fields},
+    )
+    torch.manual_seed(seed)
+    return ListenForConditionalGeneration.from_backbones(config)
+
+
+def logits(model: ListenForConditionalGeneration, **kwargs: object) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**make_inputs(model, ROWS), **kwargs).logits[:, -4:]
+
+
+def test_backbones_are_attached_as_they_are(backbones: Path) -> None:
+    model, original = fresh(backbones), tiny_model()
+    for name in ("speech_encoder", "audio_encoder", "language_model"):
+        mine, theirs = getattr(model, name).state_dict(), getattr(original, name).state_dict()
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    assert not any(module.training for module in model.modules())
+    mean = model.get_input_embeddings().weight.mean(0)
+    assert (model.adapters["default"].prompt_pool.values.mean(0) - mean).norm() < 0.2 * mean.norm() + 0.1
+
+
+def test_an_adapter_checkpoint_holds_the_adapter_alone(backbones: Path, tmp_path: Path) -> None:
+    model = fresh(backbones)
+    model.save_pretrained(tmp_path)
+    files = {p.name for p in tmp_path.iterdir() if p.suffix != ".py"}
+    assert files == {"config.json", "generation_config.json", "model.safetensors"}
+    with safe_open(tmp_path / "model.safetensors", "pt") as weights:
+        keys = set(weights.keys())
+    assert keys == {key for key in model.state_dict() if key.startswith("adapters.default.")}
+    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert 4 * learned < size < 4 * learned + 200 * len(keys)
+
+
+def test_adapter_and_full_checkpoints_round_trip(backbones: Path, tmp_path: Path) -> None:
+    model = fresh(backbones)
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    model.save_pretrained(tmp_path / "full", save_full=True)
+    assert model.config.base_models
+    for name in ("adapter", "full"):
+        assert torch.equal(logits(AutoModel.from_pretrained(tmp_path / name)), expected)
+    full = json.loads((tmp_path / "full" / "config.json").read_text())
+    assert full.get("base_models") is None
+
+
+def test_backbones_inside_the_checkpoint_travel_with_it(backbones: Path, tmp_path: Path) -> None:
+    model = fresh(backbones)
+    folder = tmp_path / "here"
+    model.save_pretrained(folder)
+    for name in model.config.base_models:
+        getattr(model, name).save_pretrained(folder / name)
+    moved = {name: str(folder / name) for name in model.config.base_models}
+    inside = ListenForConditionalGeneration.from_pretrained(folder, backbones=moved)
+    inside.save_pretrained(folder)
+    written = json.loads((folder / "config.json").read_text())["base_models"]
+    assert {s["base_model_name_or_path"] for s in written.values()} == {f"./{name}" for name in moved}
+    away = folder.rename(tmp_path / "there")
+    assert torch.equal(logits(AutoModel.from_pretrained(away)), logits(model))
+
+
+def test_a_missing_learned_weight_is_an_error(backbones: Path, tmp_path: Path) -> None:
+    fresh(backbones).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["adapters.default.prompt_pool.values"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lacks the weights.*prompt_pool.values"):
+        AutoModel.from_pretrained(tmp_path)
+
+
+def test_a_backbone_of_another_width_is_an_error(backbones: Path, tmp_path: Path) -> None:
+    fresh(backbones).save_pretrained(tmp_path / "adapter")
+    wider = tiny_config().text_config
+    wider.hidden_size, wider.num_attention_heads = 64, 4
+    AutoModelForCausalLM.from_config(wider).save_pretrained(tmp_path / "wide")
+    with pytest.raises(ValueError, match="language_model: .*hidden_size=48, but .*wide.*hidden_size=64"):
+        AutoModel.from_pretrained(tmp_path / "adapter", backbones={"language_model": str(tmp_path / "wide")})
+
+
+def test_other_weights_of_the_same_shape_are_an_error(backbones: Path, tmp_path: Path) -> None:
+    fresh(backbones).save_pretrained(tmp_path / "adapter")
+    other = tiny_model(seed=9)
+    with torch.no_grad():
+        other.language_model.model.norm.weight.add_(0.5)
+    other.language_model.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="language_model: .*fingerprint"):
+        AutoModel.from_pretrained(tmp_path / "adapter", backbones={"language_model": str(tmp_path / "other")})
+
+
+def test_the_fingerprint_survives_another_dtype(backbones: Path, tmp_path: Path) -> None:
+    fresh(backbones).save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert loaded.language_model.dtype == torch.bfloat16
+    assert loaded.adapters["default"].connector.projection.weight.dtype == torch.float32
+
+
+def test_unknown_backbone_names_are_errors(backbones: Path, tmp_path: Path) -> None:
+    fresh(backbones).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'vision_encoder'"):
+        AutoModel.from_pretrained(tmp_path, backbones={"vision_encoder": "x"})
+    with pytest.raises(ValueError, match="base_models is None"):
+        ListenForConditionalGeneration.from_backbones(tiny_config())
+
+
+# ---------------------------------------------------------------------- several adapters
+
+
+@pytest.fixture()
+def two(backbones: Path, tmp_path: Path) -> ListenForConditionalGeneration:
+    """A model with its default adapter and another one, `"other"`, with a bigger pool of another strategy."""
+    fresh(backbones, seed=6, prompt_pool_config={**POOL, "pool_size": 20, "strategy": "residual"}).save_pretrained(
+        tmp_path / "other"
+    )
+    model = fresh(backbones)
+    model.load_adapter(tmp_path / "other", "other")
+    return model
+
+
+def test_adapters_switch(two: ListenForConditionalGeneration, backbones: Path, tmp_path: Path) -> None:
+    alone = AutoModel.from_pretrained(tmp_path / "other")
+    default = logits(two)
+    two.set_adapter("other")
+    assert torch.equal(logits(two), logits(alone))
+    two.set_adapter("default")
+    assert torch.equal(logits(two), default)
+    assert not torch.equal(default, logits(alone))
+
+
+def test_rows_of_one_batch_use_different_adapters(two: ListenForConditionalGeneration) -> None:
+    by_name = {}
+    for name in ("default", "other"):
+        two.set_adapter(name)
+        by_name[name] = logits(two)
+    names = ["other", "default", "other"]
+    mixed = logits(two, adapter_names=names)
+    for row, name in enumerate(names):
+        torch.testing.assert_close(mixed[row], by_name[name][row], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", [{}, {"num_beams": 3, "num_return_sequences": 2}])
+def test_rows_of_one_batch_generate_with_different_adapters(two: ListenForConditionalGeneration, mode: dict) -> None:
+    names = ["other", "default", "other"]
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, **mode}
+    inputs = make_inputs(two, ROWS)
+    start, copies = inputs["input_ids"].shape[1], mode.get("num_return_sequences", 1)
+    mixed = two.generate(**inputs, adapter_names=names, **settings)[:, start:]
+    for row, name in enumerate(names):
+        two.set_adapter(name)
+        expected = two.generate(**inputs, **settings)[:, start:]
+        mine = slice(row * copies, (row + 1) * copies)
+        assert torch.equal(mixed[mine], expected[mine])
+
+
+def test_base_rows_answer_as_the_llm(two: ListenForConditionalGeneration) -> None:
+    inputs = make_inputs(two, [[clip(1.0)], []], num_prompts=[3, 0])
+    mixed = two(**inputs, adapter_names=["other", "__base__"]).logits[1, -5:]
+    base = two.language_model(torch.tensor([[1, 11, 7, 8, 9]])).logits[0]
+    torch.testing.assert_close(mixed, base, atol=2e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="no adapter is active"):
+        two(**make_inputs(two, [[clip(1.0)]]), adapter_names=["__base__"])
+
+
+def test_disabled_the_model_is_its_llm(two: ListenForConditionalGeneration) -> None:
+    ids = torch.tensor([[1, 5, 9, 33]])
+    with two.disable_adapter():
+        assert torch.equal(two(ids).logits, two.language_model(ids).logits)
+        with pytest.raises(ValueError, match="no adapter is active"):
+            two(**make_inputs_of(two))
+    assert two.active_adapter == "default"
+
+
+def make_inputs_of(model: ListenForConditionalGeneration) -> dict[str, torch.Tensor]:
+    active, model.active_adapter = model.active_adapter, "default"
+    try:
+        return make_inputs(model, ROWS)
+    finally:
+        model.active_adapter = active
+
+
+def test_all_adapters_are_saved_and_each_can_be_exported(two: ListenForConditionalGeneration, tmp_path: Path) -> None:
+    two.save_pretrained(tmp_path / "both")
+    loaded = AutoModel.from_pretrained(tmp_path / "both")
+    assert list(loaded.adapters) == ["default", "other"]
+    assert torch.equal(logits(loaded), logits(two))
+    two.set_adapter("other")
+    two.save_adapter(tmp_path / "exported")
+    exported = AutoModel.from_pretrained(tmp_path / "exported")
+    assert list(exported.adapters) == ["default"]
+    assert torch.equal(logits(exported), logits(two))
+    assert two.config.extra_adapters
+
+
+def test_adapter_names_are_checked(two: ListenForConditionalGeneration, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'nobody' is unknown; loaded: default, other"):
+        two.set_adapter("nobody")
+    with pytest.raises(ValueError, match="exists already"):
+        two.load_adapter(tmp_path / "other", "other")
+    two.set_adapter("other")
+    two.delete_adapter("other")
+    assert (two.active_adapter, list(two.adapters), two.config.extra_adapters) == ("default", ["default"], None)
+    with pytest.raises(ValueError, match="cannot be deleted"):
+        two.delete_adapter("default")
+
+
+def test_an_adapter_of_other_backbones_is_refused(backbones: Path, tmp_path: Path) -> None:
+    stranger = tiny_model(seed=3, base_models=None)
+    with torch.no_grad():
+        stranger.language_model.model.norm.weight.add_(1.0)
+    for name in ("speech_encoder", "audio_encoder", "language_model"):
+        getattr(stranger, name).save_pretrained(tmp_path / "strange" / name)
+    fresh(tmp_path / "strange").save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="fingerprint"):
+        fresh(backbones).load_adapter(tmp_path / "adapter", "stranger")
+
+
+def test_a_new_adapter_can_be_added_and_learns(backbones: Path) -> None:
+    model = fresh(backbones)
+    model.add_adapter(ListenPromptPoolConfig(pool_size=6, num_prompts=2, strategy="fixed"), "soft prompt")
+    model.set_adapter("soft prompt")
+    assert all(p.isfinite().all() and p.requires_grad for p in model.adapters["soft prompt"].parameters())
+    assert logits(model).isfinite().all()
+
+
+# ---------------------------------------------------------------------- LoRA
+
+
+def lora(backbones: Path, seed: int = 5) -> ListenForConditionalGeneration:
+    model = fresh(backbones, seed)
+    torch.manual_seed(1)
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    return model
+
+
+def test_lora_changes_the_llm_and_disabling_it_restores_it(backbones: Path) -> None:
+    model, plain = lora(backbones), fresh(backbones)
+    ids = torch.tensor([[1, 5, 9, 33]])
+    assert not torch.equal(model(ids).logits, plain(ids).logits)
+    with model.disable_adapter():
+        assert torch.equal(model(ids).logits, plain(ids).logits)
+    learned = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert any("lora_A" in name for name in learned) and any("prompt_pool" in name for name in learned)
+    assert all("lora_" in name or name.startswith("adapters.") for name in learned)
+
+
+def test_lora_is_part_of_the_adapter_checkpoint(backbones: Path, tmp_path: Path) -> None:
+    model = lora(backbones)
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as weights:
+        keys = set(weights.keys())
+    assert all("lora_" in key or key.startswith("adapters.") for key in keys)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    assert {n for n, p in loaded.named_parameters() if p.requires_grad} == {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
+
+
+def test_lora_dropout_is_on_in_training_while_the_llm_rests(backbones: Path) -> None:
+    model = fresh(backbones)
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.3))
+    model.train()
+    training = {name for name, m in model.language_model.named_modules() if m.training}
+    assert training and all("lora_dropout" in name for name in training)
+
+
+def test_an_unmerged_lora_is_not_saved_as_a_full_model(backbones: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="merge"):
+        lora(backbones).save_pretrained(tmp_path, save_full=True)
+
+
+def test_parameters_are_counted_by_module(backbones: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = fresh(backbones)
+    counts = model.parameter_counts()
+    assert counts["default.prompt_pool"] == (2 * 12 * 48, 2 * 12 * 48)
+    assert counts["language_model"][0] == 0
+    assert sum(total for _, total in counts.values()) == sum(p.numel() for p in model.parameters())
+    model.print_trainable_parameters()
+    printed = capsys.readouterr().out
+    assert "default.prompt_pool" in printed and "total" in printed

@@ -1,0 +1,76 @@
+"""Configs: round trips, presets, and errors that name the value and the fix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import tiny_config
+from listen import ListenConfig, ListenConnectorConfig, ListenForConditionalGeneration, ListenPromptPoolConfig
+from listen.presets_listen import PRESETS
+from transformers import AutoConfig
+
+
+def test_a_config_needs_no_arguments() -> None:
+    config = ListenConfig()
+    assert (config.speech_config.model_type, config.text_config.model_type) == ("whisper", "llama")
+    assert config.audio_config is None and config.prompt_pool_config is None
+    assert config.trainable == ["adapter"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_configs_round_trip(preset: str, tmp_path: object) -> None:
+    config = ListenConfig.from_preset(preset)
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    loaded.name_or_path = config.name_or_path
+    assert loaded.to_json_string(use_diff=False) == config.to_json_string(use_diff=False)
+
+
+def test_an_absent_encoder_and_pool_stay_absent(tmp_path: object) -> None:
+    tiny_config(audio_config=None, prompt_pool_config=None).save_pretrained(tmp_path)
+    loaded = ListenConfig.from_pretrained(tmp_path)
+    assert loaded.audio_config is None and loaded.prompt_pool_config is None
+
+
+def test_the_papers_model_has_the_papers_size() -> None:
+    """P=400 pairs of width 4096 are 3.3 M parameters, the small pool 0.41 M; counted on the meta device."""
+    sizes = {}
+    for name in ("listen-llama3-8b", "listen-0.4m"):
+        with torch.device("meta"):
+            model = ListenForConditionalGeneration(ListenConfig.from_preset(name))
+        sizes[name] = model.parameter_counts()
+    large, small = sizes["listen-llama3-8b"], sizes["listen-0.4m"]
+    assert large["default.prompt_pool"] == (400 * 4096 * 2, 400 * 4096 * 2)
+    assert large["speech_encoder"][0] == large["audio_encoder"][0] == 0
+    assert large["language_model"] == (0, 8_030_261_248)
+    assert sum(learned for learned, _ in small.values()) == 50 * 4096 * 2 == 409_600
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ListenPromptPoolConfig(pool_size=5, num_prompts=6), "num_prompts=6 must lie in 1..pool_size=5"),
+        (lambda: ListenPromptPoolConfig(num_prompts=0), "num_prompts=0"),
+        (lambda: ListenPromptPoolConfig(strategy="nearest"), "strategy='nearest' is unknown; choose one of similarity"),
+        (lambda: ListenPromptPoolConfig(key_loss_type="l2"), "key_loss_type='l2'"),
+        (lambda: ListenPromptPoolConfig(strategy="task"), "needs `tasks`"),
+        (lambda: ListenPromptPoolConfig(pool_size=10, num_prompts=9, strategy="task", tasks=["a", "b"]), "reaches 7"),
+        (lambda: ListenPromptPoolConfig(score_dropout=1.5), "score_dropout=1.5"),
+        (lambda: ListenPromptPoolConfig(promt_length=3), "no field 'promt_length'"),
+        (lambda: ListenPromptPoolConfig(pool_sise=3), "did you mean 'pool_size'"),
+        (lambda: ListenConnectorConfig(type="mlp"), "type='mlp' is unknown; choose one of window_qformer"),
+        (lambda: ListenConnectorConfig(hidden_size=10, num_attention_heads=3), "hidden_size=10 is not a multiple"),
+        (lambda: ListenConnectorConfig(window_frames=0), "window_frames=0"),
+        (lambda: tiny_config(trainable=["language_model"]), "the LLM stays frozen"),
+        (lambda: tiny_config(trainable=["qformer"]), "unknown; choose among adapter"),
+        (lambda: tiny_config(trainable=["prompt_pool"], prompt_pool_config=None), "prompt_pool_config is None"),
+        (lambda: tiny_config(trainable=["audio_encoder"], audio_config=None), "audio_config is None"),
+        (lambda: tiny_config(audio_token_id=7, prompt_token_id=7), "both 7"),
+        (lambda: tiny_config(base_models={"speech_encoder": {"base_model_name_or_path": "x"}}), "this config needs"),
+        (lambda: tiny_config(speech_config={"model_type": "hubert"}), "speech_config.*hubert"),
+        (lambda: ListenConfig.from_preset("listen-70b"), "preset='listen-70b' is unknown; choose one of listen-llama3"),
+    ],
+)
+def test_values_that_cannot_work_are_named(make: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
