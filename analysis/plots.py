@@ -1,0 +1,137 @@
+"""Plots of what the pool learned. Every function returns a matplotlib `Figure`, drawn without a display."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+
+if TYPE_CHECKING:
+    from .queries import QueryClusters
+    from .sweep import Sweep
+    from .usage import PromptUsage
+
+# Okabe & Ito's palette, which colour-blind readers can tell apart; the markers repeat the distinction
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
+_MARKERS = "os^DvPX*"
+_MAX_TICKS = 40
+_GREY = "#666666"
+_SEQUENTIAL, _DIVERGING = "Blues", "RdBu_r"
+
+
+def plot_usage(usage: PromptUsage) -> Figure:
+    """Heat map of how often each task picks each prompt in use; prompts are ordered by the task that leads in them."""
+    order = usage.by_owner()
+    figure, axes = _panel(width=max(6.0, min(14.0, 2.5 + 0.22 * len(order))), height=1.6 + 0.38 * len(usage.tasks))
+    image = _heat_map(axes, usage.shares[:, order], usage.tasks, order, cmap=_SEQUENTIAL, vmin=0, vmax=1)
+    pool_size = usage.shares.shape[1]
+    axes.set_title(
+        f"Prompts picked by task: {len(order)} of {pool_size} in use, entropy {usage.entropy():.2f}", loc="left"
+    )
+    axes.set_xlabel("prompt, grouped by the task that picks it most")
+    _colour_bar(figure, image, "share of examples")
+    return figure
+
+
+def plot_overlap(usage: PromptUsage) -> Figure:
+    """Matrix of the weighted Jaccard overlap between the prompts of every two tasks."""
+    overlap, n = usage.weighted_jaccard(), len(usage.tasks)
+    figure, axes = _panel(width=3.0 + 0.55 * n, height=1.6 + 0.5 * n)
+    image = _heat_map(axes, overlap, usage.tasks, usage.tasks, cmap=_SEQUENTIAL, vmin=0, vmax=1)
+    for row, column in np.ndindex(n, n):
+        shade = "white" if overlap[row, column] > 0.6 else "black"
+        axes.text(column, row, f"{overlap[row, column]:.2f}", ha="center", va="center", color=shade, fontsize=8)
+    axes.set_title("Overlap of the tasks' prompts", loc="left")
+    _colour_bar(figure, image, "weighted Jaccard")
+    return figure
+
+
+def plot_query_keys(tasks: Sequence[str], similarity: np.ndarray) -> Figure:
+    """Heat map of the mean cosine `(tasks, pool)` between a task's queries and each key, keys ordered by their task."""
+    owner = similarity.argmax(axis=0)
+    order = np.lexsort((-similarity.max(axis=0), owner))
+    limit = max(float(np.abs(similarity).max()), 1e-6)
+    figure, axes = _panel(width=max(6.0, min(14.0, 2.5 + 0.22 * len(order))), height=1.6 + 0.38 * len(tasks))
+    image = _heat_map(axes, similarity[:, order], tasks, order, cmap=_DIVERGING, vmin=-limit, vmax=limit)
+    axes.set_title("Likeness of queries to keys", loc="left")
+    axes.set_xlabel("key, grouped by the task whose queries are nearest")
+    _colour_bar(figure, image, "mean cosine")
+    return figure
+
+
+def plot_query_map(points: np.ndarray, tasks: Sequence[str], clusters: QueryClusters) -> Figure:
+    """Scatter of projected queries `(examples, 2)`, one colour and marker a task."""
+    figure, axes = _panel(width=7.0, height=5.2)
+    of_task = np.asarray(tasks)
+    for place, name in enumerate(dict.fromkeys(tasks)):
+        x, y = points[of_task == name].T
+        axes.scatter(x, y, s=14, alpha=0.8, linewidths=0, label=name, **_style(place))
+    axes.set_title(
+        f"Queries (t-SNE): silhouette {clusters.silhouette:.2f}, "
+        f"nearest neighbour of the same task {clusters.neighbour_accuracy:.0%}",
+        loc="left",
+    )
+    axes.set(xticks=[], yticks=[])
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def plot_sweep(sweep: Sweep) -> Figure:
+    """The leading metric of each task over the number of prompts k, with its 95 % interval; one panel a task."""
+    names = list(sweep.metrics)
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(3.6 * columns, 2.7 * rows), layout="constrained")
+    for place, name in enumerate(names):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        _plot_curve(axes, sweep, name)
+    figure.suptitle("Scores over the number of prompts k", x=0.01, ha="left")
+    return figure
+
+
+def _plot_curve(axes: Axes, sweep: Sweep, task: str) -> None:
+    counts = sweep.num_prompts
+    low, high = np.array([sweep.interval(task, k) for k in counts]).T  # (counts,) each
+    axes.fill_between(counts, low, high, color=_COLOURS[0], alpha=0.15, linewidth=0)
+    axes.plot(counts, [sweep.value(task, k) for k in counts], color=_COLOURS[0], marker="o", markersize=4)
+    if min(counts) > 0:
+        axes.set_xscale("log", base=2)
+    axes.set_xticks(counts, [str(k) for k in counts])
+    axes.minorticks_off()
+    axes.set_title(f"{task}: {sweep.metrics[task]}", loc="left", fontsize=10)
+    axes.set_xlabel("prompts k")
+    axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+
+
+def _panel(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _style(place: int) -> Mapping[str, str]:
+    return {"color": _COLOURS[place % len(_COLOURS)], "marker": _MARKERS[place % len(_MARKERS)]}
+
+
+def _heat_map(
+    axes: Axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[object], **colours: object
+) -> AxesImage:
+    image = axes.imshow(values, aspect="auto", interpolation="nearest", **colours)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    step = -(-len(columns) // _MAX_TICKS) or 1
+    places = range(0, len(columns), step)
+    axes.set_xticks(places, [str(columns[place]) for place in places], fontsize=7, rotation=90 if step > 1 else 0)
+    return image
+
+
+def _colour_bar(figure: Figure, image: AxesImage, label: str) -> None:
+    bar = figure.colorbar(image, shrink=0.9, pad=0.02)
+    bar.set_label(label, color=_GREY)
+    bar.outline.set_visible(False)

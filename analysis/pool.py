@@ -1,0 +1,130 @@
+"""What the pool learned, in numbers and plots."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from safetensors.numpy import save_file
+from torch import nn
+
+from .plots import plot_overlap, plot_query_keys, plot_query_map, plot_usage
+from .queries import QueryClusters, project_queries, query_clusters, query_key_similarity
+from .usage import PromptUsage, prompt_usage
+
+_MOST_MAPPED = 2000
+
+
+@dataclass
+class PoolAnalysis:
+    """What the examples of an evaluation tell about the pool.
+
+    Attributes:
+        usage: which task picked which prompt.
+        tasks: task of each example that has a query.
+        queries: `(examples, width)` as the keys meet them, the pool's running mean taken off where it keeps one; `None`
+            where the model gave none.
+        keys: `(pool, width)`; `None` for strategies without keys.
+        clusters: how the queries cluster by task; `None` without queries.
+    """
+
+    usage: PromptUsage
+    tasks: list[str] = field(default_factory=list)
+    queries: np.ndarray | None = None
+    keys: np.ndarray | None = None
+    clusters: QueryClusters | None = None
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers, fit for JSON."""
+        usage, names = self.usage, self.usage.tasks
+        summary: dict[str, Any] = {
+            "pool_size": usage.shares.shape[1],
+            "share_used": usage.share_used,
+            "entropy": usage.entropy(),
+            "entropy_by_task": {name: usage.entropy(name) for name in names},
+            "prompts_by_task": {name: _picks(usage.shares[row]) for row, name in enumerate(names)},
+            "jaccard": _pairs(names, usage.jaccard()),
+            "weighted_jaccard": _pairs(names, usage.weighted_jaccard()),
+        }
+        if self.clusters is not None:
+            summary["queries"] = {k: None if np.isnan(v) else v for k, v in asdict(self.clusters).items()}
+        return summary
+
+    @cached_property
+    def figures(self) -> dict[str, Figure]:
+        """Plots by file name without ending: usage and overlap, then keys and queries where the model has them."""
+        figures = {"prompt_usage": plot_usage(self.usage), "prompt_overlap": plot_overlap(self.usage)}
+        if self.queries is None:
+            return figures
+        if self.keys is not None:
+            names, similarity = query_key_similarity(self.queries, self.tasks, self.keys)
+            figures["query_keys"] = plot_query_keys(names, similarity)
+        if len(self.queries) >= 4:
+            shown = np.random.default_rng(0).permutation(len(self.queries))[:_MOST_MAPPED]
+            shown.sort()  # the legend keeps the order of the tasks
+            points = project_queries(self.queries[shown])
+            figures["query_map"] = plot_query_map(points, [self.tasks[i] for i in shown], self.clusters)
+        return figures
+
+    def save(self, folder: str | Path) -> None:
+        """Write `pool.json`, the plots, and `queries.safetensors` with queries and keys where there are any."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "pool.json").write_text(json.dumps(self.summary(), indent=2) + "\n", encoding="utf-8")
+        for name, figure in self.figures.items():
+            figure.savefig(folder / f"{name}.png", dpi=120)
+        tensors = {"queries": self.queries, "keys": self.keys}
+        tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items() if tensor is not None}
+        if tensors:
+            save_file(tensors, folder / "queries.safetensors", metadata={"tasks": json.dumps(self.tasks)})
+
+
+def analyse_pool(
+    pool: nn.Module,
+    tasks: Sequence[str],
+    prompt_indices: Sequence[Sequence[int]],
+    queries: np.ndarray | None = None,
+) -> PoolAnalysis:
+    """Analyse what a prompt pool gave to a set of examples.
+
+    Args:
+        pool: a `ListenPromptPool`.
+        tasks: task of each example.
+        prompt_indices: prompts that each example picked, see `prompt_usage`.
+        queries: `(examples, width)` the query of each example.
+
+    Raises:
+        ValueError: the lengths differ, or an index lies outside the pool.
+    """
+    keys, center = (_array(getattr(pool, name, None)) for name in ("keys", "query_mean"))
+    if queries is not None and center is not None:
+        queries = queries - center
+    return PoolAnalysis(
+        usage=prompt_usage(list(tasks), prompt_indices, pool.config.pool_size),
+        tasks=list(tasks),
+        queries=queries,
+        keys=keys,
+        clusters=None if queries is None else query_clusters(queries, tasks),
+    )
+
+
+def _array(tensor: torch.Tensor | None) -> np.ndarray | None:
+    return None if tensor is None else tensor.detach().float().cpu().numpy()
+
+
+def _picks(shares: np.ndarray) -> dict[str, float]:
+    """Prompts of a task by falling share."""
+    order = np.argsort(-shares, kind="stable")
+    return {str(prompt): round(float(shares[prompt]), 4) for prompt in order if shares[prompt] > 0}
+
+
+def _pairs(names: Sequence[str], matrix: np.ndarray) -> dict[str, dict[str, float]]:
+    rows = zip(names, matrix, strict=True)
+    return {name: {other: float(v) for other, v in zip(names, row, strict=True)} for name, row in rows}

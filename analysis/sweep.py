@@ -1,0 +1,94 @@
+"""How many prompts does each task need? Scores of one model over k."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .plots import plot_sweep
+
+if TYPE_CHECKING:
+    from listen.evaluation import EvaluationResult
+
+
+@dataclass
+class Sweep:
+    """Scores over the number of prompts.
+
+    Attributes:
+        metrics: leading metric of each task.
+        scores: for each k, `{task: value}` of that metric.
+        intervals: for each k, `{task: (low, high)}`, the 95 % bootstrap interval, where there is one.
+    """
+
+    metrics: dict[str, str] = field(default_factory=dict)
+    scores: dict[int, dict[str, float]] = field(default_factory=dict)
+    intervals: dict[int, dict[str, tuple[float, float]]] = field(default_factory=dict)
+
+    @property
+    def num_prompts(self) -> list[int]:
+        """The values of k, in order."""
+        return sorted(self.scores)
+
+    def value(self, task: str, k: int) -> float:
+        """Leading metric of a task at k."""
+        return self.scores[k][task]
+
+    def interval(self, task: str, k: int) -> tuple[float, float]:
+        """Its interval; the value twice where there is none."""
+        return self.intervals[k].get(task, (self.scores[k][task],) * 2)
+
+    def add(self, k: int, result: EvaluationResult) -> None:
+        """Take the leading metrics from an evaluation at k."""
+        self.metrics = {task: next(iter(scores)) for task, scores in result.metrics.items()}
+        self.scores[k] = {task: result.metrics[task][name] for task, name in self.metrics.items()}
+        found = {task: result.intervals[task].get(name) for task, name in self.metrics.items()}
+        self.intervals[k] = {task: interval for task, interval in found.items() if interval is not None}
+
+    def saturation(self, task: str) -> int:
+        """The smallest k whose interval holds the score of the largest k: more prompts buy nothing measurable."""
+        last = self.value(task, self.num_prompts[-1])
+        within = (k for k in self.num_prompts if self.interval(task, k)[0] <= last <= self.interval(task, k)[1])
+        return next(within)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `sweep.json` and `sweep.png` into `folder`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        table = {
+            "metrics": self.metrics,
+            "num_prompts": {str(k): self.scores[k] for k in self.num_prompts},
+            "confidence_95": {str(k): self.intervals[k] for k in self.num_prompts},
+            "saturation": {task: self.saturation(task) for task in self.metrics},
+        }
+        (folder / "sweep.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+        plot_sweep(self).savefig(folder / "sweep.png", dpi=120)
+
+
+def default_counts(num_prompts: int) -> list[int]:
+    """2, 4, 8, ... below `num_prompts`, then `num_prompts` itself."""
+    powers = [2**power for power in range(1, 16) if 2**power < num_prompts]
+    return [*powers, num_prompts]
+
+
+def sweep_num_prompts(evaluate: Callable[..., EvaluationResult], counts: Sequence[int], **options: Any) -> Sweep:
+    """Evaluate once for each k.
+
+    Args:
+        evaluate: called as `evaluate(num_prompts=k, **options)`, such as `functools.partial(evaluate_model, model,
+            processor, dataset)`.
+        counts: values of k.
+        **options: passed on to `evaluate`.
+
+    Raises:
+        ValueError: no value of k, or one below 0.
+    """
+    if not counts or min(counts) < 0:
+        raise ValueError(f"counts={list(counts)} must hold at least one k, none below 0")
+    sweep = Sweep()
+    for k in sorted(set(counts)):
+        sweep.add(k, evaluate(num_prompts=k, **options))
+    return sweep

@@ -1,0 +1,86 @@
+"""Which prompts each task picks from the pool."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass
+class PromptUsage:
+    """How often each task picks each prompt.
+
+    Attributes:
+        tasks: names, in the order of the rows.
+        shares: `(tasks, pool)` share of the task's examples that pick the prompt, 0 to 1.
+    """
+
+    tasks: list[str]
+    shares: np.ndarray
+
+    @property
+    def share_used(self) -> float:
+        """Share of the pool that any example picks."""
+        return float((self.shares > 0).any(axis=0).mean())
+
+    def entropy(self, task: str | None = None) -> float:
+        """Entropy of the picks over the pool, 1 for a uniform use of all prompts and 0 for a single one.
+
+        Args:
+            task: of this task alone; by default of all tasks, each counted alike.
+        """
+        picks = self.shares.mean(axis=0) if task is None else self.shares[self.tasks.index(task)]  # (pool,)
+        if picks.size < 2 or not picks.any():
+            return 0.0
+        probabilities = picks[picks > 0] / picks.sum()
+        # + 0.0 turns the -0.0 of a single prompt into 0.0
+        return float(-(probabilities * np.log(probabilities)).sum() / np.log(picks.size)) + 0.0
+
+    def jaccard(self, min_share: float = 0.0) -> np.ndarray:
+        """`(tasks, tasks)` overlap of the sets of prompts that two tasks use: size of the intersection over the union.
+
+        Args:
+            min_share: a prompt belongs to a task's set when more than this share of its examples picks it.
+        """
+        used = self.shares > min_share  # (tasks, pool)
+        shared = (used[:, None] & used[None]).sum(-1)  # (tasks, tasks)
+        either = (used[:, None] | used[None]).sum(-1)
+        return np.divide(shared, either, out=np.zeros(shared.shape), where=either > 0)
+
+    def weighted_jaccard(self) -> np.ndarray:
+        """`(tasks, tasks)` overlap that heeds how often prompts are picked: sum of the smaller shares over the larger
+        ones."""
+        smaller = np.minimum(self.shares[:, None], self.shares[None]).sum(-1)  # (tasks, tasks)
+        larger = np.maximum(self.shares[:, None], self.shares[None]).sum(-1)
+        return np.divide(smaller, larger, out=np.zeros(smaller.shape), where=larger > 0)
+
+    def by_owner(self) -> np.ndarray:
+        """`(used,)` the prompts in use, those of the first task first, the most picked of each task in front."""
+        used = np.flatnonzero(self.shares.any(axis=0))
+        owner, strength = self.shares[:, used].argmax(axis=0), self.shares[:, used].max(axis=0)
+        return used[np.lexsort((-strength, owner))]
+
+
+def prompt_usage(tasks: Sequence[str], prompt_indices: Sequence[Sequence[int]], pool_size: int) -> PromptUsage:
+    """Count the picks of each task.
+
+    Args:
+        tasks: task of each example.
+        prompt_indices: prompts that each example picked; negative entries mark places left empty.
+        pool_size: P.
+
+    Raises:
+        ValueError: the two lists differ in length or are empty, or an index lies outside the pool.
+    """
+    if not tasks or len(tasks) != len(prompt_indices):
+        raise ValueError(f"got {len(tasks)} tasks and {len(prompt_indices)} lists of prompts; give one each, or more")
+    names = list(dict.fromkeys(tasks))
+    shares = np.zeros((len(names), pool_size))
+    for task, indices in zip(tasks, prompt_indices, strict=True):
+        picked = [index for index in indices if index >= 0]
+        if picked and max(picked) >= pool_size:
+            raise ValueError(f"prompt {max(picked)} lies outside a pool of {pool_size}; pass the model's pool_size")
+        shares[names.index(task), picked] += 1
+    return PromptUsage(names, shares / np.array([[tasks.count(name)] for name in names]))

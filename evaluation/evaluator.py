@@ -1,0 +1,244 @@
+"""Evaluation of a model over all tasks of a data set."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate.utils import extract_model_from_parallel
+from datasets import Dataset
+from transformers import PreTrainedModel, ProcessorMixin
+
+from listen.analysis import PoolAnalysis, analyse_pool
+from listen.data.features import FeatureStore
+from listen.data.manifest import extra_fields
+from listen.data.tasks import get_task
+
+from .generate import Prediction, generate_predictions
+from .report import write_report
+from .scoring import TaskScores, score_task
+
+
+@dataclass
+class EvaluationResult:
+    """What an evaluation found.
+
+    Attributes:
+        metrics: `{task: {metric: value}}`, a task's leading metric first, then diagnostics and the number of examples
+            `n`. Error rates, accuracies and F1 are fractions; BLEU and chrF run to 100 and CIDEr to 10.
+        intervals: `{task: {metric: (low, high)}}`, 95 % bootstrap intervals.
+        predictions: one record a row of the data set, in its order: what was asked, expected and answered, the scores
+            of the row and the prompts that were picked.
+        settings: how the answers were made.
+        pool: what the prompt pool did; `None` for a model without one.
+    """
+
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    intervals: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
+    predictions: list[dict[str, Any]] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    pool: PoolAnalysis | None = None
+
+    def save(self, folder: str | Path, extra: Mapping[str, Any] | None = None) -> Path:
+        """Write `metrics.json`, `predictions.jsonl`, the report, and the pool's numbers and plots.
+
+        Args:
+            folder: made if needed.
+            extra: further top-level entries of `metrics.json`, such as `{"train_seconds": 512.0}`.
+
+        Returns:
+            The folder.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.json").write_text(_to_json(self.as_dict(extra), indent=2) + "\n", encoding="utf-8")
+        lines = [_to_json(record) + "\n" for record in self.predictions]
+        (folder / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
+        if self.pool is not None:
+            self.pool.save(folder / "pool")
+        write_report(self, folder)
+        return folder
+
+    def as_dict(self, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The content of `metrics.json`: the tasks, `extra`, and `details` with the intervals and settings."""
+        details = {"confidence_95": self.intervals, "settings": self.settings}
+        return {**self.metrics, **(extra or {}), "details": details}
+
+
+def evaluate_model(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    dataset: Dataset,
+    tasks: Sequence[str] | None = None,
+    max_examples: int | None = None,
+    features: FeatureStore | None = None,
+    join_silence_seconds: float = 0.0,
+    batch_size: int = 8,
+    num_prompts: int | None = None,
+    num_workers: int = 0,
+    spelling_mapping: Mapping[str, str] | None = None,
+    num_resamples: int = 1000,
+    progress: bool = True,
+    **generate_kwargs: Any,
+) -> EvaluationResult:
+    """Let a model answer a data set and score the answers task by task.
+
+    Under `accelerate launch` each process answers its share and all return the whole result; write it on the main
+    process alone.
+
+    Args:
+        model: a LiSTEN model.
+        processor: its processor.
+        dataset: rows of `listen.data.manifest`.
+        tasks: keep these tasks alone.
+        max_examples: at most the first so many rows of each task.
+        features: see `generate_predictions`.
+        join_silence_seconds: see `generate_predictions`.
+        batch_size: see `generate_predictions`.
+        num_prompts: prompts k of each row; by default the processor's.
+        num_workers: see `generate_predictions`.
+        spelling_mapping: British to American spellings for the word error rate, see `WordErrorRate`.
+        num_resamples: bootstrap resamples behind the intervals; 0 for none.
+        progress: whether to show a progress bar.
+        **generate_kwargs: passed to `model.generate`; greedy and at most 200 new tokens by default.
+
+    Raises:
+        ValueError: no rows are left, or a reference that a metric cannot use.
+        UnknownTaskError: the data holds a task that is not registered.
+    """
+    dataset = _select(dataset, tasks, max_examples)
+    generate_kwargs = {"do_sample": False, "max_new_tokens": 200, **generate_kwargs}
+    predictions = generate_predictions(
+        model,
+        processor,
+        dataset,
+        features=features,
+        join_silence_seconds=join_silence_seconds,
+        batch_size=batch_size,
+        num_prompts=num_prompts,
+        num_workers=num_workers,
+        progress=progress,
+        **generate_kwargs,
+    )
+    examples = _examples(dataset)
+    result = EvaluationResult(predictions=[_record(e, p) for e, p in zip(examples, predictions, strict=True)])
+    _score(result, examples, predictions, spelling_mapping, num_resamples)
+    result.pool = _analyse(extract_model_from_parallel(model), examples, predictions)
+    result.settings = _settings(model, result.pool, predictions, batch_size, generate_kwargs)
+    return result
+
+
+def _select(dataset: Dataset, tasks: Sequence[str] | None, max_examples: int | None) -> Dataset:
+    """Rows of the named tasks, at most `max_examples` of each."""
+    column, kept, counts = dataset["task"], [], {}
+    absent = set(tasks or ()) - set(column)
+    if absent:
+        raise ValueError(f"the data has no rows of {sorted(absent)}; it holds {', '.join(sorted(set(column)))}")
+    for row, task in enumerate(column):
+        counts[task] = counts.get(task, 0) + 1
+        if (tasks is None or task in tasks) and (max_examples is None or counts[task] <= max_examples):
+            kept.append(row)
+    if not kept:
+        raise ValueError(f"nothing to evaluate: {len(dataset)} rows in the data, max_examples={max_examples}")
+    return dataset if len(kept) == len(dataset) else dataset.select(kept)
+
+
+def _examples(dataset: Dataset) -> list[dict[str, Any]]:
+    """Rows without the bytes of their audio, the fields beyond the schema unpacked."""
+    examples = []
+    for row in dataset:
+        paths = [clip["path"] for clip in row["audio"]]
+        examples.append({**extra_fields(row), **{k: v for k, v in row.items() if k != "extra"}, "audio": paths})
+    return examples
+
+
+def _record(example: Mapping[str, Any], prediction: Prediction) -> dict[str, Any]:
+    """One line of `predictions.jsonl`."""
+    asked = {name: example[name] for name in ("id", "task", "audio", "question") if example.get(name)}
+    return {
+        "index": prediction.index,
+        **asked,
+        "instruction": prediction.instruction,
+        "references": example["response"],
+        "prediction": prediction.text,
+        "prompt_indices": prediction.prompt_indices,
+        "prompt_scores": [round(score, 6) for score in prediction.prompt_scores],
+    }
+
+
+def _score(
+    result: EvaluationResult,
+    examples: Sequence[Mapping[str, Any]],
+    predictions: Sequence[Prediction],
+    spelling_mapping: Mapping[str, str] | None,
+    num_resamples: int,
+) -> None:
+    """Fill in metrics and intervals of every task, and the scores of each row."""
+    for name in dict.fromkeys(example["task"] for example in examples):
+        task, places = get_task(name), [i for i, example in enumerate(examples) if example["task"] == name]
+        scores: TaskScores = score_task(
+            task,
+            [examples[i] for i in places],
+            [predictions[i].text for i in places],
+            [predictions[i].yes_no_score for i in places],
+            spelling_mapping=spelling_mapping,
+            num_resamples=num_resamples,
+        )
+        result.metrics[name] = {**scores.values, "n": scores.num_examples}
+        result.intervals[name] = scores.intervals
+        for place, row_values in zip(places, scores.row_values, strict=True):
+            result.predictions[place]["scores"] = row_values
+            if "eer" in task.metrics:
+                result.predictions[place]["yes_no_score"] = predictions[place].yes_no_score
+
+
+def _analyse(
+    model: PreTrainedModel, examples: Sequence[Mapping[str, Any]], predictions: Sequence[Prediction]
+) -> PoolAnalysis | None:
+    adapter = dict(model.adapters).get(model.active_adapter)
+    if adapter is None or adapter.prompt_pool is None or not any(p.prompt_indices for p in predictions):
+        return None
+    queries = [prediction.query for prediction in predictions]
+    return analyse_pool(
+        adapter.prompt_pool,
+        [example["task"] for example in examples],
+        [prediction.prompt_indices for prediction in predictions],
+        None if any(query is None for query in queries) else np.stack(queries),
+    )
+
+
+def _settings(
+    model: PreTrainedModel,
+    pool: PoolAnalysis | None,
+    predictions: Sequence[Prediction],
+    batch_size: int,
+    generate_kwargs: Mapping[str, Any],
+) -> dict[str, Any]:
+    model = extract_model_from_parallel(model)
+    return {
+        "model": model.config.name_or_path or type(model).__name__,
+        "adapter": model.active_adapter,
+        "num_prompts": max(len(prediction.prompt_indices) for prediction in predictions),
+        "pool_size": None if pool is None else pool.usage.shares.shape[1],
+        "batch_size": batch_size,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "generation": dict(generate_kwargs),
+    }
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    """JSON in which what is not a number is null, as the standard wants."""
+    return json.dumps(_without_nan(value), ensure_ascii=False, indent=indent)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _without_nan(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

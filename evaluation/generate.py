@@ -1,0 +1,218 @@
+"""Answers of a model to every row of a data set: batched, sharded over processes, in the order of the rows."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+from accelerate import PartialState
+from accelerate.utils import extract_model_from_parallel, gather_object
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, ProcessorMixin
+
+from listen.data.collator import ListenCollator
+from listen.data.features import FeatureStore
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Prediction:
+    """A model's answer to one row.
+
+    Attributes:
+        index: place of the row in the data set.
+        instruction: how the task was worded.
+        text: the answer, without special tokens and outer spaces.
+        prompt_indices: prompts picked from the pool, best first; empty without a pool.
+        prompt_scores: their scores under the pool's strategy.
+        yes_no_score: logit of yes minus logit of no at the first position of the response; `nan` where the tokenizer
+            begins both with the same token.
+        query: `(width,)` what the pool was asked with; `None` without a pool.
+    """
+
+    index: int
+    instruction: str
+    text: str
+    prompt_indices: list[int]
+    prompt_scores: list[float]
+    yes_no_score: float
+    query: np.ndarray | None = None
+
+
+@dataclass
+class _Prefill:
+    """Output of the first forward pass of a `generate` call."""
+
+    output: Any = None
+
+
+def generate_predictions(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    dataset: Dataset,
+    features: FeatureStore | None = None,
+    join_silence_seconds: float = 0.0,
+    batch_size: int = 8,
+    num_prompts: int | None = None,
+    num_workers: int = 0,
+    progress: bool = True,
+    **generate_kwargs: Any,
+) -> list[Prediction]:
+    """Let the model answer every row once.
+
+    Rows are sorted by task and length, so that a batch holds little padding and answers of like length, and dealt out
+    to the processes that `accelerate launch` started. All processes return all predictions in the data set's order.
+
+    Args:
+        model: a LiSTEN model, wrapped for parallel training or not. Its mode is restored afterwards.
+        processor: its processor.
+        dataset: rows of `listen.data.manifest`.
+        features: store of encoder features, used in place of audio.
+        join_silence_seconds: silence between the clips of rows that join them, as in training.
+        batch_size: rows of a batch, in each process.
+        num_prompts: prompts k of each row; by default the processor's.
+        num_workers: processes that read audio ahead, for each process.
+        progress: whether the main process shows a progress bar.
+        **generate_kwargs: passed to `model.generate`, such as `num_beams=4` or `max_new_tokens=200`.
+
+    Raises:
+        ValueError: `batch_size` below 1, or a row that cannot be read; the message names it.
+    """
+    model, state = extract_model_from_parallel(model), PartialState()
+    collator = ListenCollator(
+        processor,
+        for_generation=True,
+        num_prompts=num_prompts,
+        features=features,
+        join_silence_seconds=join_silence_seconds,
+    )
+    batches = plan_batches(dataset, batch_size)[state.process_index :: state.num_processes]
+    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collator, num_workers=num_workers)
+    bar = tqdm(total=len(batches), desc="answering", unit="batch", disable=not (progress and state.is_main_process))
+    answers = answer_ids(collator)
+    predictions: list[Prediction] = []
+    with bar, _evaluating(model):
+        for indices, inputs in zip(batches, loader, strict=True):
+            predictions += _answer_batch(model, processor, indices, inputs, answers, generate_kwargs)
+            bar.update()
+    gathered = gather_object(predictions) if state.num_processes > 1 else predictions
+    return sorted(gathered, key=lambda prediction: prediction.index)
+
+
+def plan_batches(dataset: Dataset, batch_size: int) -> list[list[int]]:
+    """Row numbers of each batch: sorted by task, then from long to short, each row exactly once.
+
+    Raises:
+        ValueError: `batch_size` is below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    rows = dataset.select_columns(["task", "audio"])
+    lengths = [(row["task"], -sum(map(clip_seconds, row["audio"]))) for row in rows]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def clip_seconds(clip: Mapping[str, Any]) -> float:
+    """Length of a clip read from its header; 0 where the header is out of reach, as for URLs and mp4."""
+    source = clip["path"] if clip.get("bytes") is None else BytesIO(clip["bytes"])
+    try:
+        return soundfile.info(source).duration
+    except (soundfile.LibsndfileError, OSError):
+        return 0.0  # the length only sorts: an unreadable clip is reported when it is decoded
+
+
+def answer_ids(collator: ListenCollator) -> tuple[int, int] | None:
+    """Ids of the first token of yes and of no as training writes them at the start of a response.
+
+    Returns:
+        The two ids; `None` where the tokenizer begins both answers with the same token, so that the first position of
+        the response cannot tell them apart.
+    """
+    row = {"id": "", "audio": [], "instruction": "yes or no?"}
+    texts = [collator.word({**row, "response": [answer]}, random.Random(0)).answer for answer in ("yes", "no")]
+    yes, no = collator.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    if yes[0] == no[0]:
+        logger.warning("yes and no begin with the same token: no score of yes against no")
+        return None
+    return yes[0], no[0]
+
+
+def _answer_batch(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    indices: Sequence[int],
+    inputs: dict[str, Any],
+    answers: tuple[int, int] | None,
+    generate_kwargs: Mapping[str, Any],
+) -> list[Prediction]:
+    rows = inputs.pop("rows")
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    with first_forward(model) as prefill:
+        ids = model.generate(**inputs, **generate_kwargs)  # (batch, sequence)
+    texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    first = prefill.output
+    beams = len(first.logits) // len(indices)  # beams repeat every row
+    picks, strengths, queries = (
+        None if tensor is None else tensor[::beams].detach().cpu()
+        for tensor in (first.prompt_indices, first.prompt_scores, first.query)
+    )
+    preferences = _yes_no_scores(first.logits[::beams, -1], answers)
+    return [
+        Prediction(
+            index=index,
+            instruction=rows[row]["instruction"],
+            text=texts[row].strip(),
+            prompt_indices=[] if picks is None else picks[row][picks[row] >= 0].tolist(),
+            prompt_scores=[] if picks is None else strengths[row][picks[row] >= 0].tolist(),
+            yes_no_score=preferences[row],
+            query=None if queries is None else queries[row].float().numpy(),
+        )
+        for row, index in enumerate(indices)
+    ]
+
+
+def _yes_no_scores(logits: torch.Tensor, answers: tuple[int, int] | None) -> list[float]:
+    """Preference for yes from `logits` `(batch, vocabulary)` of the first position."""
+    if answers is None:
+        return [float("nan")] * len(logits)
+    yes, no = answers
+    return (logits[:, yes].float() - logits[:, no].float()).tolist()
+
+
+@contextmanager
+def first_forward(model: PreTrainedModel) -> Iterator[_Prefill]:
+    """Keep the output of the next forward pass: `generate` reads the prompt there and picks the prompts of the pool."""
+    prefill = _Prefill()
+
+    def keep(module: torch.nn.Module, args: tuple, output: Any) -> None:
+        handle.remove()
+        prefill.output = output
+
+    handle = model.register_forward_hook(keep)
+    try:
+        yield prefill
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,146 @@
+"""From predictions and references to the metrics of a task."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from listen.data.tasks import Task
+
+from .confidence import bootstrap_intervals
+from .metrics import (
+    CiderD,
+    Classification,
+    EventF1,
+    ExactMatch,
+    RougeL,
+    RowMetric,
+    Translation,
+    Verification,
+    WordErrorRate,
+)
+
+logger = logging.getLogger(__name__)
+
+METRICS: tuple[type[RowMetric], ...] = (
+    WordErrorRate,
+    Translation,
+    Classification,
+    Verification,
+    ExactMatch,
+    RougeL,
+    CiderD,
+    EventF1,
+)
+_TRANSLATION_TOKENIZERS = {"zh": "zh"}
+
+
+@dataclass
+class TaskScores:
+    """Scores of one task.
+
+    Attributes:
+        values: every metric of the task, then its metrics' diagnostics such as `unparsable_rate`; `nan` if undefined.
+        intervals: 95 % bootstrap interval of each value that has one.
+        row_values: the same values for each example alone, where they mean something.
+        num_examples: examples scored.
+    """
+
+    values: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    row_values: list[dict[str, float]] = field(default_factory=list)
+    num_examples: int = 0
+
+
+def metrics_for(task: Task) -> list[type[RowMetric]]:
+    """The metric modules that give a task's metrics, the one that gives most of them first.
+
+    Raises:
+        ValueError: no module gives one of the names.
+    """
+    wanted, chosen = set(task.metrics), []
+    while wanted:
+        best = max(METRICS, key=lambda metric: len(wanted & set(metric.names)))
+        if not wanted & set(best.names):
+            known = sorted({name for metric in METRICS for name in metric.names})
+            raise ValueError(f"task {task.name!r} names unknown metrics {sorted(wanted)}; known: {', '.join(known)}")
+        chosen.append(best)
+        wanted -= set(best.names)
+    return chosen
+
+
+def score_task(
+    task: Task,
+    examples: Sequence[Mapping[str, Any]],
+    predictions: Sequence[str],
+    yes_no_scores: Sequence[float] | None = None,
+    spelling_mapping: Mapping[str, str] | None = None,
+    num_resamples: int = 1000,
+) -> TaskScores:
+    """Score the predictions of one task.
+
+    Args:
+        task: names the metrics, labels and language.
+        examples: rows of the data with `response` and, for `event_f1`, `events`.
+        predictions: the model's answers, one an example.
+        yes_no_scores: preference for yes of each example, for `eer`.
+        spelling_mapping: British to American spellings for the word error rate.
+        num_resamples: bootstrap resamples; 0 for no intervals.
+
+    Returns:
+        The scores. `event_f1` is left out where the data names no events, with a line in the log.
+
+    Raises:
+        ValueError: nothing to score, or references that a metric refuses; the message names the example.
+    """
+    if not examples:
+        raise ValueError(f"task {task.name!r} has no examples to score")
+    scores = TaskScores(num_examples=len(examples), row_values=[{} for _ in examples])
+    references = [example["response"] for example in examples]
+    for metric_class in metrics_for(task):
+        options = _options(metric_class, task, yes_no_scores, spelling_mapping)
+        if metric_class is EventF1:
+            references = [example.get("events") for example in examples]
+            if any(events is None for events in references):
+                logger.warning("%s: examples without 'events', so no event_f1", task.name)
+                continue
+        metric = metric_class()
+        _add(scores, metric, metric.row_statistics(predictions, references, **options), task, num_resamples)
+    named = {name: scores.values[name] for name in task.metrics if name in scores.values}
+    scores.values = {**named, **scores.values}  # the task's own order first
+    return scores
+
+
+def _options(
+    metric: type[RowMetric],
+    task: Task,
+    yes_no_scores: Sequence[float] | None,
+    spelling_mapping: Mapping[str, str] | None,
+) -> dict[str, Any]:
+    if metric is WordErrorRate:
+        normalizer = "english" if task.language == "en" else "basic"
+        return {"normalizer": normalizer, "spelling_mapping": spelling_mapping}
+    if metric is Translation:
+        return {"tokenize": _TRANSLATION_TOKENIZERS.get(task.language, "13a")}
+    if metric is Classification:
+        return {"labels": task.labels}
+    if metric is Verification:
+        return {"scores": yes_no_scores}
+    return {}
+
+
+def _add(scores: TaskScores, metric: RowMetric, rows: np.ndarray, task: Task, num_resamples: int) -> None:
+    """Put a metric's values into `scores`: those the task asks for and diagnostics, not the others it could give."""
+    kept = [name for name in metric.aggregate(rows) if name in task.metrics or name not in metric.names]
+    scores.values |= {name: value for name, value in metric.aggregate(rows).items() if name in kept}
+    if num_resamples and len(rows) > 1:
+        intervals = bootstrap_intervals(metric, rows, num_resamples)
+        scores.intervals |= {name: interval for name, interval in intervals.items() if name in kept}
+    for place, row_values in enumerate(scores.row_values):
+        single = metric.aggregate(rows[place : place + 1])
+        row_values |= {name: single[name] for name in task.metrics if not math.isnan(single.get(name, math.nan))}

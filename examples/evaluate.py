@@ -1,0 +1,96 @@
+"""Evaluate a model on a manifest: metrics, predictions and a report.
+
+    python examples/evaluate.py --model model_cards/listen-tiny --data runs/corpus/test.jsonl --output runs/eval
+    accelerate launch --num_processes 2 examples/evaluate.py --model DIR --data test.jsonl --tasks asr er --num-beams 4
+
+`--sweep 2 4 8` also evaluates with other numbers of prompts and plots the scores over them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+# the metrics build on the library `evaluate`, which a script of that name must not hide
+if str(Path(__file__).resolve().parent) in sys.path:
+    sys.path.remove(str(Path(__file__).resolve().parent))
+
+from accelerate import PartialState
+from datasets import concatenate_datasets
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import cached_file
+
+from listen.analysis import sweep_num_prompts
+from listen.data.manifest import load_manifest
+from listen.evaluation import EvaluationResult, evaluate_model, metrics_table
+from listen.modeling_listen import ListenForConditionalGeneration
+from listen.processing_listen import ListenProcessor
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="checkpoint: a folder or a Hub id")
+    parser.add_argument("--data", required=True, nargs="+", help="one or more JSONL manifests")
+    parser.add_argument("--tasks", nargs="+", help="these tasks alone")
+    parser.add_argument("--max-examples", type=int, help="at most so many rows of each task")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows of a batch, in each process")
+    parser.add_argument("--num-prompts", type=int, help="prompts k; by default the processor's")
+    parser.add_argument("--num-beams", type=int, default=1, help="1 for greedy answers")
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="longest answer")
+    parser.add_argument("--num-workers", type=int, default=0, help="processes that read audio ahead")
+    parser.add_argument("--dtype", default="auto", help="of the backbones: auto, float32, bfloat16")
+    parser.add_argument("--spelling-from", help="Whisper checkpoint whose table of British spellings the WER uses")
+    parser.add_argument("--sweep", type=int, nargs="+", metavar="K", help="also evaluate with these numbers of prompts")
+    parser.add_argument("--output", type=Path, default=Path("runs/eval"), help="folder of the results")
+    return parser.parse_args()
+
+
+def spelling_mapping(checkpoint: str | None) -> dict[str, str] | None:
+    """British to American spellings that a Whisper checkpoint carries."""
+    if checkpoint is None:
+        return None
+    return json.loads(Path(cached_file(checkpoint, "normalizer.json")).read_text(encoding="utf-8"))
+
+
+def print_metrics(result: EvaluationResult) -> None:
+    """Print the table of scores."""
+    table = Table("task", "metric", "value", "n", title="Scores")
+    for row in metrics_table(result.metrics):
+        table.add_row(*row)
+    Console().print(table)
+
+
+def main() -> None:
+    """Evaluate, write the results on the main process, and print them."""
+    arguments, state = parse_arguments(), PartialState()
+    model = ListenForConditionalGeneration.from_pretrained(arguments.model, dtype=arguments.dtype).to(state.device)
+    processor = ListenProcessor.from_pretrained(arguments.model)
+    options: dict[str, Any] = {
+        "tasks": arguments.tasks,
+        "max_examples": arguments.max_examples,
+        "batch_size": arguments.batch_size,
+        "num_workers": arguments.num_workers,
+        "spelling_mapping": spelling_mapping(arguments.spelling_from),
+        "num_beams": arguments.num_beams,
+        "max_new_tokens": arguments.max_new_tokens,
+    }
+    dataset = concatenate_datasets([load_manifest(path) for path in arguments.data])
+    evaluate = partial(evaluate_model, model, processor, dataset, **options)
+    result = evaluate(num_prompts=arguments.num_prompts)
+    sweep = sweep_num_prompts(evaluate, arguments.sweep) if arguments.sweep else None
+    if state.is_main_process:
+        folder = result.save(arguments.output)
+        if sweep is not None:
+            sweep.save(folder / "sweep")
+        print_metrics(result)
+        print(f"report: {folder / 'report.html'}")
+
+
+if __name__ == "__main__":
+    main()
