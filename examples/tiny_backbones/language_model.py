@@ -1,0 +1,106 @@
+"""The miniature language model: a Llama that learns the tasks from text alone."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm.auto import trange
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tiny_backbones.soft_text import ExampleWriter, SoftBatch, collate
+
+
+def make_language_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Return an untrained Llama of about 2.7 M parameters."""
+    config = LlamaConfig(
+        vocab_size=-(-len(tokenizer) // 32) * 32, hidden_size=224, intermediate_size=640, num_hidden_layers=4,
+        num_attention_heads=7, num_key_value_heads=7, max_position_embeddings=2048, tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.05, attention_dropout=0.0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def embed(model: LlamaForCausalLM, batch: SoftBatch, generator: torch.Generator) -> torch.Tensor:
+    """Return the embeddings (batch, length, dim) of a soft batch, noise included."""
+    table = model.get_input_embeddings().weight
+    ids, weights = torch.from_numpy(batch.ids), torch.from_numpy(batch.weights)
+    embeds = torch.einsum("blkd,blk->bld", F.embedding(ids, table), weights)  # (batch, length, dim)
+    rms = table.detach().pow(2).mean().sqrt()
+    noise = torch.randn(embeds.shape, generator=generator) * torch.from_numpy(batch.noise)[..., None]
+    return embeds + rms * noise
+
+
+def response_loss(model: LlamaForCausalLM, batch: SoftBatch, generator: torch.Generator) -> torch.Tensor:
+    """Mean over samples of the mean next-token loss of the response: short answers weigh as much as long ones."""
+    mask = torch.from_numpy(batch.attention_mask)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    hidden = model.model(
+        inputs_embeds=embed(model, batch, generator), attention_mask=mask, position_ids=positions, use_cache=False
+    ).last_hidden_state  # (batch, length, dim)
+    labels = torch.from_numpy(batch.labels)[:, 1:]
+    rows, columns = (labels != -100).nonzero(as_tuple=True)
+    logits = model.lm_head(hidden[rows, columns])  # (num_labels, vocab)
+    losses = F.cross_entropy(logits.float(), labels[rows, columns], reduction="none")
+    counts = torch.bincount(rows, minlength=len(labels)).clamp(min=1)
+    return (losses / counts[rows]).sum() / len(labels)
+
+
+def train_language_model(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, durations: dict[str, float], seed: int,
+    steps: int = 2400, batch_size: int = 64, learning_rate: float = 1.5e-3, report_every: int = 200,
+) -> None:  # fmt: skip
+    """Train `model` in place; every `report_every` steps the progress bar shows the accuracy of each task."""
+    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    writer = ExampleWriter(durations, rng)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_schedule(step, steps, warmup=100))
+    bar = trange(steps, desc="language model")
+    for step in bar:
+        writer.difficulty = min(1.0, max(0.0, step / steps - 0.1) / 0.4)
+        batch = collate([writer.draw() for _ in range(batch_size)], tokenizer, rng)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = response_loss(model, batch, generator)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if (step + 1) % report_every == 0:
+            scores = score_language_model(model, tokenizer, durations, seed=seed + 1)
+            bar.write(f"step {step + 1} loss {loss.item():.3f} " + " ".join(f"{k} {v:.2f}" for k, v in scores.items()))
+
+
+@torch.no_grad()
+def score_language_model(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, durations: dict[str, float], seed: int,
+    examples_per_task: int = 64,
+) -> dict[str, float]:  # fmt: skip
+    """Share of fresh examples whose whole response has the highest probability token by token, for each task."""
+    writer = ExampleWriter(durations, np.random.default_rng(seed))
+    generator, scores = torch.Generator().manual_seed(seed), Counter()
+    model.eval()
+    for task in writer.tasks:
+        batch = collate([writer.draw(task) for _ in range(examples_per_task)], tokenizer, writer.rng)
+        mask = torch.from_numpy(batch.attention_mask)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(
+                inputs_embeds=embed(model, batch, generator), attention_mask=mask,
+                position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=False,
+            ).logits  # (batch, length, vocab)  # fmt: skip
+        labels = torch.from_numpy(batch.labels)[:, 1:]
+        right = (logits[:, :-1].argmax(-1) == labels) | (labels == -100)
+        scores[task] = right.all(1).float().mean().item()
+    model.train()
+    return dict(scores)
+
+
+def cosine_schedule(step: int, steps: int, warmup: int) -> float:
+    """Linear warm-up, then a cosine down to 3 % of the peak."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
