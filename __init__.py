@@ -3,12 +3,23 @@
 Importing the package registers its classes with the Auto classes and `pipeline("audio-llm")` of transformers.
 """
 
-from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_beats import BeatsConfig
 from .configuration_listen import ListenConfig, ListenConnectorConfig, ListenPromptPoolConfig
+from .feature_extraction_listen import ListenFeatureExtractor
 from .modeling_beats import BeatsModel
 from .modeling_listen import ListenForConditionalGeneration, ListenModel
+from .pipeline_listen import ListenPipeline
+from .processing_listen import ListenProcessor
 
 __version__ = "0.1.0"
 
@@ -17,13 +28,19 @@ AutoConfig.register("beats", BeatsConfig, exist_ok=True)
 AutoModel.register(BeatsConfig, BeatsModel, exist_ok=True)
 for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM):
     _auto_class.register(ListenConfig, ListenForConditionalGeneration, exist_ok=True)
+AutoFeatureExtractor.register(ListenConfig, ListenFeatureExtractor, exist_ok=True)
+AutoProcessor.register(ListenConfig, ListenProcessor, exist_ok=True)
+PIPELINE_REGISTRY.register_pipeline("audio-llm", pipeline_class=ListenPipeline, pt_model=AutoModel, type="multimodal")
 
 __all__ = [
     "BeatsConfig",
     "BeatsModel",
     "ListenConfig",
     "ListenConnectorConfig",
+    "ListenFeatureExtractor",
     "ListenForConditionalGeneration",
     "ListenModel",
+    "ListenPipeline",
+    "ListenProcessor",
     "ListenPromptPoolConfig",
 ]

@@ -162,9 +162,7 @@ def _checked(waveform: np.ndarray, source: Any = None) -> np.ndarray:
         raise ValueError(f"{bad} of {waveform.size} samples{where} are NaN or infinite; repair or drop the clip")
     loudest = float(np.abs(waveform).max())
     if loudest > _LOUDEST:
-        raise ValueError(
-            f"float samples reach {loudest:g}{where}, but full scale is 1; divide 16-bit samples by 32768"
-        )
+        raise ValueError(f"float samples reach {loudest:g}{where}, but full scale is 1; divide 16-bit samples by 32768")
     return waveform
 
 

@@ -504,43 +504,46 @@ def place_token(
     Raises:
         ValueError: the tokenizer has no token of that id and would give another one to an added token.
     """
-    vocabulary = tokenizer.get_vocab()
-    symbol = token
-    if token_id is not None:
-        symbol = tokenizer.convert_ids_to_tokens(token_id) if token_id < len(tokenizer) else token
-        symbol = symbol if symbol is not None else token
-    elif token not in vocabulary:
-        symbol = _free_reserved_token(tokenizer, vocabulary, taken) or token
-    special = AddedToken(symbol, special=True, normalized=False, lstrip=False, rstrip=False)
-    tokenizer.add_tokens([special], special_tokens=True)
+    known = tokenizer.convert_ids_to_tokens(token_id) if token_id is not None and token_id < len(tokenizer) else None
+    symbol = known or token
+    if token_id is None and token not in tokenizer.get_vocab():
+        symbol = _free_reserved_token(tokenizer, taken) or token
+    if symbol == token or _is_reserved(symbol):  # never an ordinary word
+        special = AddedToken(symbol, special=True, normalized=False, lstrip=False, rstrip=False)
+        tokenizer.add_tokens([special], special_tokens=True)
     placed = tokenizer.convert_tokens_to_ids(symbol)
-    if token_id is not None and placed != token_id:
+    if symbol not in tokenizer.added_tokens_encoder or (token_id is not None and placed != token_id):
         raise ValueError(
-            f"{token} must have the id {token_id}, but this tokenizer of {len(tokenizer)} tokens gives it {placed}; "
-            "take the tokenizer that the model was made with, or set the id to None"
+            f"{token} must have the id {token_id}, but in this tokenizer of {len(tokenizer)} tokens that is "
+            f"{known!r} and {token} would get {tokenizer.convert_tokens_to_ids(token)}; take the tokenizer that the "
+            "model was made with, or set the id to None"
         )
     return placed
 
 
-def _free_reserved_token(
-    tokenizer: PreTrainedTokenizerBase, vocabulary: dict[str, int], taken: int | None
-) -> str | None:
+def _free_reserved_token(tokenizer: PreTrainedTokenizerBase, taken: int | None) -> str | None:
+    used = {token for token in tokenizer.special_tokens_map.values() if isinstance(token, str)}
     template = str(getattr(tokenizer, "chat_template", None) or "")
-    used = {*tokenizer.special_tokens_map.values(), tokenizer.convert_ids_to_tokens(taken) if taken else None}
     free = [
         (token_id, token)
-        for token, token_id in vocabulary.items()
-        if re.fullmatch(RESERVED_TOKENS, token, re.IGNORECASE) and token not in used and token not in template
+        for token, token_id in tokenizer.get_vocab().items()
+        if _is_reserved(token) and token_id != taken and token not in used and token not in template
     ]
-    # the highest ids: later releases of an LLM put the lowest to use first
-    return max(free)[1] if len(free) > (taken is None) else None
+    # the highest id: later releases of an LLM put the lowest to use first
+    return max(free)[1] if free else None
+
+
+def _is_reserved(token: str) -> bool:
+    return re.fullmatch(RESERVED_TOKENS, token, re.IGNORECASE) is not None
 
 
 def _prepare_padding(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
-            raise ValueError("the tokenizer has neither a pad_token nor an eos_token to pad with; set tokenizer.pad_token")
+            raise ValueError(
+                "the tokenizer has neither a pad_token nor an eos_token to pad with; set tokenizer.pad_token"
+            )
         tokenizer.pad_token = tokenizer.eos_token
 
 
@@ -549,11 +552,11 @@ def _prepare_padding(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def _feature_extractor_for(config: PreTrainedConfig) -> ListenFeatureExtractor:
     speech, audio = config.speech_config, config.audio_config
-    streams = {"num_fbank_bins": None} if audio is None else {
-        "num_fbank_bins": audio.num_mel_bins,
-        "patch_size": audio.patch_size,
-    }
-    return ListenFeatureExtractor(feature_size=speech.num_mel_bins, pad_to_30s=config.pad_to_30s, **streams)
+    settings = {"feature_size": speech.num_mel_bins, "pad_to_30s": config.pad_to_30s, "num_fbank_bins": None}
+    settings["chunk_seconds"] = speech.max_source_positions / 50  # the encoder has a position for every 20 ms
+    if audio is not None:
+        settings |= {"num_fbank_bins": audio.num_mel_bins, "patch_size": audio.patch_size}
+    return ListenFeatureExtractor(**settings)
 
 
 def _tokenizer_for(config: PreTrainedConfig) -> PreTrainedTokenizerBase:

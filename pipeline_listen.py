@@ -1,0 +1,274 @@
+"""`pipeline("audio-llm")`: questions about clips in, answers out."""
+
+import difflib
+from collections.abc import Iterator, Sized
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import BatchFeature, GenerationConfig, Pipeline
+from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
+from transformers.utils.chat_template_utils import Chat
+
+from .audio_listen import is_one_clip, load_waveform
+from .processing_listen import AUDIO_TOKEN, conversation_clips
+
+_INPUT_KEYS = ("audio", "sampling_rate", "text", "task")
+_PREPROCESS = ("text", "task", "sampling_rate", "num_prompts")
+_FORWARD = ("return_prompts",)
+_POSTPROCESS = ("skip_special_tokens",)
+_GENERATE_INPUTS = (
+    "generation_config",
+    "logits_processor",
+    "stopping_criteria",
+    "prefix_allowed_tokens_fn",
+    "assistant_model",
+    "streamer",
+    "tokenizer",
+    "custom_generate",
+    "adapter_names",
+)
+_GENERATE = (*(name for name in vars(GenerationConfig()) if not name.startswith("_")), *_GENERATE_INPUTS)
+_KEYWORDS = (*_PREPROCESS, *_FORWARD, *_POSTPROCESS, "generate_kwargs")
+_AUDIO = ("input_features", "input_features_mask", "input_values", "input_values_mask")
+
+
+class ListenPipeline(Pipeline):
+    """Answers about one clip or many, batched or streamed.
+
+    Inputs, one or a list, data set or generator of them:
+
+    - a clip (path, URL, bytes, array), with `text=` or `task=` in the call;
+    - `{"audio": clip or list of clips, "sampling_rate": 16000, "text": "What is being said?"}`, or with `"task"` in
+      place of or beside `"text"`; columns of other names are not read;
+    - chat messages with audio content; a last message by the assistant is continued.
+
+    Args of a call, or of the pipeline itself as defaults:
+        text: What to do with the clips; the question of a task that asks one.
+        task: Name of a task, whose wording the processor knows.
+        sampling_rate: Of clips given as raw arrays.
+        num_prompts: k; the processor's by default.
+        return_prompts: Whether to tell which prompts were picked.
+        skip_special_tokens: Whether special tokens are left out of the answer, `True` by default.
+        generate_kwargs: Arguments of `generate`; they may also be given directly (`max_new_tokens=`, `num_beams=`,
+            `streamer=` ...).
+        batch_size: Inputs that run together, 1 by default.
+
+    Returns:
+        For each input a list with one dict for each returned sequence: `"generated_text"`, and with `return_prompts`
+        `"prompts"`: `[{"index": position in the pool, "score": float}, ...]`, best first.
+
+    Raises:
+        TypeError: an unknown keyword.
+        ValueError: input that cannot be read, or that does not say what to do.
+
+    Example:
+
+        >>> from transformers import pipeline
+        >>> listen = pipeline("audio-llm", model="model_cards/listen-tiny", trust_remote_code=True)
+        >>> listen("clip.wav", "What is being said?")
+        [{'generated_text': '...'}]
+    """
+
+    _load_processor = True
+    _load_tokenizer = False
+    _load_feature_extractor = False
+    _load_image_processor = False
+    _load_video_processor = False
+    _pipeline_calls_generate = True
+    _default_generation_config = GenerationConfig(max_new_tokens=256)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.pop("local_files_only", None)  # `pipeline()` has used it
+        super().__init__(*args, **kwargs)
+        if self.processor is None:
+            raise ValueError("the pipeline needs the model's processor; pass processor=ListenProcessor...")
+        self._generation_defaults["pad_token_id"] = self.processor.tokenizer.pad_token_id
+        for info in (getattr(self.model.config, "custom_pipelines", None) or {}).values():
+            # `pipeline()` puts classes where the config has names, and could then not be saved
+            info["pt"] = [entry if isinstance(entry, str) else entry.__name__ for entry in info["pt"]]
+
+    def __call__(self, inputs: Any, text: str | None = None, **kwargs: Any) -> Any:
+        """Answer one input, or a list, data set or generator of inputs; see the class."""
+        if text is not None:
+            kwargs["text"] = text
+        if is_one_clip(inputs):
+            inputs = {"audio": inputs} if isinstance(inputs, (list, tuple)) else inputs
+        elif not len(inputs):
+            return []
+        elif isinstance(inputs, tuple):
+            inputs = list(inputs)
+        if type(inputs).__module__.partition(".")[0] == "datasets":
+            inputs = (row for row in inputs)  # known to the base class as a stream
+        return super().__call__(inputs, **kwargs)
+
+    def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        generate = kwargs.pop("generate_kwargs", None) or {}
+        twice = generate.keys() & kwargs.keys()
+        if twice:
+            raise ValueError(f"{', '.join(sorted(twice))}: given twice, as a keyword and in generate_kwargs")
+        kwargs |= generate
+        for name in kwargs:
+            if name not in (*_PREPROCESS, *_FORWARD, *_POSTPROCESS, *_GENERATE):
+                raise TypeError(f"keyword {name!r} is unknown{_suggestion(name, (*_KEYWORDS, *_GENERATE))}")
+        preprocess = {name: value for name, value in kwargs.items() if name in _PREPROCESS}
+        postprocess = {name: value for name, value in kwargs.items() if name in _POSTPROCESS}
+        forward = {name: value for name, value in kwargs.items() if name in (*_FORWARD, *_GENERATE)}
+        return preprocess, forward, postprocess
+
+    # ------------------------------------------------------------------ inputs
+
+    def preprocess(
+        self,
+        input_: Any,
+        text: str | None = None,
+        task: str | None = None,
+        sampling_rate: int | None = None,
+        num_prompts: int | None = None,
+    ) -> dict[str, Any]:
+        """One input as rendered text and waveforms."""
+        if isinstance(input_, Chat):
+            if text is not None:
+                raise ValueError(f"chat messages bring their own text; text={text!r} has no place there")
+            rendered, clips = self._render_chat(input_.messages)
+        else:
+            sample = self._as_sample(input_, text, task)
+            rendered, clips = self._render_question(sample)
+            task, sampling_rate = sample.get("task"), sample.get("sampling_rate") or sampling_rate
+        rate = self.processor.feature_extractor.sampling_rate
+        waveforms = [load_waveform(clip, sampling_rate, rate) for clip in clips]
+        return {"text": rendered, "audio": waveforms, "task": task, "num_prompts": num_prompts}
+
+    def _render_chat(self, messages: list[dict[str, Any]]) -> tuple[str, list[Any]]:
+        unfinished = messages[-1]["role"] == "assistant"
+        rendered = self.processor.apply_chat_template(
+            messages, add_generation_prompt=not unfinished, continue_final_message=unfinished
+        )
+        return rendered, conversation_clips(messages)
+
+    def _as_sample(self, input_: Any, text: str | None, task: str | None) -> dict[str, Any]:
+        """A dict with `audio` and what to do with it, from the input and the keywords."""
+        row = {"audio": input_}
+        if isinstance(input_, dict) and not {"array", "bytes", "path"} & input_.keys():
+            row = {name: value for name, value in input_.items() if value is not None}
+        for name in row.keys() - set(_INPUT_KEYS):
+            meant = [key for key in difflib.get_close_matches(name, _INPUT_KEYS, n=1, cutoff=0.7) if key not in row]
+            if meant:
+                raise ValueError(f"the input has a key {name!r}; did you mean {meant[0]!r}?")
+        for name, value in (("text", text), ("task", task)):
+            if value is not None and name in row:
+                raise ValueError(f"{name} was given twice: {row[name]!r} in the input and {value!r} as a keyword")
+            row.setdefault(name, value)
+        if "audio" not in row:
+            raise ValueError(f"the input with the keys {sorted(row)} has no 'audio'; text alone goes in chat messages")
+        return row
+
+    def _render_question(self, sample: dict[str, Any]) -> tuple[str, list[Any]]:
+        clips = [sample["audio"]] if is_one_clip(sample["audio"]) else list(sample["audio"])
+        if sample["task"] is not None:
+            question = self.processor.instruction(sample["task"], sample["text"])
+        elif sample["text"]:
+            question = sample["text"]
+        else:
+            tasks = ", ".join(self.processor.task_instructions)
+            raise ValueError(f"say what to do with the audio: text='What is being said?', or task= one of {tasks}")
+        content = question if AUDIO_TOKEN in question else AUDIO_TOKEN * len(clips) + question
+        messages = [{"role": "user", "content": content}]
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True), clips
+
+    def collate(self, samples: list[dict[str, Any]]) -> BatchFeature:
+        """Model inputs of a batch of what `preprocess` returns."""
+        clips, tasks = [sample["audio"] for sample in samples], [sample["task"] for sample in samples]
+        return self.processor(
+            [sample["text"] for sample in samples],
+            clips if any(clips) else None,
+            sampling_rate=self.processor.feature_extractor.sampling_rate,
+            num_prompts=samples[0]["num_prompts"],
+            task=tasks if any(tasks) else None,
+        )
+
+    # ------------------------------------------------------------------ running
+
+    def run_single(self, inputs: Any, preprocess_params: dict, forward_params: dict, postprocess_params: dict) -> Any:
+        """One input: a batch of one."""
+        batch = self.collate([self.preprocess(inputs, **preprocess_params)])
+        return self.postprocess(self.forward(batch, **forward_params), **postprocess_params)[0]
+
+    def get_iterator(
+        self,
+        inputs: Any,
+        num_workers: int,
+        batch_size: int,
+        preprocess_params: dict,
+        forward_params: dict,
+        postprocess_params: dict,
+    ) -> Iterator[list[dict[str, Any]]]:
+        """Results in order, computed batch by batch as they are asked for; workers read and prepare the audio."""
+        if isinstance(inputs, Sized):
+            data = PipelineDataset(inputs, self.preprocess, preprocess_params)
+        else:
+            data, num_workers = PipelineIterator(inputs, self.preprocess, preprocess_params), min(num_workers, 1)
+        for batch in DataLoader(data, batch_size=batch_size, num_workers=num_workers, collate_fn=self.collate):
+            yield from self.postprocess(self.forward(batch, **forward_params), **postprocess_params)
+
+    def _forward(self, input_tensors: Any, return_prompts: bool = False, **generate_kwargs: Any) -> dict[str, Any]:
+        inputs = dict(input_tensors)
+        picked = None
+        if return_prompts:
+            inputs, picked = self._pick(inputs, generate_kwargs.get("adapter_names"))
+        if self.assistant_model is not None:
+            generate_kwargs.setdefault("assistant_model", self.assistant_model)
+        if "stop_strings" in generate_kwargs:
+            generate_kwargs.setdefault("tokenizer", self.processor.tokenizer)
+        output = self.model.generate(**inputs, **self._prepare_generate_kwargs(generate_kwargs))
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        batch_size, length = inputs["input_ids"].shape
+        return {"answers": sequences[:, length:], "batch_size": batch_size, "picked": picked}
+
+    def _pick(self, inputs: dict[str, Any], adapter_names: list[str] | None) -> tuple[dict[str, Any], list[list[dict]]]:
+        """The prompts of each row, and inputs in which encoder frames stand for features: encoded once for both."""
+        audio = {name: inputs.pop(name) for name in _AUDIO if name in inputs}
+        if audio:
+            inputs.update(
+                {name: value for name, value in self.model.encode_audio(**audio).items() if value is not None}
+            )
+        if not (inputs["input_ids"] == self.processor.prompt_token_id).any():
+            return inputs, [[] for _ in inputs["input_ids"]]
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):  # a pool that draws at random draws the same again
+            picked = self.model.select_prompts(**inputs, adapter_names=adapter_names)
+        rows = zip(picked.indices.tolist(), picked.scores.tolist(), strict=True)
+        return inputs, [
+            [{"index": index, "score": score} for index, score in zip(*row, strict=True) if index >= 0] for row in rows
+        ]
+
+    def postprocess(
+        self, model_outputs: dict[str, Any], skip_special_tokens: bool = True
+    ) -> list[list[dict[str, Any]]]:
+        """Answers of each input of a batch."""
+        texts = self.processor.batch_decode(model_outputs["answers"], skip_special_tokens=skip_special_tokens)
+        answers = [{"generated_text": text.strip()} for text in texts]
+        each = len(answers) // model_outputs["batch_size"]
+        rows = [answers[start : start + each] for start in range(0, len(answers), each)]
+        for row, prompts in zip(rows, model_outputs["picked"] or [], strict=False):
+            for answer in row:
+                answer["prompts"] = prompts
+        return rows
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write the model, this pipeline and the processor to a folder that `pipeline(model=folder)` loads.
+
+        Args:
+            save_directory: Folder to write.
+            **kwargs: As the model's `save_pretrained`, `save_full=True` for instance.
+        """
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory)
+
+
+def _suggestion(name: str, known: tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(_KEYWORDS)} and arguments of generate"
+
+
+__all__ = ["ListenPipeline"]
