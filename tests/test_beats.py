@@ -8,6 +8,7 @@ import pytest
 import torch
 from beats_reference import TINY, bucket, encode, official_rule, probabilities, synthetic_checkpoint
 from fixtures_beats import from_checkpoint
+
 from listen.configuration_beats import BeatsConfig
 from listen.modeling_beats import (
     BeatsModel,

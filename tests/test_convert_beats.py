@@ -9,6 +9,7 @@ import pytest
 import torch
 from beats_reference import PUBLISHED_CONFIG, TINY, encode, probabilities, synthetic_checkpoint, tensor_shapes
 from fixtures_beats import convert_beats
+
 from listen.configuration_beats import BeatsConfig
 from listen.modeling_beats import BeatsForAudioClassification, BeatsModel
 
