@@ -25,6 +25,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -204,6 +205,16 @@ class BeatsAttention(nn.Module):
         return self.out_proj(context.flatten(2)), weights
 
 
+def _attention_projections(attention: BeatsAttention) -> tuple[tuple[nn.Linear, bool], ...]:
+    """The projections of an attention, and whether each lies on the residual path."""
+    of_residual = (attention.v_proj, attention.out_proj)
+    return tuple((p, p in of_residual) for p in (attention.q_proj, attention.k_proj, *of_residual))
+
+
+class BeatsResidualLinear(nn.Linear):
+    """A linear map of the feed-forward network; a class of its own so that deep norm can initialise it."""
+
+
 class BeatsLayer(GradientCheckpointingLayer):
     """Post-norm Transformer layer with deep norm: `(batch, tokens, hidden_size)` both ways."""
 
@@ -212,9 +223,9 @@ class BeatsLayer(GradientCheckpointingLayer):
         self.residual_scale = (2 * config.num_hidden_layers) ** 0.25 if config.deep_norm else 1.0
         self.attention = BeatsAttention(config)
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.intermediate = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.intermediate = BeatsResidualLinear(config.hidden_size, config.intermediate_size)
         self.activation = ACT2FN[config.hidden_act]
-        self.output = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.output = BeatsResidualLinear(config.intermediate_size, config.hidden_size)
         self.output_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.activation_dropout = nn.Dropout(config.activation_dropout)
@@ -244,30 +255,29 @@ class BeatsPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        # only modules with parameters of their own are sure to be visited: for code outside the library, transformers
+        # takes a module without any for one that is initialised already
         if isinstance(module, BeatsAttention):
             init.ones_(module.gate_scale)
-            self._init_projections((module.q_proj, module.k_proj), (module.v_proj, module.out_proj))
-        elif isinstance(module, BeatsLayer):
-            self._init_projections((), (module.intermediate, module.output))
-        elif isinstance(module, BeatsPositionalConvolution):
-            self._init_positional_convolution(module.convolution)
+            gain = self._residual_gain()
+            if gain is not None:
+                for linear, of_residual in _attention_projections(module):
+                    init.xavier_normal_(linear.weight, gain=gain if of_residual else 1.0)
+        elif isinstance(module, BeatsResidualLinear) and self._residual_gain() is not None:
+            init.xavier_normal_(module.weight, gain=self._residual_gain())
+        elif isinstance(module, ParametrizationList):
+            self._init_weight_norm(module)
 
-    def _init_projections(self, plain: tuple[nn.Linear, ...], scaled: tuple[nn.Linear, ...]) -> None:
-        """Xavier weights, those on the residual path shrunk by DeepNet's `(8N) ** -0.25`."""
-        if not self.config.deep_norm:
-            return
-        for linear in plain:
-            init.xavier_normal_(linear.weight)
-        for linear in scaled:
-            init.xavier_normal_(linear.weight, gain=(8 * self.config.num_hidden_layers) ** -0.25)
+    def _residual_gain(self) -> float | None:
+        """DeepNet's `(8N) ** -0.25`, by which weights on the residual path are shrunk."""
+        return (8 * self.config.num_hidden_layers) ** -0.25 if self.config.deep_norm else None
 
-    def _init_positional_convolution(self, convolution: nn.Conv1d) -> None:
+    def _init_weight_norm(self, weight: ParametrizationList) -> None:
         """Normal directions, their norms as magnitudes, so that the weights start out normal."""
-        magnitude = convolution.parametrizations.weight.original0  # (1, 1, kernel)
-        direction = convolution.parametrizations.weight.original1  # (hidden_size, hidden_size / groups, kernel)
+        magnitude = weight.original0  # (1, 1, kernel)
+        direction = weight.original1  # (hidden_size, hidden_size / groups, kernel)
         init.normal_(direction, std=math.sqrt(4.0 / (self.config.conv_pos * self.config.hidden_size)))
         init.copy_(magnitude, direction.norm(dim=(0, 1), keepdim=True))
-        init.zeros_(convolution.bias)
 
 
 class BeatsModel(BeatsPreTrainedModel):
@@ -337,7 +347,7 @@ class BeatsModel(BeatsPreTrainedModel):
         """
         token_mask = self._checked_token_mask(input_values, input_values_mask, token_mask)
         hidden_states = self.patch_embedding(input_values.to(self.dtype))  # (batch, tokens, hidden_size)
-        hidden_states = self.dropout(hidden_states).masked_fill(~token_mask.unsqueeze(-1), 0.0)
+        hidden_states = hidden_states.masked_fill(~token_mask.unsqueeze(-1), 0.0)
         hidden_states = self.layer_norm(hidden_states + self.position_convolution(hidden_states))
         hidden_states = self.dropout(hidden_states)
         position_bias = self.position_bias(hidden_states.shape[1])  # (1, heads, tokens, tokens)
