@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from typing import Any
 
 import fsspec
 import numpy as np
+import soundfile
 
 from ..audio_listen import load_waveform
 
@@ -53,3 +55,18 @@ def read_clips(
     gap = np.zeros(round(silence_seconds * sampling_rate), dtype=np.float32)
     parts = [part for wave in waves for part in (gap, wave)][1:]
     return [np.concatenate(parts)]
+
+
+def clip_seconds(clip: Mapping[str, Any]) -> float | None:
+    """Length of a clip read from its header; `None` where the header is out of reach, as for URLs and mp4."""
+    source = clip["path"] if clip.get("bytes") is None else BytesIO(clip["bytes"])
+    try:
+        return soundfile.info(source).duration
+    except (soundfile.LibsndfileError, OSError):
+        return None
+
+
+def row_seconds(row: Mapping[str, Any]) -> float | None:
+    """Length of all clips of a row; `None` where one is unknown."""
+    lengths = [clip_seconds(clip) for clip in row["audio"]]
+    return None if None in lengths else sum(lengths)

@@ -132,11 +132,19 @@ class ListenCollator:
         instruction = row.get("instruction") or get_task(row["task"]).instruction(row.get("question"), draw)
         audio = [{"type": "audio"} for _ in recordings_of(row)]
         user = {"role": "user", "content": [*audio, {"type": "text", "text": instruction}]}
-        prompt = self.processor.apply_chat_template([user], add_generation_prompt=True)
-        return Example(prompt, self._answer(user, prompt, response), instruction, response)
+        prompt, answer = self.render(user, response)
+        return Example(prompt, answer, instruction, response)
 
-    def _answer(self, user: dict[str, Any], prompt: str, response: str) -> str:
-        """The response as the template writes it after the generation prompt, and the token that ends the turn."""
+    def render(self, user: Mapping[str, Any], response: str) -> tuple[str, str]:
+        """Write a user's message and the response as the LLM's chat template does.
+
+        Returns:
+            The prompt, up to where the assistant begins, and what follows, up to the token that ends the turn.
+
+        Raises:
+            ValueError: the template does not write the response as it is.
+        """
+        prompt = self.processor.apply_chat_template([user], add_generation_prompt=True)
         full = self.processor.apply_chat_template([user, {"role": "assistant", "content": response}])
         # some templates write the turn of an assistant in another way than they begin one for generation
         answer = full[len(prompt) :] if full.startswith(prompt) else full[full.rfind(response) :]
@@ -144,7 +152,7 @@ class ListenCollator:
         if start < 0:
             raise ValueError(f"the chat template does not write the response {response!r} as it is; set another one")
         end = start + len(response)
-        return answer[:end] + self._end_of_turn(answer[end:])
+        return prompt, answer[:end] + self._end_of_turn(answer[end:])
 
     def _end_of_turn(self, tail: str) -> str:
         tokenizer = self.processor.tokenizer

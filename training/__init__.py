@@ -1,0 +1,48 @@
+"""Training: arguments, Trainer, and one run from arguments to a saved model.
+
+>>> from listen.training import parse_arguments, train
+>>> run = parse_arguments(["--config", "examples/configs/listen-0.4m.yaml"])  # doctest: +SKIP
+>>> train(run.model, run.data, run.training).model_folder  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from .arguments import (
+    ArgumentError,
+    DataArguments,
+    DataSource,
+    ListenTrainingArguments,
+    ModelArguments,
+    RunArguments,
+    build_arguments,
+    parse_arguments,
+)
+from .build import build_config, build_encoders, build_model, initialize_keys
+from .datasets import build_eval_dataset, build_train_dataset
+from .pool_health import PoolHealth, PoolMonitor
+from .run import TrainResult, build_trainer, run_trainer, train
+from .trainer import ListenTrainer
+
+__all__ = [
+    "ArgumentError",
+    "DataArguments",
+    "DataSource",
+    "ListenTrainer",
+    "ListenTrainingArguments",
+    "ModelArguments",
+    "PoolHealth",
+    "PoolMonitor",
+    "RunArguments",
+    "TrainResult",
+    "build_arguments",
+    "build_config",
+    "build_encoders",
+    "build_eval_dataset",
+    "build_model",
+    "build_train_dataset",
+    "build_trainer",
+    "initialize_keys",
+    "parse_arguments",
+    "run_trainer",
+    "train",
+]

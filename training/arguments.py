@@ -48,6 +48,7 @@ class ModelArguments:
         connector: fields of `ListenConnectorConfig` that differ from the preset.
         prompt_pool: fields of `ListenPromptPoolConfig` that differ from the preset; `{pool_size: 0}` is a model
             without a pool.
+        connector_from: folder or Hub id of a LiSTEN checkpoint whose connector a fresh model starts with.
         trainable: parts that learn, see `ListenConfig.trainable`.
         lora: arguments of `peft.LoraConfig` for a LoRA on the LLM.
         pad_to_30s: whether Whisper sees every clip padded to 30 s.
@@ -63,6 +64,7 @@ class ModelArguments:
     revisions: dict[str, str] = field(default_factory=dict)
     connector: dict[str, Any] = field(default_factory=dict)
     prompt_pool: dict[str, Any] = field(default_factory=dict)
+    connector_from: str | None = None
     trainable: list[str] | None = None
     lora: dict[str, Any] | None = None
     pad_to_30s: bool | None = None
@@ -182,8 +184,8 @@ class ListenTrainingArguments(TrainingArguments):
         generation_max_new_tokens: longest answer there.
         generation_num_beams: beams there.
         num_threads: threads of torch in this process; null leaves torch's choice. One is best for miniature models.
-        pad_to_multiple_of: sequences and stored features are padded to a multiple of it, so that few shapes occur.
-        lr_scheduler_kwargs: settings of the schedule, as in `TrainingArguments`.
+        keys_from_rows: keys start at the queries of so many training rows instead of at random; 0 is the paper.
+        pad_to_multiple_of: sequences are padded to a multiple of it, so that few shapes occur.
         resume: `true` goes on from the last checkpoint of the folder if there is one, a path from that checkpoint.
     """
 
@@ -195,10 +197,13 @@ class ListenTrainingArguments(TrainingArguments):
     logging_steps: float = field(default=10)
     report_to: None | str | list[str] = field(default="tensorboard")
     save_total_limit: int | None = field(default=3)
+    # batches of streams are read by each process: those of others could not be cut out by rows, as clips vary
+    accelerator_config: dict | str | None = field(default_factory=lambda: {"dispatch_batches": False})
     remove_unused_columns: bool = field(default=False)
     label_names: list[str] | None = field(default_factory=lambda: ["labels"])
     ddp_find_unused_parameters: bool | None = field(default=False)
     min_prompts: int = field(default=1)
+    keys_from_rows: int = field(default=0)
     generation_eval_rows: int = field(default=0)
     generation_max_new_tokens: int = field(default=128)
     generation_num_beams: int = field(default=1)

@@ -1,0 +1,145 @@
+"""From arguments to data: sources read, joined, filtered, mixed and measured."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets
+from transformers.utils import logging
+
+from ..data.audio import row_seconds
+from ..data.manifest import FEATURES, load_manifest, load_salmonn, load_source
+from ..data.mixing import mix_datasets, split_by_task, subset_per_task
+from .arguments import ArgumentError, DataArguments, DataSource
+
+logger = logging.get_logger(__name__)
+
+_TOKENS_PER_SECOND = 3  # audio embeddings of a second: one for each window of a third of a second
+_CHARACTERS_PER_TOKEN = 4
+
+
+def build_train_dataset(arguments: DataArguments, seed: int, with_lengths: bool = False) -> Dataset | IterableDataset:
+    """The mixture of all training sources.
+
+    Args:
+        arguments: section `data`.
+        seed: fixes order and subsets.
+        with_lengths: whether to add a `length` column for length-grouped batches.
+
+    Returns:
+        Rows of the manifest schema; iterable if a source streams.
+
+    Raises:
+        ArgumentError: no training source, or nothing is left of it.
+        ManifestError: a row that cannot be used.
+    """
+    if not arguments.train:
+        raise ArgumentError("data.train names no source; give a manifest, an annotation file or a data set")
+    parts: dict[str, list[Dataset | IterableDataset]] = {}
+    for source in arguments.train:
+        for task, part in _tasks_of(load(source, arguments, seed), source).items():
+            parts.setdefault(task, []).append(_short_enough(part, arguments.max_audio_seconds, task))
+    by_task = {task: _concatenate(task, group) for task, group in parts.items()}
+    mixed = mix_datasets(
+        by_task,
+        strategy=arguments.mixing,
+        temperature=arguments.mixing_temperature,
+        weights=arguments.mixing_weights,
+        seed=seed,
+    )
+    if isinstance(mixed, Dataset) and not len(mixed):
+        raise ArgumentError("no training row is left; see the sources and max_audio_seconds")
+    return add_lengths(mixed) if with_lengths else mixed
+
+
+def build_eval_dataset(arguments: DataArguments, seed: int, with_lengths: bool = False) -> Dataset | None:
+    """All evaluation sources one after the other, at most `max_eval_rows` of each task; `None` without a source.
+
+    Raises:
+        ArgumentError: a source streams, so that its rows cannot be counted.
+        ManifestError: a row that cannot be used.
+    """
+    if not arguments.eval:
+        return None
+    parts = [load(source, arguments, seed) for source in arguments.eval]
+    if any(isinstance(part, IterableDataset) for part in parts):
+        raise ArgumentError("data.eval cannot stream; give streaming=false and max_rows")
+    dataset = concatenate_datasets(parts)
+    if arguments.max_eval_rows is not None:
+        dataset = subset_per_task(dataset, arguments.max_eval_rows, seed)
+    return add_lengths(dataset) if with_lengths else dataset
+
+
+def load(source: DataSource, arguments: DataArguments, seed: int = 0) -> Dataset | IterableDataset:
+    """Read one source, keep the asked tasks and rows, and join the clips of tasks in `join_tasks`."""
+    if source.format == "manifest":
+        dataset = load_manifest(source.path, check_files=arguments.check_files)
+    elif source.format == "salmonn":
+        dataset = load_salmonn(source.path, check_files=arguments.check_files, task_names=source.task_names)
+    else:
+        fields = ("columns", "task", "name", "split", "revision", "data_files", "streaming")
+        dataset = load_source(source.path, **{name: getattr(source, name) for name in fields})
+    if source.tasks:
+        wanted = set(source.tasks)
+        dataset = dataset.filter(lambda task: task in wanted, input_columns="task")
+    if source.max_rows is not None:
+        dataset = _first(dataset.shuffle(seed=seed), source.max_rows)
+    return join_clips(dataset, arguments.join_tasks)
+
+
+def join_clips(dataset: Dataset | IterableDataset, tasks: list[str]) -> Dataset | IterableDataset:
+    """Put the clips of rows of these tasks into one recording each."""
+    joined = set(tasks)
+    if not joined:
+        return dataset
+
+    def join(row: Mapping[str, Any]) -> dict[str, Any]:
+        return {"join": "concatenate" if row["task"] in joined and len(row["audio"]) > 1 else row["join"]}
+
+    return dataset.map(join, features=FEATURES)
+
+
+def add_lengths(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """Add `length`, about how many tokens a row has; streams are left as they are, nothing groups them."""
+    if isinstance(dataset, IterableDataset):
+        return dataset
+
+    def measure(row: Mapping[str, Any]) -> dict[str, int]:
+        text = len(row["response"][0]) // _CHARACTERS_PER_TOKEN
+        return {"length": round(_TOKENS_PER_SECOND * (row_seconds(row) or 0.0)) + text + 1}
+
+    return dataset.map(measure, features=Features({**FEATURES, "length": Value("int64")}))
+
+
+def count_tasks(dataset: Dataset | IterableDataset | None) -> dict[str, int]:
+    """Rows of each task; empty for streams."""
+    return dict(Counter(dataset["task"])) if isinstance(dataset, Dataset) else {}
+
+
+def _tasks_of(dataset: Dataset | IterableDataset, source: DataSource) -> dict[str, Dataset | IterableDataset]:
+    if isinstance(dataset, Dataset):
+        return split_by_task(dataset)
+    return {source.task or source.path: dataset}
+
+
+def _concatenate(task: str, parts: list[Dataset | IterableDataset]) -> Dataset | IterableDataset:
+    if len({type(part) for part in parts}) > 1:
+        raise ArgumentError(f"task {task!r} has sources that stream and sources that do not; make them alike")
+    return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+
+
+def _first(dataset: Dataset | IterableDataset, count: int) -> Dataset | IterableDataset:
+    if isinstance(dataset, IterableDataset):
+        return dataset.take(count)
+    return dataset.select(range(min(count, len(dataset))))
+
+
+def _short_enough(dataset: Dataset | IterableDataset, seconds: float | None, task: str) -> Dataset | IterableDataset:
+    if seconds is None:
+        return dataset
+    kept = dataset.filter(lambda clips: (row_seconds({"audio": clips}) or 0.0) <= seconds, input_columns="audio")
+    if isinstance(dataset, Dataset) and len(kept) < len(dataset):
+        logger.warning(f"task {task!r}: left out {len(dataset) - len(kept)} of {len(dataset)} rows over {seconds} s")
+    return kept

@@ -1,0 +1,148 @@
+"""Is the prompt pool used, or has it collapsed? Statistics of a logging window, and warnings in plain words.
+
+Two collapses are known: all queries look alike, so that every input picks the same prompts and the pool is a soft
+prompt of the size of k; and all keys look alike, so that the choice means nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+QUERY_COSINE_LIMIT = 0.98
+KEY_COSINE_LIMIT = 0.95
+USED_LIMIT = 1.25  # prompts in use, as a multiple of the largest k; near 1 all inputs pick the same ones
+LEAST_ROWS = 32  # fewer rows say nothing about which prompts are in use
+
+
+@dataclass(frozen=True)
+class PoolHealth:
+    """How a pool was used in a window of training.
+
+    Attributes:
+        used_share: share of the P prompts that some row picked.
+        usage_entropy: entropy of the picks over log(P): 1 when all are picked alike, 0 when one is.
+        query_cosine: mean cosine between the queries of different rows; NaN for pools without a query.
+        key_cosine: mean cosine between different keys; NaN for pools without keys.
+        num_rows: rows seen.
+        largest_k: most prompts that one row picked.
+        pool_size: P.
+    """
+
+    used_share: float
+    usage_entropy: float
+    query_cosine: float
+    key_cosine: float
+    num_rows: int
+    largest_k: int
+    pool_size: int
+
+    def as_logs(self) -> dict[str, float]:
+        """Figures for the log; what a pool does not have is left out."""
+        figures = {
+            "pool_used_share": self.used_share,
+            "pool_usage_entropy": self.usage_entropy,
+            "pool_query_cosine": self.query_cosine,
+            "pool_key_cosine": self.key_cosine,
+        }
+        return {name: value for name, value in figures.items() if value == value}  # NaN differs from itself
+
+    def warnings(self) -> dict[str, str]:
+        """Signs of collapse: a short name and what it means."""
+        found = {}
+        used, wide_enough = self.used_share * self.pool_size, self.pool_size >= 2 * self.largest_k
+        if self.query_cosine == self.query_cosine and wide_enough and self.num_rows >= LEAST_ROWS:
+            if used <= USED_LIMIT * self.largest_k:
+                found["usage"] = (
+                    f"all inputs pick nearly the same prompts ({used:.0f} of {self.pool_size} in use, k up to "
+                    f"{self.largest_k}): the pool acts as one soft prompt. Try center_query, keys from data or "
+                    "another key_loss_weight"
+                )
+        if self.query_cosine > QUERY_COSINE_LIMIT:
+            found["queries"] = f"queries are alike (mean cosine {self.query_cosine:.3f}); center_query tells them apart"
+        if self.key_cosine > KEY_COSINE_LIMIT:
+            found["keys"] = (
+                f"keys have collapsed (mean cosine {self.key_cosine:.3f}): key_loss_weight is probably too large"
+            )
+        return found
+
+
+class PoolMonitor:
+    """Gathers what `PoolHealth` needs, in memory that does not grow with the number of rows.
+
+    Args:
+        pool: a `ListenPromptPool`.
+    """
+
+    def __init__(self, pool: torch.nn.Module) -> None:
+        self.pool = pool
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a new window."""
+        size, width = self.pool.values.shape
+        self.counts = torch.zeros(size, dtype=torch.float64)  # (pool,)
+        self.query_sum = torch.zeros(width, dtype=torch.float64)  # (width,)
+        self.num_rows = 0
+        self.largest_k = 0
+
+    @torch.no_grad()
+    def add(self, indices: torch.Tensor, query: torch.Tensor) -> None:
+        """Take in one batch.
+
+        Args:
+            indices: `(batch, k)` prompts picked, -1 where a row asked for fewer.
+            query: `(batch, width)`.
+        """
+        picked = indices[indices >= 0].cpu()
+        self.counts += torch.bincount(picked, minlength=len(self.counts)).double()
+        if self.pool.config.center_query:
+            query = query - self.pool.query_mean
+        self.query_sum += F.normalize(query.float(), dim=-1).sum(0).double().cpu()
+        self.num_rows += len(indices)
+        self.largest_k = max(self.largest_k, int((indices >= 0).sum(-1).max()))
+
+    def state(self) -> torch.Tensor:
+        """All that was gathered, as one vector."""
+        head = torch.tensor([self.num_rows, self.largest_k], dtype=torch.float64)
+        return torch.cat([head, self.counts, self.query_sum])
+
+    def health(self, states: torch.Tensor | None = None) -> PoolHealth:
+        """Figures of the window.
+
+        Args:
+            states: `(processes, n)`, the `state()` of each process; this one alone by default.
+        """
+        states = (self.state()[None] if states is None else states).cpu()
+        total, size = states.sum(0), len(self.counts)
+        num_rows, counts, query_sum = int(total[0]), total[2 : 2 + size], total[2 + size :]
+        share = counts / counts.sum().clamp_min(1)  # (pool,)
+        entropy = -(share * share.clamp_min(1e-12).log()).sum() / max(torch.log(torch.tensor(len(counts))).item(), 1e-12)
+        keys = self.pool.keys
+        return PoolHealth(
+            used_share=(counts > 0).double().mean().item(),
+            usage_entropy=entropy.item(),
+            query_cosine=mean_cosine(query_sum, num_rows) if keys is not None else float("nan"),
+            key_cosine=_key_cosine(keys) if keys is not None else float("nan"),
+            num_rows=num_rows,
+            largest_k=int(states[:, 1].max()),
+            pool_size=size,
+        )
+
+
+def mean_cosine(unit_sum: torch.Tensor, count: int) -> float:
+    """Mean cosine between all pairs of different vectors, from the sum of `count` unit vectors: `(width,)`.
+
+    `|sum u|^2 = count + sum over pairs of u_i . u_j`, so no pair has to be formed.
+    """
+    if count < 2:
+        return float("nan")
+    return (unit_sum.square().sum().item() - count) / (count * (count - 1))
+
+
+@torch.no_grad()
+def _key_cosine(keys: torch.Tensor) -> float:
+    unit = F.normalize(keys.detach().double(), dim=-1)  # (pool, width)
+    return mean_cosine(unit.sum(0), len(unit))

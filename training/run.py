@@ -1,0 +1,260 @@
+"""One training run from arguments to a saved model. `examples/train.py` and the demo call `train`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..data.collator import ListenCollator
+from ..data.features import FeatureStore, store_info
+from ..data.mixing import subset_per_task
+from ..modeling_listen import ListenForConditionalGeneration
+from ..processing_listen import ListenProcessor
+from .arguments import SECTIONS, ArgumentError, DataArguments, ListenTrainingArguments, ModelArguments
+from .build import build_model, initialize_keys
+from .datasets import build_eval_dataset, build_train_dataset, count_tasks
+from .run_folder import write_run_folder
+from .trainer import GenerationEvaluator, ListenTrainer
+
+MODEL_FOLDER = "model"
+
+
+@dataclass
+class TrainResult:
+    """What a run left.
+
+    Attributes:
+        model: the trained model; the best one with `load_best_model_at_end`.
+        processor: its processor.
+        model_folder: where both were saved.
+        metrics: figures of the Trainer, `train_runtime` and `train_loss` among them.
+        eval_metrics: figures of the last evaluation; empty without evaluation data.
+        history: everything that was logged, in order.
+    """
+
+    model: ListenForConditionalGeneration
+    processor: ListenProcessor
+    model_folder: Path
+    metrics: dict[str, float]
+    eval_metrics: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def train(
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    training_arguments: ListenTrainingArguments,
+    raw: Mapping[str, Any] | None = None,
+) -> TrainResult:
+    """Train an adapter.
+
+    Args:
+        model_arguments: section `model`.
+        data_arguments: section `data`.
+        training_arguments: section `training`.
+        raw: what the user wrote, for the run folder; the arguments themselves by default.
+
+    Returns:
+        The trained model and the run's figures.
+
+    Raises:
+        ArgumentError: arguments that exclude each other.
+        ValueError: data, features or backbones that do not fit.
+    """
+    if training_arguments.num_threads is not None:
+        torch.set_num_threads(training_arguments.num_threads)
+    set_seed(training_arguments.seed)  # before the fresh adapter is drawn
+    model, processor = build_model(model_arguments)
+    trainer = build_trainer(model, processor, data_arguments, training_arguments)
+    if trainer.is_world_process_zero():
+        arguments = raw or _as_sections(model_arguments, data_arguments, training_arguments)
+        data = {"train": count_tasks(trainer.train_dataset), "eval": count_tasks(trainer.eval_dataset)}
+        write_run_folder(training_arguments.output_dir, arguments, training_arguments.seed, data)
+    return run_trainer(trainer)
+
+
+def build_trainer(
+    model: ListenForConditionalGeneration,
+    processor: ListenProcessor,
+    data_arguments: DataArguments,
+    training_arguments: ListenTrainingArguments,
+) -> ListenTrainer:
+    """A Trainer over the data that the arguments name, for a model that exists.
+
+    Args:
+        model: a model with something to learn.
+        processor: its processor.
+        data_arguments: section `data`.
+        training_arguments: section `training`.
+
+    Raises:
+        ArgumentError: arguments that exclude each other.
+        FeatureStoreError: stored features of other encoders.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ArgumentError(f"nothing learns: trainable={model.config.trainable} leaves no parameter")
+    seed = training_arguments.data_seed if training_arguments.data_seed is not None else training_arguments.seed
+    grouped = training_arguments.train_sampling_strategy in ("group_by_length", "batch_rebalance")
+    train_dataset = build_train_dataset(data_arguments, seed, with_lengths=grouped)
+    eval_dataset = build_eval_dataset(data_arguments, seed, with_lengths=grouped)
+    features = _open_features(model, processor, data_arguments)
+    common = {
+        "features": features,
+        "join_silence_seconds": data_arguments.join_silence_seconds,
+        "pad_to_multiple_of": training_arguments.pad_to_multiple_of,
+    }
+    if training_arguments.keys_from_rows:
+        _take_keys_from_data(model, processor, train_dataset, training_arguments.keys_from_rows, seed, common)
+    return ListenTrainer(
+        model=model,
+        args=training_arguments,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=processor,
+        data_collator=ListenCollator(
+            processor, train=True, min_prompts=_min_prompts(model, training_arguments), seed=seed, **common
+        ),
+        eval_collator=ListenCollator(processor, **common),
+        generation_evaluator=_generation_evaluator(processor, eval_dataset, features, data_arguments, training_arguments),
+    )
+
+
+def run_trainer(trainer: ListenTrainer) -> TrainResult:
+    """Train, evaluate, and save model and processor into the run's folder.
+
+    Args:
+        trainer: see `build_trainer`.
+
+    Returns:
+        The trained model and the run's figures.
+    """
+    arguments = trainer.args
+    output = trainer.train(resume_from_checkpoint=_checkpoint(arguments))
+    trainer.save_state()
+    trainer.save_metrics("train", output.metrics)
+    folder = Path(arguments.output_dir) / MODEL_FOLDER
+    trainer.save_model(str(folder))
+    if arguments.should_save:
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which no model needs
+    eval_metrics = _evaluate(trainer)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return TrainResult(
+        model=model.eval(),
+        processor=trainer.processing_class,
+        model_folder=folder,
+        metrics=output.metrics,
+        eval_metrics=eval_metrics,
+        history=list(trainer.state.log_history),
+    )
+
+
+def _evaluate(trainer: ListenTrainer) -> dict[str, float]:
+    """Figures of the final model, unless its last step was evaluated just now."""
+    if trainer.eval_dataset is None:
+        return {}
+    last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})
+    fresh = last.get("step") == trainer.state.global_step and not trainer.args.load_best_model_at_end
+    metrics = {k: v for k, v in last.items() if k.startswith("eval_")} if fresh else trainer.evaluate()
+    trainer.save_metrics("eval", metrics)
+    return metrics
+
+
+def _checkpoint(arguments: ListenTrainingArguments) -> str | None:
+    wanted = arguments.resume_from_checkpoint or arguments.resume
+    if wanted is True or wanted == "true":
+        return get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
+    return wanted or None
+
+
+def _open_features(
+    model: ListenForConditionalGeneration, processor: ListenProcessor, arguments: DataArguments
+) -> FeatureStore | None:
+    if arguments.features is None:
+        return None
+    store = FeatureStore(arguments.features)
+    store.check(store_info(model, processor.feature_extractor, arguments.join_silence_seconds))
+    return store
+
+
+def _min_prompts(model: ListenForConditionalGeneration, arguments: ListenTrainingArguments) -> int | None:
+    """Least k of training; `None` where k is fixed."""
+    pool = model.config.prompt_pool_config
+    return arguments.min_prompts if pool is not None and pool.stochastic else None
+
+
+def _take_keys_from_data(
+    model: ListenForConditionalGeneration,
+    processor: ListenProcessor,
+    dataset: Dataset | IterableDataset,
+    num_rows: int,
+    seed: int,
+    common: dict[str, Any],
+) -> None:
+    collator = ListenCollator(processor, for_generation=True, **common)
+    initialize_keys(model, collator, dataset.shuffle(seed=seed), num_rows)
+
+
+def _generation_evaluator(
+    processor: ListenProcessor,
+    dataset: Dataset | None,
+    features: FeatureStore | None,
+    data_arguments: DataArguments,
+    arguments: ListenTrainingArguments,
+) -> GenerationEvaluator | None:
+    if dataset is None or not arguments.generation_eval_rows:
+        return None
+    subset = subset_per_task(dataset, arguments.generation_eval_rows, arguments.seed)
+
+    def evaluate(model: torch.nn.Module) -> dict[str, float]:
+        from ..evaluation import evaluate_model  # brings metrics and plots, which training alone does without
+
+        result = evaluate_model(
+            model,
+            processor,
+            subset,
+            features=features,
+            join_silence_seconds=data_arguments.join_silence_seconds,
+            batch_size=arguments.per_device_eval_batch_size,
+            num_resamples=0,
+            progress=not arguments.disable_tqdm,
+            max_new_tokens=arguments.generation_max_new_tokens,
+            num_beams=arguments.generation_num_beams,
+        )
+        scores = [(task, name, value) for task, found in result.metrics.items() for name, value in found.items()]
+        return {f"{task}_{name}": value for task, name, value in scores if name != "n"}
+
+    return evaluate
+
+
+def _as_sections(*arguments: Any) -> dict[str, Any]:
+    """Arguments that differ from their defaults, as a file would hold them."""
+    sections: dict[str, Any] = {}
+    for name, item in zip(SECTIONS, arguments, strict=True):
+        values = {entry.name: getattr(item, entry.name) for entry in dataclasses.fields(item) if entry.init}
+        defaults = _defaults(item)
+        sections[name] = {key: _plain(value) for key, value in values.items() if value != defaults.get(key)}
+    return sections
+
+
+def _defaults(item: Any) -> dict[str, Any]:
+    return {
+        entry.name: entry.default_factory() if entry.default_factory is not dataclasses.MISSING else entry.default
+        for entry in dataclasses.fields(item)
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Data that YAML can hold."""
+    if dataclasses.is_dataclass(value):
+        return {key: item for key, item in dataclasses.asdict(value).items() if item not in (None, {}, [])}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return getattr(value, "value", value)

@@ -1,0 +1,143 @@
+"""Hugging Face's `Trainer`, made to log the parts of the loss and the pool's health, and to evaluate by generation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import logging
+
+from ..data.collator import ListenCollator
+from .callbacks import EpochCallback
+from .pool_health import PoolMonitor
+
+logger = logging.get_logger(__name__)
+
+GenerationEvaluator = Callable[[torch.nn.Module], dict[str, float]]
+_PARTS = ("lm_loss", "key_loss")
+_SIGNS_BEFORE_WARNING = 3  # windows in a row: the first steps of a run look odd
+
+
+class ListenTrainer(Trainer):
+    """Trains a `ListenForConditionalGeneration`.
+
+    Nothing about the optimisation differs from `Trainer`: the model's losses are exact under accumulation and over
+    processes, and only parameters that require gradients reach the optimiser.
+
+    Args:
+        model: the model.
+        args: `ListenTrainingArguments`.
+        data_collator: collator of the training data.
+        eval_collator: collator of the evaluation data, with the test wording and a fixed k.
+        generation_evaluator: answers by generation and scores: model -> figures, called in each evaluation by all
+            processes.
+        **kwargs: see `Trainer`.
+    """
+
+    def __init__(
+        self,
+        *,
+        data_collator: ListenCollator,
+        eval_collator: ListenCollator | None = None,
+        generation_evaluator: GenerationEvaluator | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(data_collator=data_collator, **kwargs)
+        self.eval_collator = eval_collator or data_collator
+        self.generation_evaluator = generation_evaluator
+        self.add_callback(EpochCallback(data_collator))
+        self._parts = dict.fromkeys(_PARTS, 0.0)
+        self._parts_logged_at = 0
+        self._monitor = _monitor(self.model)
+        self._signs: dict[str, int] = {}
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """As upstream; remembers the parts of the loss and the prompts that were picked."""
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if model.training:
+            self._remember(outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def _remember(self, outputs: Any) -> None:
+        for name in _PARTS:
+            if getattr(outputs, name, None) is not None:
+                self._parts[name] += getattr(outputs, name).detach().double()
+        if self._monitor is not None and outputs.prompt_indices is not None:
+            self._monitor.add(outputs.prompt_indices, outputs.query)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As upstream; training logs also get the parts of the loss and the pool's health."""
+        if "loss" in logs:
+            logs.update(self._window())
+        super().log(logs, start_time)
+
+    def _window(self) -> dict[str, float]:
+        """Figures since the last log, over all processes."""
+        steps = max(self.state.global_step - self._parts_logged_at, 1)
+        sums = torch.tensor([float(self._parts[name]) for name in _PARTS], dtype=torch.float32, device=self.args.device)
+        sums = self.accelerator.reduce(sums, reduction="sum")  # each process has its share of every step
+        figures = {name: value / steps for name, value in zip(_PARTS, sums.tolist(), strict=True)}
+        if self._monitor is None:
+            figures.pop("key_loss")
+        else:
+            figures.update(self._health())
+        self._parts = dict.fromkeys(_PARTS, 0.0)
+        self._parts_logged_at = self.state.global_step
+        return figures
+
+    def _health(self) -> dict[str, float]:
+        states = self.accelerator.gather(self._monitor.state().float().to(self.args.device)[None])  # (processes, n)
+        health = self._monitor.health(states.double())
+        self._monitor.reset()
+        found = health.warnings()
+        self._signs = {name: self._signs.get(name, 0) + 1 for name in found}
+        for name, message in found.items():
+            if self._signs[name] == _SIGNS_BEFORE_WARNING and self.is_world_process_zero():
+                logger.warning(f"step {self.state.global_step}: {message}")
+        return health.as_logs()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As upstream, with a fresh window."""
+        self._parts_logged_at = 0
+        return super().train(*args, **kwargs)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As upstream, with the collator of the evaluation data."""
+        return self._with_eval_collator(super().get_eval_dataloader, eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """As upstream, with the collator of the evaluation data."""
+        return self._with_eval_collator(super().get_test_dataloader, test_dataset)
+
+    def _with_eval_collator(self, make: Callable[[Any], DataLoader], dataset: Any) -> DataLoader:
+        train_collator, self.data_collator = self.data_collator, self.eval_collator
+        try:
+            return make(dataset)
+        finally:
+            self.data_collator = train_collator
+
+    def evaluation_loop(self, dataloader: DataLoader, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As upstream; figures of the answers join the metrics, so that they can choose the best model."""
+        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        if self.generation_evaluator is not None and description == "Evaluation":
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            figures = self.generation_evaluator(self.accelerator.unwrap_model(self.model))
+            output.metrics.update({f"{prefix}_{name}": value for name, value in figures.items()})
+        return output
+
+
+def _monitor(model: torch.nn.Module) -> PoolMonitor | None:
+    adapters = getattr(model, "adapters", {})
+    adapter = adapters[model.active_adapter] if getattr(model, "active_adapter", None) in adapters else None
+    pool = adapter.prompt_pool if adapter is not None else None
+    return PoolMonitor(pool) if pool is not None else None
