@@ -154,7 +154,9 @@ class AdapterMixin:
 
     # ------------------------------------------------------------------ saving
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, save_full: bool = False, **kwargs: Any) -> Any:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args: Any, save_full: bool = False, **kwargs: Any
+    ) -> Any:
         """Write a checkpoint that `from_pretrained` and all Auto classes load.
 
         Args:
@@ -364,7 +366,9 @@ class AdapterMixin:
     def parameter_counts(self) -> dict[str, tuple[int, int]]:
         """Learned and all parameters of each module."""
         modules = [(name, getattr(self, name)) for name in BACKBONES if getattr(self, name) is not None]
-        modules += [(f"{name}.{part}", child) for name, a in self.adapters.items() for part, child in a.named_children()]
+        modules += [
+            (f"{name}.{part}", child) for name, a in self.adapters.items() for part, child in a.named_children()
+        ]
         return {name: _count(module) for name, module in modules}
 
     def print_trainable_parameters(self) -> None:
@@ -401,7 +405,7 @@ def _locate(
 ) -> None:
     """Resolve where the backbones are: `moved` wins, `./name` lies inside the checkpoint."""
     specs = {name: dict(spec) for name, spec in (config.base_models or {}).items()}
-    for name, spec in specs.items():
+    for spec in specs.values():
         path = spec["base_model_name_or_path"]
         if path.startswith("./") and os.path.isdir(source):
             spec["base_model_name_or_path"] = os.path.normpath(os.path.join(source, path))
@@ -409,7 +413,9 @@ def _locate(
             spec.update(base_model_name_or_path=source, subfolder=path[2:], revision=hub.get("revision") or "main")
     for name, place in (moved or {}).items():
         if name not in specs:
-            raise ValueError(f"backbones names {name!r}, but those of this checkpoint are {sorted(specs) or 'inside it'}")
+            raise ValueError(
+                f"backbones names {name!r}, but those of this checkpoint are {sorted(specs) or 'inside it'}"
+            )
         specs[name].update(place if isinstance(place, dict) else {"base_model_name_or_path": str(place)})
     config.base_models = specs or None
 

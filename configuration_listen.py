@@ -158,7 +158,7 @@ class ListenPromptPoolConfig(_StrictConfig):
         if self.num_per_task < 1 or self.num_prompts > reachable:
             raise ValueError(
                 f"num_prompts={self.num_prompts}, but each of {len(self.tasks)} tasks reaches {reachable} of "
-                f"pool_size={self.pool_size} prompts ({self.num_per_task} of its own); enlarge the pool or ask for fewer"
+                f"pool_size={self.pool_size} prompts ({self.num_per_task} of its own); lower num_prompts"
             )
 
 

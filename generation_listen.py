@@ -17,9 +17,7 @@ class PlaceholderBlindProcessors(LogitsProcessorList):
         pad_token_id: Id of the padding; `None` where there is none.
     """
 
-    def __init__(
-        self, processors: LogitsProcessorList, placeholder_ids: list[int], pad_token_id: int | None
-    ) -> None:
+    def __init__(self, processors: LogitsProcessorList, placeholder_ids: list[int], pad_token_id: int | None) -> None:
         super().__init__(processors)
         self.placeholder_ids = placeholder_ids
         self.pad_token_id = pad_token_id

@@ -49,7 +49,9 @@ class WindowQFormer(nn.Module):
             `(chunks,)`.
         """
         frames, mask = self.fuse(speech_hidden_states, speech_mask, audio_hidden_states, audio_mask)
-        windows, window_mask = self._windows(frames, mask)  # (chunks, windows, frames, width), (chunks, windows, frames)
+        windows, window_mask = self._windows(
+            frames, mask
+        )  # (chunks, windows, frames, width), (chunks, windows, frames)
         real = window_mask.any(-1)  # (chunks, windows)
         windows, window_mask = windows[real], window_mask[real]  # (real windows, frames, width), (.., frames)
         queries = self.query_tokens.expand(len(windows), -1, -1)  # (real windows, queries, hidden)
@@ -61,8 +63,10 @@ class WindowQFormer(nn.Module):
 
     def lengths(self, frames: torch.Tensor) -> torch.Tensor:
         """Embeddings that chunks of `frames` `(chunks,)` frames give, `(chunks,)`."""
-        return frames.add(self.config.window_frames - 1).div(self.config.window_frames, rounding_mode="floor").mul(
-            self.config.num_queries
+        return (
+            frames.add(self.config.window_frames - 1)
+            .div(self.config.window_frames, rounding_mode="floor")
+            .mul(self.config.num_queries)
         )
 
     def fuse(

@@ -22,6 +22,7 @@ from .modeling_beats import BeatsModel
 from .modeling_connector import WindowQFormer
 from .modeling_prompt_pool import ListenPromptPool, PromptSelection
 from .modeling_speech_encoder import ListenWhisperEncoder
+from .pipeline_listen import ListenPipeline  # noqa: F401 (checkpoints carry the files that are imported here)
 
 BASE_ADAPTER = "__base__"
 _PREFILL_ONLY = (
@@ -125,12 +126,14 @@ class PromptOutput(ModelOutput):
         indices: `(batch, k)`, -1 where a row asked for fewer.
         scores: `(batch, k)`.
         key_loss: `(batch,)`, before its weight.
+        key_loss_weight: `(batch,)`, alpha of the pool that each row used.
         query: `(batch, text width)`.
     """
 
     indices: torch.Tensor | None = None
     scores: torch.Tensor | None = None
     key_loss: torch.Tensor | None = None
+    key_loss_weight: torch.Tensor | None = None
     query: torch.Tensor | None = None
 
 
@@ -263,9 +266,7 @@ class ListenModel(ListenPreTrainedModel):
         _check_streams(self.config.audio_config is not None, input_values is not None, "input_values")
         if input_features_mask is None:
             input_features_mask = torch.ones_like(input_features[:, 0], dtype=torch.long)
-        speech = self._encode(
-            "speech_encoder", input_features, None if self.config.pad_to_30s else input_features_mask
-        )
+        speech = self._encode("speech_encoder", input_features, None if self.config.pad_to_30s else input_features_mask)
         encoded = EncodedAudio(
             speech_hidden_states=speech, speech_hidden_states_mask=self.speech_encoder.output_mask(input_features_mask)
         )
@@ -343,7 +344,7 @@ class ListenModel(ListenPreTrainedModel):
             input_ids: `(batch, sequence)` with placeholder ids.
             attention_mask: `(batch, sequence)`, 1 on real positions.
             encoded: Encoder frames of all chunks of the batch, in order.
-            query_mask: `(batch, length)` positions that the query averages, from the first on; all real ones by default.
+            query_mask: `(batch, length)` positions, from the first on, that the query averages; all by default.
             task_ids: `(batch,)`, for pools of strategy `"task"`.
             adapter_names: Adapter of each row; the active one by default, `"__base__"` for none.
 
@@ -388,9 +389,7 @@ class ListenModel(ListenPreTrainedModel):
         Raises:
             ValueError: the input asks for no prompts.
         """
-        _, prompts = self.embed(
-            input_ids, attention_mask, self._encoded(**audio), query_mask, task_ids, adapter_names
-        )
+        _, prompts = self.embed(input_ids, attention_mask, self._encoded(**audio), query_mask, task_ids, adapter_names)
         if prompts is None:
             raise ValueError("the input asks for no prompts; process it with num_prompts of at least 1")
         return prompts
@@ -497,6 +496,7 @@ class ListenModel(ListenPreTrainedModel):
             indices=torch.full((len(query), k), -1, dtype=torch.long, device=query.device),
             scores=query.new_zeros(len(query), k),
             key_loss=query.new_zeros(len(query)),
+            key_loss_weight=query.new_zeros(len(query)),
             query=query,
         )
         for name in dict.fromkeys(names):
@@ -511,6 +511,7 @@ class ListenModel(ListenPreTrainedModel):
             holes = torch.zeros_like(is_prompt).index_copy(0, rows, is_prompt[rows])  # (batch, seq)
             embeds = embeds.masked_scatter(holes[..., None], prompts.to(embeds.dtype))
             _record(picked, rows, counts[rows], selection)
+            picked.key_loss_weight[rows] = pool.config.key_loss_weight
         return embeds, picked
 
     def _merge(
@@ -724,13 +725,13 @@ class ListenForConditionalGeneration(ListenModel, GenerationMixin):
             query=picked.query,
         )
         if labels is not None:
-            self._add_losses(result, picked.key_loss, labels, logits_to_keep, num_items_in_batch)
+            self._add_losses(result, prompts, labels, logits_to_keep, num_items_in_batch)
         return result
 
     def _add_losses(
         self,
         result: ListenOutput,
-        key_loss: torch.Tensor | None,
+        prompts: PromptOutput | None,
         labels: torch.Tensor,
         logits_to_keep: int | torch.Tensor,
         num_items_in_batch: torch.Tensor | int | None,
@@ -744,11 +745,10 @@ class ListenForConditionalGeneration(ListenModel, GenerationMixin):
             result.logits, kept, vocab_size=vocabulary, num_items_in_batch=num_items_in_batch
         )
         result.loss = result.lm_loss
-        if key_loss is not None:
-            total = targets.sum() if num_items_in_batch is None else num_items_in_batch
-            result.key_loss = (key_loss * targets).sum() / total
-            weight = self._adapter(self.active_adapter).prompt_pool.config.key_loss_weight
-            result.loss = result.loss + weight * result.key_loss.to(result.loss.device)
+        if prompts is not None:
+            share = targets / (targets.sum() if num_items_in_batch is None else num_items_in_batch)  # (batch,)
+            result.key_loss = (prompts.key_loss * share).sum()
+            result.loss = result.loss + (prompts.key_loss * prompts.key_loss_weight * share).sum()
 
     # ------------------------------------------------------------------ generation
 

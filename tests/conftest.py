@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from listen.configuration_listen import ListenConfig
 from listen.feature_extraction_listen import ListenFeatureExtractor
 from listen.modeling_listen import ListenForConditionalGeneration
@@ -61,8 +62,8 @@ def tiny_model(seed: int = 0, **overrides: object) -> ListenForConditionalGenera
     torch.manual_seed(seed)
     model = ListenForConditionalGeneration(tiny_config(**overrides))
     with torch.no_grad():
-        for parameter in model.language_model.parameters():
-            parameter.mul_(4.0) if parameter.dim() > 1 else None
+        for parameter in [*model.language_model.parameters(), *model.adapters.default.connector.parameters()]:
+            parameter.mul_(5.0 if parameter.dim() > 1 else 1.0)
     return model.eval()
 
 
@@ -104,12 +105,7 @@ def make_inputs(
     counts = num_prompts if isinstance(num_prompts, list) else [num_prompts] * len(rows)
     ids = []
     for i, row in enumerate(rows):
-        heard = [
-            AUDIO_ID
-            for c in row
-            for _ in range(extractor.num_chunks(len(c)))
-            for _ in range(next(lengths))
-        ]
+        heard = [AUDIO_ID for c in row for _ in range(extractor.num_chunks(len(c))) for _ in range(next(lengths))]
         ids.append([PROMPT_ID] * counts[i] + [1, *heard, *(text[i] if text else [10 + i, 7, 8, 9])])
     longest = max(map(len, ids))
     audio["input_ids"] = torch.tensor([[0] * (longest - len(r)) + r for r in ids])

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import clip, make_inputs, tiny_config, tiny_model
-from listen import ListenConfig, ListenForConditionalGeneration, ListenPromptPoolConfig
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
+
+from listen import ListenConfig, ListenForConditionalGeneration, ListenPromptPoolConfig
 
 ROWS = [[clip(1.3, 1)], [], [clip(0.9, 2), clip(2.1, 3)]]
 POOL = {"pool_size": 12, "num_prompts": 4}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import tiny_config
+from transformers import AutoConfig
+
 from listen import ListenConfig, ListenConnectorConfig, ListenForConditionalGeneration, ListenPromptPoolConfig
 from listen.presets_listen import PRESETS
-from transformers import AutoConfig
 
 
 def test_a_config_needs_no_arguments() -> None:

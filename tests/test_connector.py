@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import tiny_config
+
 from listen.modeling_connector import WindowQFormer
 
 SPEECH, AUDIO, TEXT, WINDOW = 12, 8, 20, 17

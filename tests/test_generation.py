@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import AUDIO_ID, PROMPT_ID, VOCABULARY, clip, make_inputs, tiny_model
-from listen.modeling_listen import ListenForConditionalGeneration
 from transformers import TextIteratorStreamer
+
+from listen.modeling_listen import ListenForConditionalGeneration
 
 ROWS = [[clip(1.3, 1), clip(0.6, 5)], [], [clip(0.9, 2)]]
 NEW = 8
@@ -115,8 +116,6 @@ def test_placeholders_are_never_answered(shared_model: ListenForConditionalGener
 
 
 def test_fewer_prompts_at_inference_are_the_first_of_more(shared_model: ListenForConditionalGeneration) -> None:
-    picked = [
-        shared_model.select_prompts(**make_inputs(shared_model, ROWS, num_prompts=k)).indices for k in (12, 5, 1)
-    ]
+    picked = [shared_model.select_prompts(**make_inputs(shared_model, ROWS, num_prompts=k)).indices for k in (12, 5, 1)]
     assert torch.equal(picked[0][:, :5], picked[1])
     assert torch.equal(picked[0][:, :1], picked[2])

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from listen.configuration_listen import ListenPromptPoolConfig
 from listen.modeling_prompt_pool import ListenPromptPool
 
