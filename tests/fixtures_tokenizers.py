@@ -17,7 +17,8 @@ SENTENCES = (
 
 LLAMA_3_TEMPLATE = (
     "{{- bos_token }}{%- for message in messages %}{{- '<|start|>' + message['role'] + '<|end|>\n\n' }}"
-    "{%- if message['role'] == 'assistant' %}{% generation %}{{- message['content'] | trim + '<|eot|>' }}{% endgeneration %}"
+    "{%- if message['role'] == 'assistant' %}{% generation %}{{- message['content'] | trim + '<|eot|>' }}"
+    "{% endgeneration %}"
     "{%- else %}{{- message['content'] | trim + '<|eot|>' }}{%- endif %}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|start|>assistant<|end|>\n\n' }}{%- endif %}"
 )
@@ -27,7 +28,7 @@ QWEN_TEMPLATE = (
     "{%- if enable_thinking is defined and not enable_thinking %}{{- 'nothink\n' }}{%- endif %}{%- endif %}"
 )
 GEMMA_TEMPLATE = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     "{% for message in messages %}{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
     "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"

@@ -439,10 +439,18 @@ def test_saving_and_loading_keeps_every_attribute(kind: str, template: str, tmp_
         kind, TEMPLATES[template], num_prompts=3, pool_size=8, window_frames=13, num_queries=2, tasks=["asr", "x"],
         task_instructions={"x": "Do x."},
     )  # fmt: skip
-    described = saved.to_dict()
     saved.save_pretrained(tmp_path)
     loaded = ListenProcessor.from_pretrained(tmp_path)
-    assert loaded.to_dict() == described
+
+    def settings(processor: ListenProcessor) -> dict:
+        whole = processor.to_dict()
+        parts = (whole, whole["feature_extractor"])  # where the code lies is told by saved files alone
+        return [
+            {name: value for name, value in part.items() if name not in ("auto_map", "feature_extractor")}
+            for part in parts
+        ]
+
+    assert settings(loaded) == settings(saved)
     assert loaded.chat_template == saved.chat_template
     chat = user(audio(1), "What?")
     before, after = (p.apply_chat_template(chat, tokenize=True, add_generation_prompt=True) for p in (saved, loaded))
