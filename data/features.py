@@ -21,9 +21,8 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from datasets.arrow_writer import ArrowWriter
 from torch.nn.utils.rnn import pad_sequence
 
-from ..adapter_listen import fingerprint
-
 STORE_FILE = "store.json"
+_VALUES_OF_A_WEIGHT = 256
 _FEATURES = Features(
     {
         "key": Value("string"),
@@ -47,7 +46,7 @@ class StoreInfo:
     Attributes:
         speech_width: width of the speech encoder's frames.
         audio_width: width of the audio encoder's frames, 0 without one.
-        encoders: fingerprint of the weights of each encoder.
+        encoders: digest of the weights of each encoder.
         feature_extractor: settings of the feature extractor.
         pad_to_30s: whether Whisper saw clips padded to 30 s.
         join_silence_seconds: silence between the clips of a joined recording.
@@ -166,7 +165,7 @@ def store_info(model: Any, feature_extractor: Any, join_silence_seconds: float =
     return StoreInfo(
         speech_width=config.speech_config.hidden_size,
         audio_width=config.audio_config.hidden_size if config.audio_config is not None else 0,
-        encoders={name: fingerprint(encoder) for name, encoder in encoders.items() if encoder is not None},
+        encoders={name: _digest(encoder) for name, encoder in encoders.items() if encoder is not None},
         feature_extractor=settings,
         pad_to_30s=config.pad_to_30s,
         join_silence_seconds=join_silence_seconds,
@@ -258,6 +257,16 @@ def collate_features(recordings: Sequence[EncodedRecording], pad_to_multiple_of:
         if chunks:
             batch |= _pad_chunks(f"{stream}_hidden_states", chunks, pad_to_multiple_of)
     return batch
+
+
+def _digest(module: torch.nn.Module) -> str:
+    """Tells weights apart: some values of each, rounded to bfloat16 so that the type they are loaded in is no matter."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(module.state_dict().items()):
+        flat = weight.detach().flatten()
+        sample = flat[:: max(len(flat) // _VALUES_OF_A_WEIGHT, 1)].to("cpu", torch.bfloat16)
+        digest.update(name.encode() + sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _pad_chunks(name: str, chunks: list[torch.Tensor], multiple: int) -> dict[str, torch.Tensor]:
