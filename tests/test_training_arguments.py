@@ -1,0 +1,95 @@
+"""Arguments from YAML and the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from listen.training import ArgumentError, build_arguments, build_config, parse_arguments
+
+CONFIGS = sorted((Path(__file__).parent.parent / "examples" / "configs").glob("*.yaml"))
+BACKBONES = ["--model.speech_encoder", "s", "--model.language_model", "l"]
+
+
+@pytest.fixture()
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: {speech_encoder: s, language_model: l, prompt_pool: {pool_size: 50, num_prompts: 20}}\n"
+        "data: {train: [a.jsonl, {path: b.json, tasks: [er]}], mixing: equal}\n"
+        "training: {learning_rate: 1e-4, max_steps: 10}\n"
+    )
+    return path
+
+
+def test_a_file_is_read_and_overridden(config: Path) -> None:
+    run = parse_arguments(
+        ["--config", str(config), "--training.max_steps=20", "--model.prompt_pool.pool_size", "60", "--use_cpu",
+         "--learning_rate", "2e-5", "--data.mixing_weights", "{asr: 1, er: 2.5}", "--training.warmup_steps", "-0"]
+    )  # fmt: skip
+    assert (run.training.learning_rate, run.training.max_steps, run.training.use_cpu) == (2e-5, 20, True)
+    assert run.model.prompt_pool == {"pool_size": 60, "num_prompts": 20}
+    assert run.data.mixing_weights == {"asr": 1, "er": 2.5}
+    assert [(s.path, s.format, s.tasks) for s in run.data.train] == [
+        ("a.jsonl", "manifest", None),
+        ("b.json", "salmonn", ["er"]),
+    ]
+    assert run.raw["training"]["max_steps"] == 20
+
+
+def test_later_files_win(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "more.yaml").write_text("training: {max_steps: 5}\n")
+    run = parse_arguments(["--config", str(config), "--config", str(tmp_path / "more.yaml")])
+    assert (run.training.max_steps, run.training.learning_rate) == (5, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--training.lerning_rate", "1"], r"unknown argument training.lerning_rate; did you mean learning_rate\?"),
+        (["--lerning_rate", "1"], r"unknown argument --lerning_rate; did you mean training.learning_rate\?"),
+        (["--modle.lora", "1"], r"unknown argument --modle.lora"),
+        (["--data.mixing", "even"], "data.mixing='even' is unknown; choose one of proportional"),
+        (["--data.train", "{path: a.jsonl, formt: manifest}"], r"unknown argument data.train: formt; did you mean format\?"),
+        (["--data.train", "{path: a.jsonl, format: csv}"], "format='csv' is unknown; choose one of manifest"),
+        (["--training.min_prompts", "0"], "training.min_prompts=0 must be at least 1"),
+        (["--training.label_smoothing_factor", "0.1"], "label_smoothing_factor"),
+        (["--model.checkpoint", "x"], "brings its own backbones and settings; leave out speech_encoder, language_model"),
+        (["--model.dtype.x", "1", "--model.dtype.x.y", "2"], "which has no fields"),
+        (["max_steps", "5"], "expected --name before 'max_steps'"),
+    ],
+)
+def test_a_wrong_argument_is_named_with_the_fix(argv: list[str], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        parse_arguments([*BACKBONES, *argv])
+
+
+def test_unknown_keys_of_a_file_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("trainig: {max_steps: 5}\n")
+    with pytest.raises(ArgumentError, match=r"unknown argument trainig; did you mean training\?"):
+        parse_arguments(["--config", str(path)])
+    path.write_text("- a\n")
+    with pytest.raises(ArgumentError, match="must hold the sections model, data, training"):
+        parse_arguments(["--config", str(path)])
+    path.write_text("a: [\n")
+    with pytest.raises(ArgumentError, match="is not valid YAML"):
+        parse_arguments(["--config", str(path)])
+
+
+def test_something_must_be_named_to_train() -> None:
+    with pytest.raises(ArgumentError, match="model.speech_encoder and model.language_model"):
+        build_arguments({})
+    assert build_arguments({"model": {"checkpoint": "x"}}).model.checkpoint == "x"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_are_valid(path: Path) -> None:
+    run = parse_arguments(["--config", str(path), "--bf16", "false"])
+    assert run.data.train and run.training.output_dir.startswith("runs/")
+
+
+def test_an_unknown_preset_is_refused() -> None:
+    run = parse_arguments([*BACKBONES, "--model.preset", "listen-8b"])
+    with pytest.raises(ArgumentError, match="model.preset='listen-8b' is unknown; choose one of listen-llama3-8b"):
+        build_config(run.model)
