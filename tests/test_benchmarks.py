@@ -1,0 +1,65 @@
+"""Benchmarks run, and what they measure is right."""
+
+import importlib
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+SMALLEST = {
+    "encoder_length": ["--seconds", "1", "--batch", "1", "--width", "64", "--layers", "1"],
+    "beats_attention": ["--seconds", "0.5", "--batch", "1", "--layers", "1"],
+    "feature_extractor": ["--seconds", "0.5", "--batch", "2"],
+    "response_logits": [
+        "--vocabularies",
+        "1000",
+        "--batch",
+        "1",
+        "--context",
+        "16",
+        "--response",
+        "4",
+        "--width",
+        "64",
+    ],
+    "cached_features": ["--seconds", "1", "--batch", "2"],
+}
+MIB = 2**20
+
+
+@pytest.fixture
+def harness(monkeypatch: pytest.MonkeyPatch):
+    """The module that the benchmarks share, imported as they do it."""
+    monkeypatch.syspath_prepend(FOLDER)
+    return importlib.import_module("harness")
+
+
+def test_every_benchmark_is_run_here() -> None:
+    assert {path.stem for path in FOLDER.glob("*.py")} == {*SMALLEST, "harness"}
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_benchmark_compares_with_its_baseline(name: str, harness, capsys: pytest.CaptureFixture) -> None:
+    threads = torch.get_num_threads()
+    rows = importlib.import_module(name).main(["--repeats", "1", "--device", "cpu", *SMALLEST[name]])
+    assert torch.get_num_threads() == threads
+    assert len(rows) >= 2 and all(row.seconds > 0 for row in rows)
+    printed = capsys.readouterr().out
+    assert "1.00x" in printed and "torch" in printed
+
+
+def test_ratios_tell_time_and_memory_apart(harness) -> None:
+    held = [torch.ones(16 * MIB)]  # what lies about before a run is not counted
+    variants = {
+        "slow": lambda: (time.sleep(0.05), torch.ones(2 * MIB).sum()),
+        "large": lambda: torch.ones(16 * MIB).sum(),
+    }
+    slow, large = harness.compare(variants, "cpu", repeats=2)
+    assert slow.fastest <= slow.seconds <= slow.slowest
+    assert slow.seconds > 0.05
+    if large.peak_bytes is not None:
+        assert 60 * MIB < large.peak_bytes < 80 * MIB  # 16 Mi float32
+        assert 6 * MIB < slow.peak_bytes < 20 * MIB
+    assert held[0][0] == 1
