@@ -234,6 +234,7 @@ def test_unknown_arguments_raise():
     [
         ({"feature_size": 0}, "feature_size=0"),
         ({"hop_length": 1.5}, "hop_length=1.5"),
+        ({"sampling_rate": 8000}, "sampling_rate=8000 is too low"),
         ({"fbank_std": 0.0}, "fbank_std=0.0"),
         ({"num_fbank_bins": 100}, "num_fbank_bins=100 is not a multiple of patch_size=16"),
         ({"chunk_seconds": 0.1}, "chunk_seconds=0.1 is shorter than the 0.175 s"),
