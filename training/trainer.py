@@ -51,7 +51,7 @@ class ListenTrainer(Trainer):
         self.generation_evaluator = generation_evaluator
         self.add_callback(EpochCallback(data_collator))
         self._parts = dict.fromkeys(_PARTS, 0.0)
-        self._parts_logged_at = 0
+        self._window_start: int | None = None  # step before the window's first batch; none yet
         self._monitor = _monitor(self.model)
         self._signs: dict[str, int] = {}
 
@@ -69,6 +69,8 @@ class ListenTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _remember(self, outputs: Any) -> None:
+        if self._window_start is None:
+            self._window_start = self.state.global_step
         for name in _PARTS:
             if getattr(outputs, name, None) is not None:
                 self._parts[name] += getattr(outputs, name).detach().double()
@@ -83,7 +85,8 @@ class ListenTrainer(Trainer):
 
     def _window(self) -> dict[str, float]:
         """Figures since the last log, over all processes."""
-        steps = max(self.state.global_step - self._parts_logged_at, 1)
+        start = self.state.global_step if self._window_start is None else self._window_start
+        steps = max(self.state.global_step - start, 1)
         sums = torch.tensor([float(self._parts[name]) for name in _PARTS], dtype=torch.float32, device=self.args.device)
         sums = self.accelerator.reduce(sums, reduction="sum")  # each process has its share of every step
         figures = {name: value / steps for name, value in zip(_PARTS, sums.tolist(), strict=True)}
@@ -92,7 +95,7 @@ class ListenTrainer(Trainer):
         else:
             figures.update(self._health())
         self._parts = dict.fromkeys(_PARTS, 0.0)
-        self._parts_logged_at = self.state.global_step
+        self._window_start = None
         return figures
 
     def _health(self) -> dict[str, float]:
@@ -105,11 +108,6 @@ class ListenTrainer(Trainer):
             if self._signs[name] == _SIGNS_BEFORE_WARNING and self.is_world_process_zero():
                 logger.warning(f"step {self.state.global_step}: {message}")
         return health.as_logs()
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As upstream, with a fresh window."""
-        self._parts_logged_at = 0
-        return super().train(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As upstream, with the collator of the evaluation data."""

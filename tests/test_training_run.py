@@ -1,0 +1,313 @@
+"""Whole runs on tiny random backbones: exact losses, resuming, what learns, and what is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from fixtures_backbones import model_section, save_backbones
+from fixtures_training import small_corpus
+from listen.data import precompute_features
+from listen.data.manifest import load_manifest
+from listen.modeling_listen import ListenForConditionalGeneration
+from listen.training import ArgumentError, build_arguments, build_encoders, build_model, build_trainer, parse_arguments, train
+from safetensors.torch import load_file
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return save_backbones(tmp_path_factory.mktemp("backbones"))
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight rows that word themselves, so that a batch's size changes nothing but the batch."""
+    path = small_corpus(tmp_path_factory.mktemp("corpus"), num_rows=8)
+    rows = [{**json.loads(line), "instruction": "Say it."} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def sections(backbones: dict, manifest: Path, folder: Path, model: dict | None = None, **training: Any) -> dict:
+    defaults = {"output_dir": str(folder), "use_cpu": True, "num_threads": 1, "report_to": "none", "save_strategy": "no"}
+    return {
+        "model": model_section(backbones, **(model or {})),
+        "data": {"train": [str(manifest)]},
+        "training": {**defaults, "disable_tqdm": True, "logging_steps": 1, "seed": 3, **training},
+    }
+
+
+def run(settings: dict) -> Any:
+    arguments = build_arguments(settings)
+    return train(arguments.model, arguments.data, arguments.training, raw=arguments.raw)
+
+
+EXACT = {"prompt_pool": {"pool_size": 12, "num_prompts": 4, "stochastic": False, "score_dropout": 0.0}}
+# plain gradient descent: the step is the gradient itself, which Adam would rescale
+ONE_STEP = {
+    "max_steps": 1,
+    "optim": "sgd",
+    "learning_rate": 1.0,
+    "lr_scheduler_type": "constant",
+    "weight_decay": 0.0,
+    "max_grad_norm": 0.0,
+    "train_sampling_strategy": "sequential",
+}
+
+
+def batches(size: int, accumulation: int) -> dict[str, int]:
+    return {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+
+
+def learned(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def first_log(folder: Path) -> dict[str, float]:
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"][0]
+
+
+def assert_same_step(folder: Path, other: Path) -> None:
+    one, two = learned(folder), learned(other)
+    assert set(one) == set(two)
+    for name, weight in one.items():
+        torch.testing.assert_close(weight, two[name], atol=2e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    for name in ("loss", "lm_loss", "key_loss"):
+        assert first_log(folder)[name] == pytest.approx(first_log(other)[name], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def one_batch(backbones: dict, manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one_batch")
+    run(sections(backbones, manifest, folder, EXACT, **ONE_STEP, **batches(4, 1)))
+    return folder
+
+
+def launch(settings: dict, folder: Path, processes: int) -> None:
+    """Run examples/train.py in several processes on the CPU."""
+    config = folder / "settings.yaml"
+    folder.mkdir(parents=True, exist_ok=True)
+    config.write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(REPOSITORY / "examples" / "train.py"), "--config", str(config)],
+        env=environment, capture_output=True, text=True, timeout=300, cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_accumulated_steps_equal_one_batch(backbones: dict, manifest: Path, tmp_path: Path, one_batch: Path) -> None:
+    run(sections(backbones, manifest, tmp_path, EXACT, **ONE_STEP, **batches(1, 4)))
+    assert first_log(one_batch)["key_loss"] > 0
+    assert_same_step(tmp_path, one_batch)
+
+
+@pytest.mark.slow
+def test_two_processes_that_accumulate_equal_one_batch(
+    backbones: dict, manifest: Path, tmp_path: Path, one_batch: Path
+) -> None:
+    launch(sections(backbones, manifest, tmp_path, EXACT, **ONE_STEP, **batches(1, 2)), tmp_path, 2)
+    assert_same_step(tmp_path, one_batch)
+
+
+def test_the_step_moved_what_learns_and_nothing_else(backbones: dict, manifest: Path, one_batch: Path) -> None:
+    arguments = build_arguments(sections(backbones, manifest, one_batch, EXACT))
+    torch.manual_seed(0)
+    after = ListenForConditionalGeneration.from_pretrained(one_batch / "model")
+    fresh, _ = build_model(arguments.model)
+    for name, weight in fresh.state_dict().items():
+        if not name.startswith("adapters."):
+            assert torch.equal(weight, after.state_dict()[name]), name
+    assert not torch.equal(
+        fresh.adapters["default"].prompt_pool.keys, after.adapters["default"].prompt_pool.keys
+    )
+
+
+def test_only_learned_parameters_reach_the_optimiser_and_backbones_stay_in_eval(
+    backbones: dict, manifest: Path, tmp_path: Path
+) -> None:
+    arguments = build_arguments(sections(backbones, manifest, tmp_path, **ONE_STEP, **batches(2, 1)))
+    model, processor = build_model(arguments.model)
+    trainer = build_trainer(model, processor, arguments.data, arguments.training)
+    trainer.train()
+    held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.adapters.parameters()}
+    assert all(p.grad is None for name, p in model.named_parameters() if not name.startswith("adapters."))
+    model.train()
+    for backbone in (model.speech_encoder, model.audio_encoder, model.language_model):
+        assert not any(module.training for module in backbone.modules())
+    assert model.adapters.training
+
+
+RESUMABLE = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "learning_rate": 1e-2, **batches(2, 2)}
+NOISY = {
+    "connector": {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "dropout": 0.1},
+    "prompt_pool": {"pool_size": 12, "num_prompts": 6, "score_dropout": 0.2, "stochastic": True},
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"dataloader_num_workers": 1}, {"train_sampling_strategy": "group_by_length"}])
+def test_a_resumed_run_equals_a_straight_one(backbones: dict, manifest: Path, tmp_path: Path, options: dict) -> None:
+    """Random k, wordings, dropout and order included; step 3 lies amid an epoch."""
+    settings = sections(backbones, manifest, tmp_path / "straight", NOISY, **RESUMABLE, **options)
+    straight = run(settings)
+    shutil.copytree(tmp_path / "straight" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
+    settings["training"].update(output_dir=str(tmp_path / "resumed"), resume=True)
+    resumed = run(settings)
+    one, two = learned(tmp_path / "straight"), learned(tmp_path / "resumed")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    logs = [[entry for entry in r.history if "lm_loss" in entry] for r in (straight, resumed)]
+    assert [entry["step"] for entry in logs[1]] == [1, 2, 3, 4, 5, 6]  # with those of the checkpoint
+    for name in ("loss", "lm_loss", "key_loss", "pool_used_share"):
+        assert [entry[name] for entry in logs[0]] == [entry[name] for entry in logs[1]], name
+
+
+def test_a_run_folder_is_complete_and_repeats_the_run(backbones: dict, manifest: Path, tmp_path: Path) -> None:
+    settings = sections(backbones, manifest, tmp_path / "a", NOISY, **RESUMABLE)
+    settings["training"].update(report_to="tensorboard", save_total_limit=1)
+    run(settings)
+    written = {path.name for path in (tmp_path / "a").iterdir()}
+    assert written >= {"config.yaml", "run.json", "model", "checkpoint-6", "train_results.json", "trainer_state.json"}
+    assert "checkpoint-3" not in written
+    assert list((tmp_path / "a").glob("runs/*/events.out.tfevents.*"))
+    about = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert about["seed"] == 3 and about["data"]["train"] == {"asr": 3, "er": 3, "acap": 2}
+    assert about["versions"]["torch"] == torch.__version__
+    again = parse_arguments(["--config", str(tmp_path / "a" / "config.yaml"), "--output_dir", str(tmp_path / "b")])
+    train(again.model, again.data, again.training)
+    one, two = learned(tmp_path / "a"), learned(tmp_path / "b")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    parse_arguments(["--config", str(tmp_path / "b" / "config.yaml")])  # also when written from the dataclasses
+
+
+def test_checkpoints_hold_the_adapter_alone(backbones: dict, manifest: Path, tmp_path: Path) -> None:
+    result = run(sections(backbones, manifest, tmp_path, **RESUMABLE))
+    for folder in (result.model_folder, tmp_path / "checkpoint-3"):
+        assert all(name.startswith("adapters.default.") for name in load_file(folder / "model.safetensors"))
+    assert not (result.model_folder / "training_args.bin").exists()
+    loaded = ListenForConditionalGeneration.from_pretrained(result.model_folder)
+    for name, weight in result.model.state_dict().items():
+        assert torch.equal(weight, loaded.state_dict()[name]), name
+
+
+def test_training_goes_on_from_a_checkpoint(backbones: dict, manifest: Path, tmp_path: Path) -> None:
+    first = run(sections(backbones, manifest, tmp_path / "a", **{**RESUMABLE, "max_steps": 2}))
+    settings = sections(backbones, manifest, tmp_path / "b", **{**RESUMABLE, "max_steps": 1})
+    settings["model"] = {"checkpoint": str(first.model_folder)}
+    second = run(settings)
+    assert second.history[0]["loss"] < first.history[0]["loss"]
+
+
+def test_evaluation_by_loss_and_by_generation(backbones: dict, manifest: Path, tmp_path: Path) -> None:
+    options = {"eval_strategy": "steps", "eval_steps": 1, "generation_eval_rows": 1, "generation_max_new_tokens": 4}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_asr_wer", "greater_is_better": False}
+    settings = sections(backbones, manifest, tmp_path, **{**RESUMABLE, "max_steps": 1, "save_steps": 1}, **options, **best)
+    settings["data"]["eval"] = [str(manifest)]
+    result = run(settings)
+    assert {"eval_loss", "eval_asr_wer", "eval_er_accuracy", "eval_acap_cider"} <= set(result.eval_metrics)
+    assert json.loads((tmp_path / "eval_results.json").read_text())["eval_loss"] == result.eval_metrics["eval_loss"]
+
+
+def test_evaluation_is_the_same_twice(backbones: dict, manifest: Path, tmp_path: Path) -> None:
+    settings = sections(backbones, manifest, tmp_path, NOISY, **{**RESUMABLE, "max_steps": 1})
+    settings["data"]["eval"] = [str(manifest)]
+    arguments = build_arguments(settings)
+    trainer = build_trainer(*build_model(arguments.model), arguments.data, arguments.training)
+    assert trainer.evaluate()["eval_loss"] == trainer.evaluate()["eval_loss"]  # fixed k, test wordings, no dropout
+
+
+def test_stored_features_train_as_audio_does(backbones: dict, manifest: Path, tmp_path: Path) -> None:
+    settings = sections(backbones, manifest, tmp_path / "audio", EXACT, **ONE_STEP, **batches(4, 1))
+    encoders, processor = build_encoders(build_arguments(settings).model)
+    assert encoders.language_model is None
+    precompute_features(encoders, processor, load_manifest(manifest), tmp_path / "features", progress=False)
+    run(settings)
+    settings["data"]["features"] = str(tmp_path / "features")
+    settings["training"]["output_dir"] = str(tmp_path / "stored")
+    run(settings)
+    for name in ("loss", "key_loss"):
+        assert first_log(tmp_path / "stored")[name] == pytest.approx(first_log(tmp_path / "audio")[name], rel=2e-3)
+
+
+def test_keys_from_data_start_at_queries(backbones: dict, manifest: Path, tmp_path: Path) -> None:
+    arguments = build_arguments(sections(backbones, manifest, tmp_path, keys_from_rows=8))
+    model, processor = build_model(arguments.model)
+    before = model.adapters["default"].prompt_pool.keys.clone()
+    build_trainer(model, processor, arguments.data, arguments.training)
+    keys = model.adapters["default"].prompt_pool.keys
+    assert not torch.allclose(before, keys) and keys.norm(dim=-1).min() > 10 * before.norm(dim=-1).max()
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"prompt_pool": {"pool_size": 0}, "lora": {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}},
+        {"prompt_pool": {"strategy": "fixed", "pool_size": 5, "num_prompts": 5, "stochastic": False}},
+        {"prompt_pool": {"strategy": "task", "pool_size": 20, "num_prompts": 4, "tasks": ["asr", "er", "acap"]}},
+    ],
+    ids=["lora", "soft-prompt", "task"],
+)
+def test_baselines_train_and_come_back(backbones: dict, manifest: Path, tmp_path: Path, model: dict) -> None:
+    result = run(sections(backbones, manifest, tmp_path, model, **{**RESUMABLE, "max_steps": 3}))
+    logs = [entry for entry in result.history if "lm_loss" in entry]
+    assert logs[-1]["lm_loss"] < logs[0]["lm_loss"]
+    assert ("key_loss" in logs[0]) == ("lora" not in model)
+    loaded = ListenForConditionalGeneration.from_pretrained(result.model_folder)
+    assert all(torch.equal(w, loaded.state_dict()[name]) for name, w in result.model.state_dict().items())
+
+
+def test_a_pool_alone_needs_a_connector_that_was_trained(backbones: dict, manifest: Path, tmp_path: Path) -> None:
+    first = run(sections(backbones, manifest, tmp_path / "a", **{**RESUMABLE, "max_steps": 1}))
+    settings = sections(backbones, manifest, tmp_path / "b", {"trainable": ["prompt_pool"]})
+    with pytest.raises(ArgumentError, match="name a checkpoint whose connector it starts with as model.connector_from"):
+        run(settings)
+    settings["model"]["connector_from"] = str(first.model_folder)
+    settings["training"].update(max_steps=1)
+    second = run(settings)
+    for name, weight in first.model.adapters["default"].connector.state_dict().items():
+        assert torch.equal(weight, second.model.adapters["default"].connector.state_dict()[name])
+
+
+def test_mixed_precision_and_activation_checkpointing_train(backbones: dict, manifest: Path, tmp_path: Path) -> None:
+    result = run(
+        sections(
+            backbones, manifest, tmp_path, {"dtype": "bfloat16"}, **{**RESUMABLE, "max_steps": 3},
+            bf16=True, activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": False},
+        )
+    )  # fmt: skip
+    logs = [entry for entry in result.history if "loss" in entry]
+    assert logs[-1]["loss"] < logs[0]["loss"]
+    assert all(weight.dtype == torch.float32 for weight in learned(tmp_path).values())
+
+
+def test_streams_train(backbones: dict, manifest: Path, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+    rows = [{"sound": str(manifest.parent / row["audio"]), "text": row["response"]} for row in lines]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = sections(backbones, manifest, tmp_path / "run", **{**RESUMABLE, "max_steps": 2})
+    source = {"path": "json", "format": "datasets", "data_files": str(tmp_path / "rows.jsonl"), "streaming": True}
+    settings["data"]["train"] = [{**source, "task": "asr", "columns": {"audio": "sound", "response": "text"}}]
+    assert run(settings).metrics["train_loss"] > 0
+
+
+def test_rows_that_are_too_long_are_left_out_and_clips_joined(backbones: dict, manifest: Path, tmp_path: Path) -> None:
+    settings = sections(backbones, manifest, tmp_path)
+    settings["data"].update(max_audio_seconds=0.55)
+    arguments = build_arguments(settings)
+    trainer = build_trainer(*build_model(arguments.model), arguments.data, arguments.training)
+    assert len(trainer.train_dataset) == 4  # of 0.4, 0.5, 0.6 and 0.7 s, twice each
+    settings["data"].update(max_audio_seconds=0.1)
+    with pytest.raises((ArgumentError, ValueError), match="no training row is left|add up to nothing"):
+        arguments = build_arguments(settings)
+        build_trainer(*build_model(arguments.model), arguments.data, arguments.training)
