@@ -212,8 +212,8 @@ class ListenFeatureExtractor(SequenceFeatureExtractor):
                 raise ValueError(f"ListenFeatureExtractor: {name}={getattr(self, name)!r} must be a positive integer.")
         if self.sampling_rate < 2 * _HIGHEST_WHISPER_HERTZ:
             raise ValueError(
-                f"ListenFeatureExtractor: sampling_rate={self.sampling_rate} is too low for Whisper's mel filters, which "
-                f"reach {_HIGHEST_WHISPER_HERTZ:.0f} Hz; take 16000."
+                f"ListenFeatureExtractor: sampling_rate={self.sampling_rate} is too low for Whisper, whose mel "
+                f"filters reach {_HIGHEST_WHISPER_HERTZ:.0f} Hz; take 16000."
             )
         if self.fbank_std <= 0:
             raise ValueError(f"ListenFeatureExtractor: fbank_std={self.fbank_std!r} must be positive.")
