@@ -24,7 +24,7 @@ _SEQUENTIAL, _DIVERGING = "Blues", "RdBu_r"
 
 
 def plot_usage(usage: PromptUsage) -> Figure:
-    """Heat map of how often each task picks each prompt in use; prompts are ordered by the task that leads in them."""
+    """Heat map of how often each task picks each prompt in use, ordered as `PromptUsage.by_owner`."""
     order = usage.by_owner()
     figure, axes = _panel(width=max(6.0, min(14.0, 2.5 + 0.22 * len(order))), height=1.6 + 0.38 * len(usage.tasks))
     image = _heat_map(axes, usage.shares[:, order], usage.tasks, order, cmap=_SEQUENTIAL, vmin=0, vmax=1)
@@ -32,7 +32,7 @@ def plot_usage(usage: PromptUsage) -> Figure:
     axes.set_title(
         f"Prompts picked by task: {len(order)} of {pool_size} in use, entropy {usage.entropy():.2f}", loc="left"
     )
-    axes.set_xlabel("prompt, grouped by the task that picks it most")
+    axes.set_xlabel("prompt: shared ones first, then by the task that picks it most")
     _colour_bar(figure, image, "share of examples")
     return figure
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,6 @@ class PoolAnalysis:
             summary["queries"] = {k: None if np.isnan(v) else v for k, v in asdict(self.clusters).items()}
         return summary
 
-    @cached_property
     def figures(self) -> dict[str, Figure]:
         """Plots by file name without ending: usage and overlap, then keys and queries where the model has them."""
         figures = {"prompt_usage": plot_usage(self.usage), "prompt_overlap": plot_overlap(self.usage)}
@@ -73,17 +71,23 @@ class PoolAnalysis:
             figures["query_map"] = plot_query_map(points, [self.tasks[i] for i in shown], self.clusters)
         return figures
 
-    def save(self, folder: str | Path) -> None:
-        """Write `pool.json`, the plots, and `queries.safetensors` with queries and keys where there are any."""
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write `pool.json`, the plots, and `queries.safetensors` with queries and keys where there are any.
+
+        Returns:
+            The files of the plots.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "pool.json").write_text(json.dumps(self.summary(), indent=2) + "\n", encoding="utf-8")
-        for name, figure in self.figures.items():
-            figure.savefig(folder / f"{name}.png", dpi=120)
         tensors = {"queries": self.queries, "keys": self.keys}
         tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items() if tensor is not None}
         if tensors:
             save_file(tensors, folder / "queries.safetensors", metadata={"tasks": json.dumps(self.tasks)})
+        plots = {folder / f"{name}.png": figure for name, figure in self.figures().items()}
+        for path, figure in plots.items():
+            figure.savefig(path, dpi=120)
+        return list(plots)
 
 
 def analyse_pool(

@@ -57,9 +57,12 @@ class PromptUsage:
         return np.divide(smaller, larger, out=np.zeros(smaller.shape), where=larger > 0)
 
     def by_owner(self) -> np.ndarray:
-        """`(used,)` the prompts in use, those of the first task first, the most picked of each task in front."""
+        """`(used,)` the prompts in use: those that most tasks share, then those of each task, most picked in front."""
         used = np.flatnonzero(self.shares.any(axis=0))
-        owner, strength = self.shares[:, used].argmax(axis=0), self.shares[:, used].max(axis=0)
+        shares = self.shares[:, used]  # (tasks, used)
+        shared = (shares > 0.5).mean(axis=0) > 0.5
+        owner = np.where(shared, -1, shares.argmax(axis=0))
+        strength = np.where(shared, shares.mean(axis=0), shares.max(axis=0))
         return used[np.lexsort((-strength, owner))]
 
 

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from .evaluator import EvaluationResult, evaluate_model
-from .generate import Prediction, generate_predictions
+from .generate import Prediction, generate_predictions, launched_processes
 from .report import metrics_table, write_report
 from .scoring import TaskScores, score_task
 
@@ -19,6 +19,7 @@ __all__ = [
     "TaskScores",
     "evaluate_model",
     "generate_predictions",
+    "launched_processes",
     "metrics_table",
     "score_task",
     "write_report",

@@ -19,7 +19,7 @@ from listen.data.features import FeatureStore
 from listen.data.manifest import extra_fields
 from listen.data.tasks import get_task
 
-from .generate import Prediction, generate_predictions
+from .generate import Prediction, generate_predictions, launched_processes
 from .report import write_report
 from .scoring import TaskScores, score_task
 
@@ -59,9 +59,8 @@ class EvaluationResult:
         (folder / "metrics.json").write_text(_to_json(self.as_dict(extra), indent=2) + "\n", encoding="utf-8")
         lines = [_to_json(record) + "\n" for record in self.predictions]
         (folder / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
-        if self.pool is not None:
-            self.pool.save(folder / "pool")
-        write_report(self, folder)
+        plots = self.pool.save(folder / "pool") if self.pool is not None else []
+        write_report(self, folder, plots)
         return folder
 
     def as_dict(self, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -226,6 +225,7 @@ def _settings(
         "num_prompts": max(len(prediction.prompt_indices) for prediction in predictions),
         "pool_size": None if pool is None else pool.usage.shares.shape[1],
         "batch_size": batch_size,
+        "num_processes": launched_processes().num_processes,
         "dtype": str(model.dtype).removeprefix("torch."),
         "generation": dict(generate_kwargs),
     }

@@ -14,14 +14,14 @@ import numpy as np
 import soundfile
 import torch
 from accelerate import PartialState
-from accelerate.utils import extract_model_from_parallel, gather_object
+from accelerate.utils import extract_model_from_parallel, gather_object, parse_flag_from_env
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from listen.data.collator import ListenCollator
-from listen.data.features import FeatureStore
+from listen.data.features import FeatureStore, store_info
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +88,11 @@ def generate_predictions(
 
     Raises:
         ValueError: `batch_size` below 1, or a row that cannot be read; the message names it.
+        FeatureStoreError: `features` were computed by other encoders or settings, or lack a recording.
     """
-    model, state = extract_model_from_parallel(model), PartialState()
+    model, state = extract_model_from_parallel(model), launched_processes()
+    if features is not None:
+        features.check(store_info(model, processor.feature_extractor, join_silence_seconds))
     collator = ListenCollator(
         processor,
         for_generation=True,
@@ -108,6 +111,15 @@ def generate_predictions(
             bar.update()
     gathered = gather_object(predictions) if state.num_processes > 1 else predictions
     return sorted(gathered, key=lambda prediction: prediction.index)
+
+
+def launched_processes() -> PartialState:
+    """The processes that a launcher started, this one's place among them, and its device.
+
+    accelerate takes processes on the CPU for single ones unless it is told that the CPU is meant.
+    """
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=on_cpu)
 
 
 def plan_batches(dataset: Dataset, batch_size: int) -> list[list[int]]:

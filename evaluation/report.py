@@ -6,13 +6,11 @@ import base64
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jinja2 import Environment
-from matplotlib.figure import Figure
 
 from listen.data.tasks import get_task
 
@@ -46,10 +44,10 @@ CIDEr from 0 to 10, all else from 0 to 1.
 ## The prompt pool
 
 {{ pool }}
-{% for name, caption in plots %}
-![{{ caption }}](pool/{{ name }}.png)
+{% for plot in plots %}
+![{{ plot.caption }}]({{ plot.link }})
 
-{{ caption }}
+{{ plot.caption }}
 {% endfor %}{% endif %}
 ## Examples
 {% for task in tasks %}
@@ -99,9 +97,8 @@ from 0 to 100, CIDEr from 0 to 10, all else from 0 to 1.</p>
 {% if pool %}
 <h2>The prompt pool</h2>
 <p>{{ pool }}</p>
-{% for name, caption in plots -%}
-<figure><img alt="{{ caption }}" src="data:image/png;base64,{{ images[name] }}"><figcaption>{{ caption }}</figcaption>
-</figure>
+{% for plot in plots -%}
+<figure><img alt="" src="data:image/png;base64,{{ plot.data }}"><figcaption>{{ plot.caption }}</figcaption></figure>
 {% endfor %}{% endif %}
 <h2>Examples</h2>
 {% for task in tasks %}
@@ -136,25 +133,27 @@ class _Row:
     lead: bool
 
 
-def write_report(result: EvaluationResult, folder: str | Path) -> None:
+def write_report(result: EvaluationResult, folder: str | Path, plots: Sequence[Path] = ()) -> None:
     """Write `report.md` and `report.html` into `folder`.
 
-    The Markdown file links to the plots in `pool/`, which `EvaluationResult.save` writes; the HTML file needs no other.
+    Args:
+        result: what to report.
+        folder: must exist.
+        plots: PNG files of the pool inside `folder`. The Markdown file links to them, the HTML file holds them.
     """
-    folder, figures = Path(folder), result.pool.figures if result.pool is not None else {}
+    folder = Path(folder)
     content = {
         "settings": result.settings,
         "total": len(result.predictions),
         "tasks": [_task(name, result) for name in result.metrics],
         "rows": [row for name in result.metrics for row in _rows(name, result)],
         "pool": _describe_pool(result),
-        "plots": [(name, _CAPTIONS[name]) for name in figures],
+        "plots": [_plot(path, folder) for path in plots],
     }
     markdown = Environment(keep_trailing_newline=True)
     markdown.filters["cell"] = _markdown_cell
     (folder / "report.md").write_text(markdown.from_string(_MARKDOWN).render(content), encoding="utf-8")
-    images = {name: _encode(figure) for name, figure in figures.items()}
-    html = Environment(autoescape=True).from_string(_HTML).render(content, images=images)
+    html = Environment(autoescape=True).from_string(_HTML).render(content)
     (folder / "report.html").write_text(html, encoding="utf-8")
 
 
@@ -212,6 +211,14 @@ def _describe_pool(result: EvaluationResult) -> str:
     )
 
 
+def _plot(path: Path, folder: Path) -> dict[str, str]:
+    return {
+        "caption": _CAPTIONS[path.stem],
+        "link": path.relative_to(folder).as_posix(),
+        "data": base64.b64encode(path.read_bytes()).decode("ascii"),
+    }
+
+
 def _number(metric: str, value: float) -> str:
     if math.isnan(value):
         return "undefined"
@@ -220,12 +227,6 @@ def _number(metric: str, value: float) -> str:
 
 def _markdown_cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
-
-
-def _encode(figure: Figure) -> str:
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> list[Sequence[str]]:

@@ -2,6 +2,7 @@
 
     python examples/evaluate.py --model model_cards/listen-tiny --data runs/corpus/test.jsonl --output runs/eval
     accelerate launch --num_processes 2 examples/evaluate.py --model DIR --data test.jsonl --tasks asr er --num-beams 4
+    torchrun --nproc_per_node 2 examples/evaluate.py ...   # the same on CPUs, where accelerate starts one process alone
 
 `--sweep 2 4 8` also evaluates with other numbers of prompts and plots the scores over them.
 """
@@ -19,7 +20,6 @@ from typing import Any
 if str(Path(__file__).resolve().parent) in sys.path:
     sys.path.remove(str(Path(__file__).resolve().parent))
 
-from accelerate import PartialState
 from datasets import concatenate_datasets
 from rich.console import Console
 from rich.table import Table
@@ -27,7 +27,7 @@ from transformers.utils import cached_file
 
 from listen.analysis import sweep_num_prompts
 from listen.data.manifest import load_manifest
-from listen.evaluation import EvaluationResult, evaluate_model, metrics_table
+from listen.evaluation import EvaluationResult, evaluate_model, launched_processes, metrics_table
 from listen.modeling_listen import ListenForConditionalGeneration
 from listen.processing_listen import ListenProcessor
 
@@ -68,7 +68,7 @@ def print_metrics(result: EvaluationResult) -> None:
 
 def main() -> None:
     """Evaluate, write the results on the main process, and print them."""
-    arguments, state = parse_arguments(), PartialState()
+    arguments, state = parse_arguments(), launched_processes()
     model = ListenForConditionalGeneration.from_pretrained(arguments.model, dtype=arguments.dtype).to(state.device)
     processor = ListenProcessor.from_pretrained(arguments.model)
     options: dict[str, Any] = {
