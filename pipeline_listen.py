@@ -11,7 +11,9 @@ from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 from transformers.utils.chat_template_utils import Chat
 
 from .audio_listen import is_one_clip, load_waveform
-from .processing_listen import AUDIO_TOKEN, conversation_clips
+from .chat_listen import conversation_clips
+from .placeholders_listen import AUDIO_TOKEN
+from .processing_listen import ListenProcessor
 
 _INPUT_KEYS = ("audio", "sampling_rate", "text", "task")
 _PREPROCESS = ("text", "task", "sampling_rate", "num_prompts")
@@ -70,6 +72,7 @@ class ListenPipeline(Pipeline):
         [{'generated_text': '...'}]
     """
 
+    processor: ListenProcessor
     _load_processor = True
     _load_tokenizer = False
     _load_feature_extractor = False

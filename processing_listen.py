@@ -6,15 +6,12 @@ are the tokenizer's own placeholders where it has some, else reserved tokens of 
 """
 
 import difflib
-import os
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import (
-    AddedToken,
     AutoTokenizer,
     BatchFeature,
     PreTrainedConfig,
@@ -25,25 +22,9 @@ from transformers import (
 from transformers.utils.chat_template_utils import _get_template_variables, render_jinja_template
 
 from .audio_listen import is_one_clip, load_waveform
+from .chat_listen import DEFAULT_CHAT_TEMPLATE, as_conversations, clips_or_none, plain_message
 from .feature_extraction_listen import ListenFeatureExtractor
-
-AUDIO_TOKEN = "<|audio|>"
-PROMPT_TOKEN = "<|prompt|>"
-RESERVED_TOKENS = (
-    r"[<\[]\|?(reserved(_special)?(_token)?|unused|extra|special|control|placeholder|dummy)_?\d+\|?[>\]]"
-    r"|<\|extra_id_\d+\|>|<｜place▁holder▁no▁\d+｜>"
-)
-
-# For LLMs that come without a chat template.
-DEFAULT_CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'user' -%}{{ 'USER: ' + message['content'] + '\n' }}"
-    "{%- elif message['role'] == 'assistant' -%}"
-    "{{ 'ASSISTANT: ' }}{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}{{ '\n' }}"
-    "{%- else -%}{{ message['content'] + '\n' }}{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}"
-)
+from .placeholders_listen import AUDIO_TOKEN, PROMPT_TOKEN, place_token, prepare_padding
 
 # The wording of each task at test time; `{question}` is what the user asks.
 TASK_INSTRUCTIONS = {
@@ -56,7 +37,6 @@ TASK_INSTRUCTIONS = {
     "voice": "Describe the voice.",
 }
 
-_AUDIO_KEYS = ("audio", "path", "url", "bytes", "array")
 _GROUPS = ("common_kwargs", "text_kwargs", "audio_kwargs")
 _ARGUMENTS = ("text", "audio", "sampling_rate", "num_prompts", "task", "num_samples", "return_tensors")
 _TOKENIZER_KEYWORDS = ("add_special_tokens", "truncation", "return_offsets_mapping")
@@ -110,7 +90,7 @@ class ListenProcessor(ProcessorMixin):
     ) -> None:
         template = chat_template or getattr(tokenizer, "chat_template", None) or DEFAULT_CHAT_TEMPLATE
         super().__init__(feature_extractor, tokenizer, chat_template=template)
-        _prepare_padding(tokenizer)
+        prepare_padding(tokenizer)
         self.audio_token_id = place_token(tokenizer, AUDIO_TOKEN, audio_token_id)
         self.prompt_token_id = place_token(tokenizer, PROMPT_TOKEN, prompt_token_id, taken=self.audio_token_id)
         # what stands in the tokenizer's vocabulary for the two, under whatever name
@@ -408,9 +388,9 @@ class ListenProcessor(ProcessorMixin):
                 "continue_final_message leaves the last message open; it excludes add_generation_prompt and "
                 "return_assistant_tokens_mask"
             )
-        conversations, is_batch = _conversations(conversation)
+        conversations, is_batch = as_conversations(conversation)
         texts, spans = render_jinja_template(
-            conversations=[[_plain(message) for message in messages] for messages in conversations],
+            conversations=[[plain_message(message) for message in messages] for messages in conversations],
             tools=tools,
             documents=documents,
             chat_template=template,
@@ -424,7 +404,7 @@ class ListenProcessor(ProcessorMixin):
         if return_assistant_tokens_mask:
             inputs = self._with_assistant_masks(texts, spans, conversations, return_tensors, options)
         else:
-            inputs = self(texts, _clips_or_none(conversations), return_tensors=return_tensors, **options)
+            inputs = self(texts, clips_or_none(conversations), return_tensors=return_tensors, **options)
         return inputs if return_dict else inputs["input_ids"]
 
     def _with_assistant_masks(
@@ -433,7 +413,7 @@ class ListenProcessor(ProcessorMixin):
         if not self.tokenizer.is_fast:
             raise ValueError("return_assistant_tokens_mask needs a fast tokenizer, which knows where tokens stand")
         wanted = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
-        inputs = self(texts, _clips_or_none(conversations), return_tensors=None, **wanted, **options)
+        inputs = self(texts, clips_or_none(conversations), return_tensors=None, **wanted, **options)
         inputs = self._adjust_assistant_masks_indices(inputs, spans)
         return inputs.convert_to_tensors(tensor_type=return_tensors)
 
@@ -482,69 +462,6 @@ class ListenProcessor(ProcessorMixin):
     @property
     def _num_ids(self) -> int:
         return max(self.tokenizer.vocab_size, *(token_id + 1 for token_id in self.tokenizer.added_tokens_decoder))
-
-
-# ---------------------------------------------------------------------- placeholder ids
-
-
-def place_token(
-    tokenizer: PreTrainedTokenizerBase, token: str, token_id: int | None = None, taken: int | None = None
-) -> int:
-    """Give a placeholder an id, and make the tokenizer treat that id as a special token.
-
-    Without `token_id`, the first of these: the token itself, where the tokenizer knows it; the reserved token of the
-    highest id that is not in use (`RESERVED_TOKENS`); a token added behind the vocabulary.
-
-    Args:
-        tokenizer: Is changed.
-        token: `<|audio|>` or `<|prompt|>`.
-        token_id: The id it must get.
-        taken: An id that is not free.
-
-    Raises:
-        ValueError: the tokenizer has no token of that id and would give another one to an added token.
-    """
-    known = tokenizer.convert_ids_to_tokens(token_id) if token_id is not None and token_id < len(tokenizer) else None
-    symbol = known or token
-    if token_id is None and token not in tokenizer.get_vocab():
-        symbol = _free_reserved_token(tokenizer, taken) or token
-    if symbol == token or _is_reserved(symbol):  # never an ordinary word
-        special = AddedToken(symbol, special=True, normalized=False, lstrip=False, rstrip=False)
-        tokenizer.add_tokens([special], special_tokens=True)
-    placed = tokenizer.convert_tokens_to_ids(symbol)
-    if symbol not in tokenizer.added_tokens_encoder or (token_id is not None and placed != token_id):
-        raise ValueError(
-            f"{token} must have the id {token_id}, but in this tokenizer of {len(tokenizer)} tokens that is "
-            f"{known!r} and {token} would get {tokenizer.convert_tokens_to_ids(token)}; take the tokenizer that the "
-            "model was made with, or set the id to None"
-        )
-    return placed
-
-
-def _free_reserved_token(tokenizer: PreTrainedTokenizerBase, taken: int | None) -> str | None:
-    used = {token for token in tokenizer.special_tokens_map.values() if isinstance(token, str)}
-    template = str(getattr(tokenizer, "chat_template", None) or "")
-    free = [
-        (token_id, token)
-        for token, token_id in tokenizer.get_vocab().items()
-        if _is_reserved(token) and token_id != taken and token not in used and token not in template
-    ]
-    # the highest id: later releases of an LLM put the lowest to use first
-    return max(free)[1] if free else None
-
-
-def _is_reserved(token: str) -> bool:
-    return re.fullmatch(RESERVED_TOKENS, token, re.IGNORECASE) is not None
-
-
-def _prepare_padding(tokenizer: PreTrainedTokenizerBase) -> None:
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token is None:
-            raise ValueError(
-                "the tokenizer has neither a pad_token nor an eos_token to pad with; set tokenizer.pad_token"
-            )
-        tokenizer.pad_token = tokenizer.eos_token
 
 
 # ---------------------------------------------------------------------- parts of a processor
@@ -639,65 +556,6 @@ def _padded_widths(
     return [-(-width // step) * step] * len(lengths)
 
 
-# ---------------------------------------------------------------------- chat messages
-
-
-def _conversations(conversation: Any) -> tuple[list[list[dict[str, Any]]], bool]:
-    """A list of conversations, and whether the caller gave one."""
-    if hasattr(conversation, "messages"):
-        return [conversation.messages], False
-    if not isinstance(conversation, (list, tuple)) or not conversation:
-        raise ValueError(f"a conversation is a list of messages with at least one, not {conversation!r:.80}")
-    if isinstance(conversation[0], dict):
-        return [list(conversation)], False
-    return [getattr(messages, "messages", messages) for messages in conversation], True
-
-
-def _plain(message: dict[str, Any]) -> dict[str, Any]:
-    """The message with its content as a string in which clips are `<|audio|>`."""
-    message = {key: value for key, value in message.items() if value is not None}
-    if isinstance(message.get("content"), (list, tuple)):
-        message["content"] = "".join(_plain_item(item) for item in message["content"])
-    return message
-
-
-def _plain_item(item: Any) -> str:
-    if isinstance(item, str):
-        return item
-    kind = item.get("type")
-    if kind == "text" and isinstance(item.get("text"), str):
-        return item["text"]
-    if kind == "audio":
-        return AUDIO_TOKEN
-    raise ValueError(f"content {item!r:.120} cannot be read; give {{'type': 'text', 'text': ...}} or 'type': 'audio'")
-
-
-def conversation_clips(messages: Sequence[dict[str, Any]]) -> list[Any]:
-    """The clips of a conversation in order, as `ListenProcessor` takes them.
-
-    Raises:
-        ValueError: audio content without a clip.
-    """
-    contents = [message.get("content") for message in messages]
-    items = [item for content in contents if isinstance(content, (list, tuple)) for item in content]
-    return [_clip(item) for item in items if isinstance(item, dict) and item.get("type") == "audio"]
-
-
-def _clip(item: dict[str, Any]) -> Any:
-    given = [key for key in _AUDIO_KEYS if item.get(key) is not None]
-    if not given:
-        raise ValueError(f"audio content with the keys {sorted(item)} holds no clip; give one as {_AUDIO_KEYS}")
-    value, rate = item[given[0]], item.get("sampling_rate")
-    if given[0] in ("path", "url", "bytes") or isinstance(value, (str, os.PathLike, bytes, dict)):
-        return value
-    return {"array": value, "sampling_rate": rate} if rate is not None else value
-
-
-def _clips_or_none(conversations: list[list[dict[str, Any]]]) -> list[list[Any]] | None:
-    clips = [conversation_clips(messages) for messages in conversations]
-    return clips if any(clips) else None
-
-
 ListenProcessor.register_for_auto_class()
 
-__all__ = ["ListenProcessor", "conversation_clips"]
+__all__ = ["TASK_INSTRUCTIONS", "ListenProcessor"]

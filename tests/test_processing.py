@@ -11,6 +11,10 @@ import soundfile
 import torch
 from conftest import tiny_config, tiny_model
 from fixtures_tokenizers import GEMMA_TEMPLATE, LLAMA_3_TEMPLATE, QWEN_TEMPLATE, VOCABULARY, build_tokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from listen.data.tasks import get_task
 from listen.feature_extraction_listen import ListenFeatureExtractor
@@ -76,6 +80,28 @@ def test_reserved_tokens_are_known_in_the_manners_of_many_llms(pattern: str) -> 
         processor("<|audio|>", wave(1), RATE, num_prompts=2).input_ids[0, :2].tolist()
         == [processor.prompt_token_id] * 2
     )
+
+
+def test_a_reserved_word_of_the_plain_vocabulary_becomes_a_token() -> None:
+    words = {
+        word: i for i, word in enumerate(["<unk>", "</s>", "the", "fox", "[", "unused1", "]", "[unused1]", "[unused2]"])
+    }
+    backend = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = Whitespace()  # tears [unused1] apart unless it is made a token
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+    processor = ListenProcessor(ListenFeatureExtractor(), tokenizer)
+    assert (processor.audio_token_id, processor.prompt_token_id, len(tokenizer)) == (8, 7, len(words))
+    ids = processor("the <|audio|> fox", wave(0.6), RATE, num_prompts=1).input_ids[0].tolist()
+    assert ids == [7, 2, 8, 8, 3]
+
+
+def test_a_tokenizer_written_in_python_serves_too() -> None:
+    processor = ListenProcessor(ListenFeatureExtractor(), ByT5Tokenizer())
+    inputs = processor(["the <|audio|>", "é"], [wave(0.6)], RATE, num_prompts=2)
+    assert processor.batch_decode(inputs.input_ids, skip_special_tokens=True) == ["the ", "é"]
+    assert processor.decode([100, -100, 10**6]) == "a"
+    with pytest.raises(ValueError, match="needs a fast tokenizer"):
+        processor.apply_chat_template(user("a"), tokenize=True, return_assistant_tokens_mask=True)
 
 
 def test_reserved_tokens_in_use_are_left_alone() -> None:

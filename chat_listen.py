@@ -1,0 +1,88 @@
+"""Chat messages with audio in them: as plain text for any chat template, and as clips."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from .placeholders_listen import AUDIO_TOKEN
+
+# For LLMs that come without a chat template.
+DEFAULT_CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'user' -%}{{ 'USER: ' + message['content'] + '\n' }}"
+    "{%- elif message['role'] == 'assistant' -%}"
+    "{{ 'ASSISTANT: ' }}{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}{{ '\n' }}"
+    "{%- else -%}{{ message['content'] + '\n' }}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}"
+)
+
+_AUDIO_KEYS = ("audio", "path", "url", "bytes", "array")
+
+
+def as_conversations(conversation: Any) -> tuple[list[list[dict[str, Any]]], bool]:
+    """A list of conversations, and whether the caller gave a list of them.
+
+    Raises:
+        ValueError: not a list of messages, nor of conversations.
+    """
+    if hasattr(conversation, "messages"):
+        return [conversation.messages], False
+    if not isinstance(conversation, (list, tuple)) or not conversation:
+        raise ValueError(f"a conversation is a list of messages with at least one, not {conversation!r:.80}")
+    if isinstance(conversation[0], dict):
+        return [list(conversation)], False
+    return [getattr(messages, "messages", messages) for messages in conversation], True
+
+
+def plain_message(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with its content as a string in which clips are `<|audio|>`.
+
+    Raises:
+        ValueError: content that is neither text nor audio.
+    """
+    message = {key: value for key, value in message.items() if value is not None}
+    if isinstance(message.get("content"), (list, tuple)):
+        message["content"] = "".join(_plain_item(item) for item in message["content"])
+    return message
+
+
+def _plain_item(item: Any) -> str:
+    if isinstance(item, str):
+        return item
+    kind = item.get("type")
+    if kind == "text" and isinstance(item.get("text"), str):
+        return item["text"]
+    if kind == "audio":
+        return AUDIO_TOKEN
+    raise ValueError(f"content {item!r:.120} cannot be read; give {{'type': 'text', 'text': ...}} or 'type': 'audio'")
+
+
+def conversation_clips(messages: Sequence[dict[str, Any]]) -> list[Any]:
+    """The clips of a conversation in order, as `ListenProcessor` takes them.
+
+    Raises:
+        ValueError: audio content without a clip.
+    """
+    contents = [message.get("content") for message in messages]
+    items = [item for content in contents if isinstance(content, (list, tuple)) for item in content]
+    return [_clip(item) for item in items if isinstance(item, dict) and item.get("type") == "audio"]
+
+
+def _clip(item: dict[str, Any]) -> Any:
+    given = [key for key in _AUDIO_KEYS if item.get(key) is not None]
+    if not given:
+        raise ValueError(f"audio content with the keys {sorted(item)} holds no clip; give one as {_AUDIO_KEYS}")
+    value, rate = item[given[0]], item.get("sampling_rate")
+    if given[0] in ("path", "url", "bytes") or isinstance(value, (str, os.PathLike, bytes, dict)):
+        return value
+    return {"array": value, "sampling_rate": rate} if rate is not None else value
+
+
+def clips_or_none(conversations: list[list[dict[str, Any]]]) -> list[list[Any]] | None:
+    """The clips of each conversation; `None` where none has any."""
+    clips = [conversation_clips(messages) for messages in conversations]
+    return clips if any(clips) else None
+
+
+__all__ = ["DEFAULT_CHAT_TEMPLATE", "as_conversations", "clips_or_none", "conversation_clips", "plain_message"]

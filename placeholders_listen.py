@@ -1,0 +1,80 @@
+"""The two placeholders of a LiSTEN text, and the ids that stand for them in any LLM's vocabulary."""
+
+import re
+
+from transformers import AddedToken, PreTrainedTokenizerBase
+
+AUDIO_TOKEN = "<|audio|>"
+PROMPT_TOKEN = "<|prompt|>"
+RESERVED_TOKENS = (
+    r"[<\[]\|?(reserved(_special)?(_token)?|unused|extra|special|control|placeholder|dummy)_?\d+\|?[>\]]"
+    r"|<\|extra_id_\d+\|>|<｜place▁holder▁no▁\d+｜>"
+)
+
+
+def place_token(
+    tokenizer: PreTrainedTokenizerBase, token: str, token_id: int | None = None, taken: int | None = None
+) -> int:
+    """Give a placeholder an id, and make the tokenizer treat that id as a special token.
+
+    Without `token_id`, the first of these: the token itself, where the tokenizer knows it; the reserved token of the
+    highest id that is not in use (`RESERVED_TOKENS`); a token added behind the vocabulary.
+
+    Args:
+        tokenizer: Is changed.
+        token: `<|audio|>` or `<|prompt|>`.
+        token_id: The id it must get.
+        taken: An id that is not free.
+
+    Raises:
+        ValueError: the tokenizer has no token of that id and would give another one to an added token.
+    """
+    known = tokenizer.convert_ids_to_tokens(token_id) if token_id is not None and token_id < len(tokenizer) else None
+    symbol = known or token
+    if token_id is None and token not in tokenizer.get_vocab():
+        symbol = _free_reserved_token(tokenizer, taken) or token
+    if symbol == token or _is_reserved(symbol):  # never an ordinary word
+        special = AddedToken(symbol, special=True, normalized=False, lstrip=False, rstrip=False)
+        tokenizer.add_tokens([special], special_tokens=True)
+    placed = tokenizer.convert_tokens_to_ids(symbol)
+    if symbol not in tokenizer.added_tokens_encoder or (token_id is not None and placed != token_id):
+        raise ValueError(
+            f"{token} must have the id {token_id}, but in this tokenizer of {len(tokenizer)} tokens that is "
+            f"{known!r} and {token} would get {tokenizer.convert_tokens_to_ids(token)}; take the tokenizer that the "
+            "model was made with, or set the id to None"
+        )
+    return placed
+
+
+def _free_reserved_token(tokenizer: PreTrainedTokenizerBase, taken: int | None) -> str | None:
+    used = {token for token in tokenizer.special_tokens_map.values() if isinstance(token, str)}
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    free = [
+        (token_id, token)
+        for token, token_id in tokenizer.get_vocab().items()
+        if _is_reserved(token) and token_id != taken and token not in used and token not in template
+    ]
+    # the highest id: later releases of an LLM put the lowest to use first
+    return max(free)[1] if free else None
+
+
+def _is_reserved(token: str) -> bool:
+    return re.fullmatch(RESERVED_TOKENS, token, re.IGNORECASE) is not None
+
+
+def prepare_padding(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a tokenizer pad on the left, with its end-of-sequence token where it has no padding token.
+
+    Raises:
+        ValueError: it has neither.
+    """
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                "the tokenizer has neither a pad_token nor an eos_token to pad with; set tokenizer.pad_token"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+__all__ = ["AUDIO_TOKEN", "PROMPT_TOKEN", "RESERVED_TOKENS", "place_token", "prepare_padding"]
