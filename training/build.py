@@ -66,6 +66,7 @@ def build_encoders(arguments: ModelArguments) -> tuple[ListenModel, ListenProces
     config = build_config(arguments)
     processor = ListenProcessor.from_backbones(config)
     model = ListenModel(config, init_backbones=False)
+    model.generation_config = None  # nothing is generated
     model.config.base_models = {k: v for k, v in config.base_models.items() if k != "language_model"}
     options = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
     model.load_backbones(dtype=arguments.dtype, **options)

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from ..data.collator import ListenCollator
-from .callbacks import EpochCallback
+from .callbacks import EpochCallback, EpochLengthGroupedSampler
 from .pool_health import PoolMonitor
 
 logger = logging.get_logger(__name__)
@@ -49,7 +50,8 @@ class ListenTrainer(Trainer):
         super().__init__(data_collator=data_collator, **kwargs)
         self.eval_collator = eval_collator or data_collator
         self.generation_evaluator = generation_evaluator
-        self.add_callback(EpochCallback(data_collator))
+        self._epochs = EpochCallback(data_collator)
+        self.add_callback(self._epochs)
         self._parts = dict.fromkeys(_PARTS, 0.0)
         self._window_start: int | None = None  # step before the window's first batch; none yet
         self._monitor = _monitor(self.model)
@@ -108,6 +110,15 @@ class ListenTrainer(Trainer):
             if self._signs[name] == _SIGNS_BEFORE_WARNING and self.is_world_process_zero():
                 logger.warning(f"step {self.state.global_step}: {message}")
         return health.as_logs()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        """As upstream; grouping by length repeats its order on resuming."""
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            sampler = EpochLengthGroupedSampler(sampler.batch_size, sampler.lengths, seed)
+            self._epochs.listeners.append(sampler)
+        return sampler
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As upstream, with the collator of the evaluation data."""
