@@ -218,8 +218,9 @@ def _round_frames(inputs: Mapping[str, Any], names: Sequence[str]) -> dict[str, 
         if name not in inputs:
             continue
         missing = -inputs[f"{name}_mask"].shape[1] % _FRAME_MULTIPLE
+        # (chunks, bins, frames) for Whisper, (chunks, frames, bins) for BEATs
         padding = (0, missing) if name == "input_features" else (0, 0, 0, missing)
-        rounded[name] = torch.nn.functional.pad(inputs[name], padding)  # (chunks, bins, frames) or (chunks, frames, bins)
+        rounded[name] = torch.nn.functional.pad(inputs[name], padding)
         rounded[f"{name}_mask"] = torch.nn.functional.pad(inputs[f"{name}_mask"], (0, missing))  # (chunks, frames)
     return rounded
 

@@ -260,7 +260,7 @@ def collate_features(recordings: Sequence[EncodedRecording], pad_to_multiple_of:
 
 
 def _digest(module: torch.nn.Module) -> str:
-    """Tells weights apart: some values of each, rounded to bfloat16 so that the type they are loaded in is no matter."""
+    """Tells weights apart by some values of each, rounded to bfloat16: the type they are loaded in is no matter."""
     digest = hashlib.sha256()
     for name, weight in sorted(module.state_dict().items()):
         flat = weight.detach().flatten()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 
 import torch
+
 from listen.data import precompute_features
 from listen.training import ArgumentError, RunArguments, build_encoders, parse_arguments
 from listen.training.datasets import build_eval_dataset, build_train_dataset

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import sys
 
-from listen.training import ArgumentError, parse_arguments, train
 from transformers.utils import logging
+
+from listen.training import ArgumentError, parse_arguments, train
 
 
 def main() -> None:

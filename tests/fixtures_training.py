@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-from listen.configuration_listen import ListenConfig
-from listen.processing_listen import ListenProcessor
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from listen.configuration_listen import ListenConfig
+from listen.processing_listen import ListenProcessor
 
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import tiny_config, tiny_model
 from fixtures_training import CHAT_TEMPLATE, small_corpus, tiny_processor, write_clip, write_manifest
+
 from listen.data import ListenCollator, load_manifest, precompute_features
 from listen.data.collator import IGNORED
 from listen.data.tasks import get_task

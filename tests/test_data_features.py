@@ -11,6 +11,7 @@ import torch
 from conftest import tiny_model
 from datasets import Dataset
 from fixtures_training import small_corpus, tiny_processor, write_clip, write_manifest
+
 from listen.data import FeatureStore, FeatureStoreError, load_manifest, precompute_features
 from listen.data.audio import read_clips
 from listen.data.features import EncodedRecording, collate_features, recording_keys, store_info, write_shard

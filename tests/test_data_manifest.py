@@ -9,8 +9,17 @@ import numpy as np
 import pytest
 from datasets import Audio, Dataset, concatenate_datasets
 from fixtures_training import RATE, write_clip, write_manifest
+
 from listen.data.audio import clip_seconds, read_clip, read_clips, row_seconds
-from listen.data.manifest import FEATURES, ManifestError, extra_fields, from_datasets, load_manifest, load_salmonn, load_source
+from listen.data.manifest import (
+    FEATURES,
+    ManifestError,
+    extra_fields,
+    from_datasets,
+    load_manifest,
+    load_salmonn,
+    load_source,
+)
 
 
 @pytest.fixture()

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 from datasets import Dataset
+
 from listen.data.mixing import mix_datasets, mixing_weights, split_by_task, subset_per_task
 
 SIZES = {"asr": 400, "er": 100, "sv": 25}
@@ -21,7 +22,9 @@ def tasks() -> dict[str, Dataset]:
 def test_weights_of_each_strategy() -> None:
     assert mixing_weights(SIZES) == pytest.approx({"asr": 400 / 525, "er": 100 / 525, "sv": 25 / 525})
     assert mixing_weights(SIZES, "equal") == pytest.approx(dict.fromkeys(SIZES, 1 / 3))
-    assert mixing_weights(SIZES, "temperature", temperature=2.0) == pytest.approx({"asr": 20 / 35, "er": 10 / 35, "sv": 5 / 35})
+    assert mixing_weights(SIZES, "temperature", temperature=2.0) == pytest.approx(
+        {"asr": 20 / 35, "er": 10 / 35, "sv": 5 / 35}
+    )
     assert mixing_weights(SIZES, "temperature", temperature=1.0) == pytest.approx(mixing_weights(SIZES))
     assert mixing_weights(SIZES, "weights", weights={"asr": 1, "er": 3, "sv": 0}) == pytest.approx(
         {"asr": 0.25, "er": 0.75, "sv": 0.0}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+
 from listen.data.tasks import Task, UnknownTaskError, get_task, list_tasks, register_task, wordings
 from listen.processing_listen import TASK_INSTRUCTIONS
 
@@ -20,7 +21,7 @@ def test_each_task_has_several_training_wordings_in_plain_ascii(name: str) -> No
 
 
 def test_the_processor_ships_the_same_test_wordings() -> None:
-    assert TASK_INSTRUCTIONS == {name: get_task(name).instruction_test for name in TASK_INSTRUCTIONS}
+    assert {name: get_task(name).instruction_test for name in TASK_INSTRUCTIONS} == TASK_INSTRUCTIONS
     assert set(TASK_INSTRUCTIONS) >= set(PAPER_TASKS)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from listen.training import ArgumentError, build_arguments, build_config, parse_arguments
 
 CONFIGS = sorted((Path(__file__).parent.parent / "examples" / "configs").glob("*.yaml"))
@@ -50,11 +51,17 @@ def test_later_files_win(config: Path, tmp_path: Path) -> None:
         (["--lerning_rate", "1"], r"unknown argument --lerning_rate; did you mean training.learning_rate\?"),
         (["--modle.lora", "1"], r"unknown argument --modle.lora"),
         (["--data.mixing", "even"], "data.mixing='even' is unknown; choose one of proportional"),
-        (["--data.train", "{path: a.jsonl, formt: manifest}"], r"unknown argument data.train: formt; did you mean format\?"),
+        (
+            ["--data.train", "{path: a.jsonl, formt: manifest}"],
+            r"unknown argument data.train: formt; did you mean format\?",
+        ),
         (["--data.train", "{path: a.jsonl, format: csv}"], "format='csv' is unknown; choose one of manifest"),
         (["--training.min_prompts", "0"], "training.min_prompts=0 must be at least 1"),
         (["--training.label_smoothing_factor", "0.1"], "label_smoothing_factor"),
-        (["--model.checkpoint", "x"], "brings its own backbones and settings; leave out speech_encoder, language_model"),
+        (
+            ["--model.checkpoint", "x"],
+            "brings its own backbones and settings; leave out speech_encoder, language_model",
+        ),
         (["--model.dtype.x", "1", "--model.dtype.x.y", "2"], "which has no fields"),
         (["max_steps", "5"], "expected --name before 'max_steps'"),
     ],

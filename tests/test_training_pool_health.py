@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_model
+
 from listen.training import PoolMonitor
 from listen.training.pool_health import mean_cosine
 

@@ -15,11 +15,20 @@ import torch
 import yaml
 from fixtures_backbones import model_section, save_backbones
 from fixtures_training import small_corpus
+from safetensors.torch import load_file
+
 from listen.data import ListenCollator, precompute_features
 from listen.data.manifest import load_manifest
 from listen.modeling_listen import ListenForConditionalGeneration
-from listen.training import ArgumentError, build_arguments, build_encoders, build_model, build_trainer, parse_arguments, train
-from safetensors.torch import load_file
+from listen.training import (
+    ArgumentError,
+    build_arguments,
+    build_encoders,
+    build_model,
+    build_trainer,
+    parse_arguments,
+    train,
+)
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -39,7 +48,13 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sections(backbones: dict, manifest: Path, folder: Path, model: dict | None = None, **training: Any) -> dict:
-    defaults = {"output_dir": str(folder), "use_cpu": True, "num_threads": 1, "report_to": "none", "save_strategy": "no"}
+    defaults = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "num_threads": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+    }
     return {
         "model": model_section(backbones, **(model or {})),
         "data": {"train": [str(manifest)]},
@@ -129,9 +144,7 @@ def test_the_step_moved_what_learns_and_nothing_else(backbones: dict, manifest: 
     for name, weight in fresh.state_dict().items():
         if not name.startswith("adapters."):
             assert torch.equal(weight, after.state_dict()[name]), name
-    assert not torch.equal(
-        fresh.adapters["default"].prompt_pool.keys, after.adapters["default"].prompt_pool.keys
-    )
+    assert not torch.equal(fresh.adapters["default"].prompt_pool.keys, after.adapters["default"].prompt_pool.keys)
 
 
 def test_only_learned_parameters_reach_the_optimiser_and_backbones_stay_in_eval(
@@ -210,9 +223,10 @@ def test_training_goes_on_from_a_checkpoint(backbones: dict, manifest: Path, tmp
 
 
 def test_evaluation_by_loss_and_by_generation(backbones: dict, manifest: Path, tmp_path: Path) -> None:
+    short = {**RESUMABLE, "max_steps": 1, "save_steps": 1}
     options = {"eval_strategy": "steps", "eval_steps": 1, "generation_eval_rows": 1, "generation_max_new_tokens": 4}
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_asr_wer", "greater_is_better": False}
-    settings = sections(backbones, manifest, tmp_path, **{**RESUMABLE, "max_steps": 1, "save_steps": 1}, **options, **best)
+    settings = sections(backbones, manifest, tmp_path, **short, **options, **best)
     settings["data"]["eval"] = [str(manifest)]
     result = run(settings)
     assert {"eval_loss", "eval_asr_wer", "eval_er_accuracy", "eval_acap_cider"} <= set(result.eval_metrics)

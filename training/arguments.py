@@ -77,7 +77,8 @@ class ModelArguments:
         Raises:
             ArgumentError: neither a checkpoint nor backbones, or both.
         """
-        named = [name for name in ("preset", "speech_encoder", "audio_encoder", "language_model") if getattr(self, name)]
+        sources = ("preset", "speech_encoder", "audio_encoder", "language_model")
+        named = [name for name in sources if getattr(self, name)]
         if self.checkpoint and (named or self.connector or self.prompt_pool):
             raise ArgumentError(
                 f"model.checkpoint={self.checkpoint!r} brings its own backbones and settings; "

@@ -6,6 +6,7 @@ prompt of the size of k; and all keys look alike, so that the choice means nothi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -47,19 +48,19 @@ class PoolHealth:
             "pool_query_cosine": self.query_cosine,
             "pool_key_cosine": self.key_cosine,
         }
-        return {name: value for name, value in figures.items() if value == value}  # NaN differs from itself
+        return {name: value for name, value in figures.items() if not math.isnan(value)}
 
     def warnings(self) -> dict[str, str]:
         """Signs of collapse: a short name and what it means."""
         found = {}
         used, wide_enough = self.used_share * self.pool_size, self.pool_size >= 2 * self.largest_k
-        if self.query_cosine == self.query_cosine and wide_enough and self.num_rows >= LEAST_ROWS:
-            if used <= USED_LIMIT * self.largest_k:
-                found["usage"] = (
-                    f"all inputs pick nearly the same prompts ({used:.0f} of {self.pool_size} in use, k up to "
-                    f"{self.largest_k}): the pool acts as one soft prompt. Try center_query, keys from data or "
-                    "another key_loss_weight"
-                )
+        tells = not math.isnan(self.query_cosine) and wide_enough and self.num_rows >= LEAST_ROWS
+        if tells and used <= USED_LIMIT * self.largest_k:
+            found["usage"] = (
+                f"all inputs pick nearly the same prompts ({used:.0f} of {self.pool_size} in use, k up to "
+                f"{self.largest_k}): the pool acts as one soft prompt. Try center_query, keys_from_rows or another "
+                "key_loss_weight"
+            )
         if self.query_cosine > QUERY_COSINE_LIMIT:
             found["queries"] = f"queries are alike (mean cosine {self.query_cosine:.3f}); center_query tells them apart"
         if self.key_cosine > KEY_COSINE_LIMIT:
@@ -119,11 +120,11 @@ class PoolMonitor:
         total, size = states.sum(0), len(self.counts)
         num_rows, counts, query_sum = int(total[0]), total[2 : 2 + size], total[2 + size :]
         share = counts / counts.sum().clamp_min(1)  # (pool,)
-        entropy = -(share * share.clamp_min(1e-12).log()).sum() / max(torch.log(torch.tensor(len(counts))).item(), 1e-12)
+        entropy = -(share * share.clamp_min(1e-12).log()).sum().item()
         keys = self.pool.keys
         return PoolHealth(
             used_share=(counts > 0).double().mean().item(),
-            usage_entropy=entropy.item(),
+            usage_entropy=entropy / math.log(size) if size > 1 else 0.0,
             query_cosine=mean_cosine(query_sum, num_rows) if keys is not None else float("nan"),
             key_cosine=_key_cosine(keys) if keys is not None else float("nan"),
             num_rows=num_rows,

@@ -123,7 +123,9 @@ def build_trainer(
             processor, train=True, min_prompts=_min_prompts(model, training_arguments), seed=seed, **common
         ),
         eval_collator=ListenCollator(processor, **common),
-        generation_evaluator=_generation_evaluator(processor, eval_dataset, features, data_arguments, training_arguments),
+        generation_evaluator=_generation_evaluator(
+            processor, eval_dataset, features, data_arguments, training_arguments
+        ),
     )
 
 
