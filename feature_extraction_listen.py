@@ -269,6 +269,7 @@ class ListenFeatureExtractor(SequenceFeatureExtractor):
         window, shift = kaldi_framing(self.sampling_rate)
         return 1 + (length - window) // shift
 
+    # No inference tensors: the filters that are kept, and features that a frozen encoder passes on to what learns.
     @torch.inference_mode(False)
     @torch.no_grad()
     def __call__(
