@@ -34,16 +34,17 @@ def speak(
     if emotion not in EMOTIONS:
         raise ValueError(f"Unknown emotion {emotion!r}: choose one of {sorted(EMOTIONS)}.")
     style = EMOTIONS[emotion]
+    warp = speaker.warp * style.warp
     voice = EspeakVoice(
         name=f"{ACCENTS[speaker.accent]}+{TIMBRES[speaker.timbre]}",
         pitch=int(np.clip(speaker.pitch + style.pitch_shift, 0, 99)),
         pitch_range=style.pitch_range,
-        rate=int(speaker.rate * style.rate_factor / speaker.warp),  # warping speeds up by as much
+        rate=int(speaker.rate * style.rate_factor / warp),  # warping speeds up by as much
     )
     synthesis = synthesizer.speak(text, voice)
-    source_rate = round(ESPEAK_SAMPLING_RATE * speaker.warp)
+    source_rate = round(ESPEAK_SAMPLING_RATE * warp)
     samples = soxr.resample(synthesis.samples, source_rate, SAMPLING_RATE, quality="HQ")
-    starts = np.asarray(synthesis.word_starts) / speaker.warp
+    starts = np.asarray(synthesis.word_starts) / warp
     return _finish(colour_samples(samples, style, SAMPLING_RATE, rng), starts, rng)
 
 

@@ -13,7 +13,7 @@ from listen.data.corpus.prosody import EMOTIONS
 from listen.data.corpus.render import SpeechPlan, plan_speech, render_scenes, render_speech
 from listen.data.corpus.scenes import Scene
 from listen.data.corpus.speakers import make_speakers
-from listen.data.corpus.speech import Utterance
+from listen.data.corpus.speech import SAMPLING_RATE, Utterance
 from listen.feature_extraction_listen import ListenFeatureExtractor
 
 
@@ -23,7 +23,7 @@ SPEAKER_VARIANTS = 4  # small personal differences drawn anew for each combinati
 
 @dataclass
 class SpeechClips:
-    """Plans, word times and log-mel features (frames, 80) in float16 of many utterances."""
+    """Plans, word times, log-mel features (frames, 80) and filter banks (frames, 128), float16, of many utterances."""
 
     plans: list[SpeechPlan]
     word_times: list[list[tuple[float, float]]]
@@ -39,21 +39,19 @@ class SceneClips:
     fbanks: list[torch.Tensor]
 
 
-def make_speech_clips(count: int, num_fbanks: int, seed: int, num_workers: int) -> SpeechClips:
-    """Render `count` utterances of the training speakers; the first `num_fbanks` also get filter banks."""
+def make_speech_clips(split: str, count: int, seed: int, num_workers: int) -> SpeechClips:
+    """Render `count` utterances of speakers and sentences of `split`."""
     rng = np.random.default_rng([seed, 7])
-    speakers = make_speakers("train", variants=SPEAKER_VARIANTS, seed=seed)
-    plans = plan_speech(count, speakers, "train", rng)
+    speakers = make_speakers(split, variants=SPEAKER_VARIANTS, seed=seed)
+    plans = plan_speech(count, speakers, split, rng)
     plans = [plans[index] for index in rng.permutation(count)]
-    clips = SpeechClips(plans, [], [], [])
-    extractor = ListenFeatureExtractor()
-    utterances = tqdm(render_speech(plans, seed, num_workers), total=count, desc="utterances")
+    clips, extractor = SpeechClips(plans, [], [], []), ListenFeatureExtractor()
+    utterances = tqdm(render_speech(plans, seed, num_workers), total=count, desc=f"utterances ({split})")
     for group in _groups(utterances, 32):
         clips.word_times += [utterance.word_times for utterance in group]
-        features = extractor([utterance.samples for utterance in group], sampling_rate=16000)
+        features = extractor([utterance.samples for utterance in group], sampling_rate=SAMPLING_RATE)
         clips.features += _rows(features["input_features"].transpose(1, 2), features["input_features_mask"])
-        if len(clips.fbanks) < num_fbanks:
-            clips.fbanks += _rows(features["input_values"], features["input_values_mask"])
+        clips.fbanks += _rows(features["input_values"], features["input_values_mask"])
     return clips
 
 
@@ -63,7 +61,7 @@ def make_scene_clips(count: int, seed: int, num_workers: int) -> SceneClips:
     scenes = tqdm(render_scenes(count, seed, num_workers), total=count, desc="scenes")
     for group in _groups(scenes, 32):
         clips.spans += [scene.spans for scene in group]
-        features = extractor([scene.samples for scene in group], sampling_rate=16000)
+        features = extractor([scene.samples for scene in group], sampling_rate=SAMPLING_RATE)
         clips.fbanks += _rows(features["input_values"], features["input_values_mask"])
     return clips
 

@@ -36,7 +36,7 @@ def embed(model: LlamaForCausalLM, batch: SoftBatch, generator: torch.Generator)
 
 
 def response_loss(model: LlamaForCausalLM, batch: SoftBatch, generator: torch.Generator) -> torch.Tensor:
-    """Mean over samples of the mean next-token loss of the response: short answers weigh as much as long ones."""
+    """Next-token loss of the responses; a token of an n-token response weighs 1 / sqrt(n), so that "yes" counts."""
     mask = torch.from_numpy(batch.attention_mask)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     hidden = model.model(
@@ -46,22 +46,26 @@ def response_loss(model: LlamaForCausalLM, batch: SoftBatch, generator: torch.Ge
     rows, columns = (labels != -100).nonzero(as_tuple=True)
     logits = model.lm_head(hidden[rows, columns])  # (num_labels, vocab)
     losses = F.cross_entropy(logits.float(), labels[rows, columns], reduction="none")
-    counts = torch.bincount(rows, minlength=len(labels)).clamp(min=1)
-    return (losses / counts[rows]).sum() / len(labels)
+    weights = torch.bincount(rows, minlength=len(labels)).float().rsqrt()[rows]
+    return (losses * weights).sum() / weights.sum()
 
 
 def train_language_model(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, durations: dict[str, float], seed: int,
-    steps: int = 2400, batch_size: int = 64, learning_rate: float = 1.5e-3, report_every: int = 200,
-) -> None:  # fmt: skip
-    """Train `model` in place; every `report_every` steps the progress bar shows the accuracy of each task."""
+    steps: int, learning_rate: float, easy_start: bool, batch_size: int = 64, report_every: int = 200,
+) -> dict[str, float]:  # fmt: skip
+    """Train `model` in place and return its accuracies on fresh texts; see `score_language_model`.
+
+    With `easy_start` the first half of the steps leads from clean words to full difficulty.
+    """
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     writer = ExampleWriter(durations, rng)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_schedule(step, steps, warmup=100))
     bar = trange(steps, desc="language model")
     for step in bar:
-        writer.difficulty = min(1.0, max(0.0, step / steps - 0.1) / 0.4)
+        if easy_start:
+            writer.difficulty = min(1.0, max(0.0, step / steps - 0.12) / 0.38)
         batch = collate([writer.draw() for _ in range(batch_size)], tokenizer, rng)
         with torch.autocast("cpu", torch.bfloat16):
             loss = response_loss(model, batch, generator)
@@ -73,6 +77,8 @@ def train_language_model(
         if (step + 1) % report_every == 0:
             scores = score_language_model(model, tokenizer, durations, seed=seed + 1)
             bar.write(f"step {step + 1} loss {loss.item():.3f} " + " ".join(f"{k} {v:.2f}" for k, v in scores.items()))
+    model.eval()
+    return score_language_model(model, tokenizer, durations, seed=seed + 2, examples_per_task=400)
 
 
 @torch.no_grad()

@@ -15,9 +15,10 @@ from transformers import PreTrainedTokenizerFast
 
 from listen.data.corpus.grammar import draw_question, draw_sentence, spoken_words
 from listen.data.corpus.prosody import EMOTIONS
+from listen.data.corpus.render import plan_speech, render_speech
 from listen.data.corpus.scenes import BACKGROUND_SHARE, write_caption
 from listen.data.corpus.sounds import BACKGROUNDS, EVENTS
-from listen.data.corpus.speakers import ACCENTS, REGISTERS, SIZES, TIMBRES
+from listen.data.corpus.speakers import ACCENTS, REGISTERS, SIZES, TIMBRES, make_speakers
 from listen.data.tasks import get_task
 
 
@@ -25,7 +26,7 @@ WINDOW = 0.34  # seconds: 17 frames at 50 Hz
 SILENCE = "<|silence|>"
 ATTRIBUTES = (tuple(REGISTERS), tuple(TIMBRES), tuple(SIZES), tuple(ACCENTS))
 TASK_SHARES = {"asr": 0.17, "sqa": 0.17, "en2zh": 0.17, "er": 0.08, "acap": 0.12, "sv": 0.2, "voice": 0.09}
-SEPARATORS = ("", "\n", " and ", " then ")
+CLIP_END = "\n"  # what the chat template writes after a clip
 
 Position = list[tuple[str, float]]  # weighted words at one position
 
@@ -112,10 +113,8 @@ class ExampleWriter:
 
     def _example(self, task: str, clips: list[list[Position]], response: str, question: str | None = None) -> Example:
         wording = get_task(task).instruction(question, rng=random.Random(int(self.rng.integers(2**31))))
-        parts: list[str | list[Position]] = [clips[0]]
-        if len(clips) > 1:
-            parts += [str(self.rng.choice(SEPARATORS)), clips[1]]
-        return Example(task, [*parts, str(self.rng.choice(["", "\n"])) + wording], response, self.difficulty * self.rng.uniform(0.0, 0.6))
+        parts: list[str | list[Position]] = [part for clip in clips for part in (clip, CLIP_END)]
+        return Example(task, [*parts, wording], response, self.difficulty * self.rng.uniform(0.0, 0.6))
 
     # clips ------------------------------------------------------------------------------------------------------
 
@@ -184,6 +183,16 @@ class ExampleWriter:
 
 def _siblings(tag: str) -> tuple[str, ...]:
     return next((options for options in ATTRIBUTES if tag in options), tuple(EMOTIONS))
+
+
+def measure_durations(seed: int, num_workers: int = 1, count: int = 400) -> dict[str, float]:
+    """Median seconds that espeak takes for each word."""
+    plans = plan_speech(count, make_speakers("train"), "train", np.random.default_rng([seed, 5]))
+    found: dict[str, list[float]] = {}
+    for plan, utterance in zip(plans, render_speech(plans, seed, num_workers), strict=True):
+        for word, (start, end) in zip(plan.sentence.words, utterance.word_times, strict=True):
+            found.setdefault(word, []).append(end - start)
+    return {word: float(np.median(times)) for word, times in found.items()}
 
 
 @dataclass

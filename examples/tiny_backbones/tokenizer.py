@@ -15,13 +15,15 @@ SPACE = "▁"
 SPECIAL_TOKENS = (
     "<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>", "<|audio|>", "<|prompt|>", "<|silence|>"
 )  # fmt: skip
+# A line break follows every clip, so that two voices can be told apart.
 CHAT_TEMPLATE = (
     "{{- bos_token }}"
     "{%- for message in messages %}"
     "{%- if message['role'] == 'assistant' %}"
     "{{- '<|assistant|>' }}{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}"
     "{%- elif message['role'] in ['system', 'user'] %}"
-    "{{- '<|' + message['role'] + '|>' + message['content'] }}"
+    "{%- set content = message['content'].replace('<|audio|>\\n', '<|audio|>') %}"
+    "{{- '<|' + message['role'] + '|>' + content.replace('<|audio|>', '<|audio|>\\n') }}"
     "{%- else %}{{ raise_exception('Unknown role ' + message['role']) }}"
     "{%- endif %}"
     "{%- endfor %}"
