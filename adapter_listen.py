@@ -128,6 +128,8 @@ class AdapterMixin:
             options = {**kwargs, "dtype": dtype, **_spec_kwargs(spec)}
             if device_map is not None:
                 options["device_map"] = device_map if name == "language_model" else _main_device(device_map)
+            if name == "audio_encoder" and "attn_implementation" in options:
+                options["attn_implementation"] = additive_attention(options["attn_implementation"])
             if quantization_config is not None and name == "language_model":
                 options["quantization_config"] = quantization_config
             backbone = _LOADERS[name].from_pretrained(spec["base_model_name_or_path"], **options)
@@ -398,6 +400,11 @@ def fingerprint(module: nn.Module) -> str:
         rounded = parameter.detach().to("cpu", torch.bfloat16).view(torch.int16)
         digest.update(rounded.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def additive_attention(requested: str | None) -> str | None:
+    """What BEATs runs instead of `requested`: its position bias is an additive mask, which only these kernels take."""
+    return requested if requested in (None, "eager", "sdpa") else "sdpa"
 
 
 def _locate(

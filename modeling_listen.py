@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput, TransformersKwargs
 
-from .adapter_listen import AdapterMixin
+from .adapter_listen import AdapterMixin, additive_attention
 from .configuration_listen import BACKBONES, ListenConfig
 from .generation_listen import PlaceholderBlindProcessors
 from .modeling_beats import BeatsModel
@@ -117,7 +117,8 @@ class ListenModel(ListenPreTrainedModel):
         if init_backbones:
             self.speech_encoder = ListenWhisperEncoder._from_config(config.speech_config)
             if config.audio_config is not None:
-                self.audio_encoder = BeatsModel._from_config(config.audio_config)
+                attention = additive_attention(config.audio_config._attn_implementation)
+                self.audio_encoder = BeatsModel._from_config(config.audio_config, attn_implementation=attention)
             self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.adapters = nn.ModuleDict()
         for name, (connector, pool) in self.adapter_configs().items():

@@ -248,6 +248,14 @@ def test_bf16_backbones_carry_an_fp32_adapter(tmp_path: object) -> None:
     torch.testing.assert_close(output.loss.float(), expected, atol=0.1, rtol=0.05)
 
 
+def test_attention_kinds_reach_the_backbones_that_take_them(tmp_path: object) -> None:
+    """The LLM may run attention that BEATs, with its additive position bias, cannot."""
+    tiny_model().save_pretrained(tmp_path)
+    model = ListenForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="flex_attention")
+    kinds = {name: getattr(model, name).config._attn_implementation for name in ("language_model", "audio_encoder")}
+    assert kinds == {"language_model": "flex_attention", "audio_encoder": "sdpa"}
+
+
 def test_the_model_without_a_head_gives_the_llms_hidden_states(shared_model: ListenForConditionalGeneration) -> None:
     bare = ListenModel(tiny_config()).eval()
     bare.load_state_dict(shared_model.state_dict())
