@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,10 +50,13 @@ class Sweep:
         self.intervals[k] = {task: interval for task, interval in found.items() if interval is not None}
 
     def saturation(self, task: str) -> int:
-        """The smallest k whose interval holds the score of the largest k: more prompts buy nothing measurable."""
+        """The smallest k whose interval holds the score of the largest k: more prompts buy nothing measurable.
+
+        The largest k itself where its score is undefined.
+        """
         last = self.value(task, self.num_prompts[-1])
         within = (k for k in self.num_prompts if self.interval(task, k)[0] <= last <= self.interval(task, k)[1])
-        return next(within)
+        return next(within, self.num_prompts[-1])
 
     def save(self, folder: str | Path) -> None:
         """Write `sweep.json` and `sweep.png` into `folder`."""
@@ -60,12 +64,17 @@ class Sweep:
         folder.mkdir(parents=True, exist_ok=True)
         table = {
             "metrics": self.metrics,
-            "num_prompts": {str(k): self.scores[k] for k in self.num_prompts},
+            "num_prompts": {str(k): _nulls(self.scores[k]) for k in self.num_prompts},
             "confidence_95": {str(k): self.intervals[k] for k in self.num_prompts},
             "saturation": {task: self.saturation(task) for task in self.metrics},
         }
         (folder / "sweep.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
         plot_sweep(self).savefig(folder / "sweep.png", dpi=120)
+
+
+def _nulls(scores: dict[str, float]) -> dict[str, float | None]:
+    """Scores with null for what is undefined, as JSON wants."""
+    return {task: None if math.isnan(value) else value for task, value in scores.items()}
 
 
 def default_counts(num_prompts: int) -> list[int]:

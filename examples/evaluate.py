@@ -4,7 +4,8 @@
     accelerate launch --num_processes 2 examples/evaluate.py --model DIR --data test.jsonl --tasks asr er --num-beams 4
     torchrun --nproc_per_node 2 examples/evaluate.py ...   # the same on CPUs, where accelerate starts one process alone
 
-`--sweep 2 4 8` also evaluates with other numbers of prompts and plots the scores over them.
+`--sweep 2 4 8` also evaluates with other numbers of prompts and plots the scores over them; `--sweep` alone doubles
+them from 2 to the processor's own.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import cached_file
 
-from listen.analysis import sweep_num_prompts
+from listen.analysis import default_counts, sweep_num_prompts
 from listen.data.manifest import load_manifest
 from listen.evaluation import EvaluationResult, evaluate_model, launched_processes, metrics_table
 from listen.modeling_listen import ListenForConditionalGeneration
@@ -46,7 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num-workers", type=int, default=0, help="processes that read audio ahead")
     parser.add_argument("--dtype", default="auto", help="of the backbones: auto, float32, bfloat16")
     parser.add_argument("--spelling-from", help="Whisper checkpoint whose table of British spellings the WER uses")
-    parser.add_argument("--sweep", type=int, nargs="+", metavar="K", help="also evaluate with these numbers of prompts")
+    parser.add_argument("--sweep", type=int, nargs="*", metavar="K", help="also evaluate with so many prompts each")
     parser.add_argument("--output", type=Path, default=Path("runs/eval"), help="folder of the results")
     return parser.parse_args()
 
@@ -83,7 +84,9 @@ def main() -> None:
     dataset = concatenate_datasets([load_manifest(path) for path in arguments.data])
     evaluate = partial(evaluate_model, model, processor, dataset, **options)
     result = evaluate(num_prompts=arguments.num_prompts)
-    sweep = sweep_num_prompts(evaluate, arguments.sweep) if arguments.sweep else None
+    sweep = None
+    if arguments.sweep is not None:
+        sweep = sweep_num_prompts(evaluate, arguments.sweep or default_counts(processor.num_prompts))
     if state.is_main_process:
         folder = result.save(arguments.output)
         if sweep is not None:

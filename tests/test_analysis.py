@@ -168,6 +168,13 @@ def test_sweep_evaluates_each_k_once_and_finds_where_it_saturates(tmp_path):
     assert (tmp_path / "sweep" / "sweep.png").stat().st_size > 1000
 
 
+def test_a_score_that_is_undefined_is_null_and_saturates_last(tmp_path):
+    sweep = sweep_num_prompts(lambda num_prompts: result(0.3, math.nan), [2, 4])
+    sweep.save(tmp_path)
+    table = json.loads((tmp_path / "sweep.json").read_text(), parse_constant=pytest.fail)
+    assert table["num_prompts"]["2"] == {"asr": 0.3, "er": None} and table["saturation"] == {"asr": 2, "er": 4}
+
+
 def test_sweep_refuses_no_counts():
     with pytest.raises(ValueError, match="counts=\\[\\]"):
         sweep_num_prompts(lambda num_prompts: result(0, 0), [])

@@ -338,7 +338,7 @@ def test_two_processes_give_what_one_gives(setup, manifest, result, tmp_path):
     processor.save_pretrained(tmp_path / "model")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(ROOT / "examples" / "evaluate.py"), "--model", str(tmp_path / "model"), "--data", str(manifest)]
-    command += ["--batch-size", "5", "--max-new-tokens", "6", "--output", str(tmp_path / "eval"), "--sweep", "1", "4"]
+    command += ["--batch-size", "5", "--max-new-tokens", "6", "--output", str(tmp_path / "eval"), "--sweep"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment, check=False)
     assert run.returncode == 0, run.stderr
@@ -348,5 +348,5 @@ def test_two_processes_give_what_one_gives(setup, manifest, result, tmp_path):
     for task in METRICS:
         assert metrics[task] == pytest.approx(result.metrics[task], rel=1e-3)
     assert metrics["details"]["settings"]["num_processes"] == 2
-    assert json.loads((tmp_path / "eval" / "sweep" / "sweep.json").read_text())["num_prompts"].keys() == {"1", "4"}
+    assert json.loads((tmp_path / "eval" / "sweep" / "sweep.json").read_text())["num_prompts"].keys() == {"2", "4"}
     assert run.stdout.count("report.html") == 1
