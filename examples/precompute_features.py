@@ -40,7 +40,8 @@ def encode(run: RunArguments) -> None:
         torch.set_num_threads(run.training.num_threads)
     model, processor = build_encoders(run.model)
     model.to(run.training.device)
-    datasets = [build_train_dataset(run.data, run.training.seed), build_eval_dataset(run.data, run.training.seed)]
+    seed = run.training.sampling_seed
+    datasets = [build_train_dataset(run.data, seed), build_eval_dataset(run.data, seed)]
     for dataset in datasets:
         if dataset is None:
             continue

@@ -95,7 +95,7 @@ class DataSource:
     Attributes:
         path: a manifest, a SALMONN annotation file, or what `datasets.load_dataset` takes.
         format: `manifest`, `salmonn` or `datasets`; null tells by the name (`.jsonl`, `.json`, anything else).
-        task: task of all rows; a manifest's own tasks are kept, so leave it out there.
+        task: task of all rows, for `datasets`; manifests and annotations name the task of each row.
         tasks: keep only rows of these tasks.
         columns: our column -> column of the source, for `datasets`.
         task_names: task names of a SALMONN file that are not known, and ours.
@@ -124,12 +124,24 @@ class DataSource:
         """Tell the format.
 
         Raises:
-            ArgumentError: an unknown format.
+            ArgumentError: an unknown format, or a field that this format does not read.
         """
         endings = {".jsonl": "manifest", ".json": "salmonn"}
         self.format = self.format or endings.get(Path(self.path).suffix, "datasets")
         if self.format not in LOADERS:
             raise ArgumentError(f"{self.path}: format={self.format!r} is unknown; choose one of {', '.join(LOADERS)}")
+        for name, formats in _FORMATS_OF_FIELDS.items():
+            if getattr(self, name) and self.format not in formats:
+                raise ArgumentError(
+                    f"{self.path}: {name}={getattr(self, name)!r} has no meaning for format={self.format!r}, only for "
+                    f"{' and '.join(formats)}; leave it out"
+                )
+
+
+_FORMATS_OF_FIELDS = {
+    **dict.fromkeys(("task", "columns", "name", "revision", "data_files", "streaming"), ("datasets",)),
+    "task_names": ("salmonn",),
+}
 
 
 @dataclass
@@ -224,6 +236,11 @@ class ListenTrainingArguments(TrainingArguments):
                 raise ArgumentError(f"training.{name}={getattr(self, name)} must be at least 1")
         if self.label_smoothing_factor:
             raise ArgumentError("training.label_smoothing_factor would replace the model's own loss; leave it at 0")
+
+    @property
+    def sampling_seed(self) -> int:
+        """Seed of subsets, mixing, order, wordings and k: `data_seed`, or `seed` where it is not given."""
+        return self.seed if self.data_seed is None else self.data_seed
 
 
 SECTIONS: dict[str, type] = {"model": ModelArguments, "data": DataArguments, "training": ListenTrainingArguments}

@@ -101,7 +101,7 @@ def build_trainer(
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ArgumentError(f"nothing learns: trainable={model.config.trainable} leaves no parameter")
-    seed = training_arguments.data_seed if training_arguments.data_seed is not None else training_arguments.seed
+    seed = training_arguments.sampling_seed
     grouped = training_arguments.train_sampling_strategy in ("group_by_length", "batch_rebalance")
     train_dataset = build_train_dataset(data_arguments, seed, with_lengths=grouped)
     eval_dataset = build_eval_dataset(data_arguments, seed, with_lengths=grouped)

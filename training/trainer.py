@@ -115,8 +115,7 @@ class ListenTrainer(Trainer):
         """As upstream; grouping by length repeats its order on resuming."""
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            sampler = EpochLengthGroupedSampler(sampler.batch_size, sampler.lengths, seed)
+            sampler = EpochLengthGroupedSampler(sampler.batch_size, sampler.lengths, self.args.sampling_seed)
             self._epochs.listeners.append(sampler)
         return sampler
 
