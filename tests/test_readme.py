@@ -1,10 +1,12 @@
 """What README.md shows is run, and what it names exists."""
 
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MINIATURE = ROOT / "model_cards" / "listen-tiny"
 SHORTER = {  # the same commands over fewer rows and steps
-    "examples/evaluate.py": ["--max-examples", "2"],
+    "examples/evaluate.py": ["--max-examples", "2", "--max-new-tokens", "16"],
     "examples/train.py": ["--training.max_steps", "2", "--training.keys_from_rows", "8"],
 }
+ROWS = 4
 MOST_SECONDS = 600
 
 needs_miniature = pytest.mark.skipif(
@@ -59,9 +62,21 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     for name in ("examples", "model_cards"):
         (folder / name).symlink_to(ROOT / name)
-    few = CorpusSizes(train=SplitSizes(24, 12, 12), dev=SplitSizes(12, 6, 6, 2), test=SplitSizes(12, 6, 6, 2))
-    build_corpus(folder / "runs" / "demo" / "corpus", few, progress=False)
+    corpus = folder / "runs" / "demo" / "corpus"
+    sizes = (SplitSizes(count, scenes=ROWS, pairs=ROWS) for count in (290, 80, 80))  # fewer utterances hold no pairs
+    build_corpus(corpus, CorpusSizes(*sizes), progress=False)
+    for manifest in corpus.glob("*.jsonl"):
+        keep_few(manifest)
     return folder
+
+
+def keep_few(manifest: Path) -> None:
+    """Cuts a manifest to `ROWS` rows of each task."""
+    kept: dict[str, list[str]] = defaultdict(list)
+    for line in manifest.read_text(encoding="utf-8").splitlines():
+        rows = kept[json.loads(line)["task"]]
+        rows += [line] if len(rows) < ROWS else []
+    manifest.write_text("\n".join(line for rows in kept.values() for line in rows) + "\n", encoding="utf-8")
 
 
 def run(words: list[str], cwd: Path) -> str:
