@@ -5,7 +5,7 @@ from __future__ import annotations
 from .pool import PoolAnalysis, analyse_pool
 from .queries import QueryClusters, project_queries, query_clusters, query_key_similarity
 from .sweep import Sweep, default_counts, sweep_num_prompts
-from .usage import PromptUsage, prompt_usage
+from .usage import PromptUsage, prompt_usage, task_names
 
 __all__ = [
     "PoolAnalysis",
@@ -19,4 +19,5 @@ __all__ = [
     "query_clusters",
     "query_key_similarity",
     "sweep_num_prompts",
+    "task_names",
 ]

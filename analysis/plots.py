@@ -10,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
+from .usage import task_names
+
 if TYPE_CHECKING:
     from .queries import QueryClusters
     from .sweep import Sweep
@@ -67,7 +69,7 @@ def plot_query_map(points: np.ndarray, tasks: Sequence[str], clusters: QueryClus
     """Scatter of projected queries `(examples, 2)`, one colour and marker a task."""
     figure, axes = _panel(width=7.0, height=5.2)
     of_task = np.asarray(tasks)
-    for place, name in enumerate(dict.fromkeys(tasks)):
+    for place, name in enumerate(task_names(tasks)):
         x, y = points[of_task == name].T
         axes.scatter(x, y, s=14, alpha=0.8, linewidths=0, label=name, **_style(place))
     axes.set_title(

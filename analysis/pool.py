@@ -66,7 +66,6 @@ class PoolAnalysis:
             figures["query_keys"] = plot_query_keys(names, similarity)
         if len(self.queries) >= 4:
             shown = np.random.default_rng(0).permutation(len(self.queries))[:_MOST_MAPPED]
-            shown.sort()  # the legend keeps the order of the tasks
             points = project_queries(self.queries[shown])
             figures["query_map"] = plot_query_map(points, [self.tasks[i] for i in shown], self.clusters)
         return figures

@@ -11,6 +11,8 @@ from sklearn.metrics import silhouette_score
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import normalize
 
+from .usage import task_names
+
 _MAX_TSNE_PERPLEXITY = 30.0
 
 
@@ -76,7 +78,7 @@ def query_key_similarity(queries: np.ndarray, tasks: Sequence[str], keys: np.nda
     Returns:
         Names of the tasks and `(tasks, pool)` mean cosines.
     """
-    names, of_task = list(dict.fromkeys(tasks)), np.asarray(tasks)
+    names, of_task = task_names(tasks), np.asarray(tasks)
     cosines = normalize(queries) @ normalize(keys).T  # (examples, pool)
     return names, np.stack([cosines[of_task == name].mean(axis=0) for name in names])
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from listen.data.tasks import list_tasks
 
 
 @dataclass
@@ -66,6 +68,13 @@ class PromptUsage:
         return used[np.lexsort((-strength, owner))]
 
 
+def task_names(tasks: Iterable[str]) -> list[str]:
+    """The different tasks that occur, in the order in which they are registered, then any others as they appear."""
+    found = list(dict.fromkeys(tasks))
+    known = [name for name in list_tasks() if name in found]
+    return [*known, *(name for name in found if name not in known)]
+
+
 def prompt_usage(tasks: Sequence[str], prompt_indices: Sequence[Sequence[int]], pool_size: int) -> PromptUsage:
     """Count the picks of each task.
 
@@ -79,7 +88,7 @@ def prompt_usage(tasks: Sequence[str], prompt_indices: Sequence[Sequence[int]], 
     """
     if not tasks or len(tasks) != len(prompt_indices):
         raise ValueError(f"got {len(tasks)} tasks and {len(prompt_indices)} lists of prompts; give one each, or more")
-    names = list(dict.fromkeys(tasks))
+    names = task_names(tasks)
     shares = np.zeros((len(names), pool_size))
     for task, indices in zip(tasks, prompt_indices, strict=True):
         picked = [index for index in indices if index >= 0]

@@ -14,7 +14,7 @@ from accelerate.utils import extract_model_from_parallel
 from datasets import Dataset
 from transformers import PreTrainedModel, ProcessorMixin
 
-from listen.analysis import PoolAnalysis, analyse_pool
+from listen.analysis import PoolAnalysis, analyse_pool, task_names
 from listen.data.features import FeatureStore
 from listen.data.manifest import extra_fields
 from listen.data.tasks import get_task
@@ -178,7 +178,7 @@ def _score(
     num_resamples: int,
 ) -> None:
     """Fill in metrics and intervals of every task, and the scores of each row."""
-    for name in dict.fromkeys(example["task"] for example in examples):
+    for name in task_names(example["task"] for example in examples):
         task, places = get_task(name), [i for i, example in enumerate(examples) if example["task"] == name]
         scores: TaskScores = score_task(
             task,

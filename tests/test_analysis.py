@@ -19,6 +19,7 @@ from listen.analysis import (
     query_clusters,
     query_key_similarity,
     sweep_num_prompts,
+    task_names,
 )
 from listen.evaluation import EvaluationResult
 
@@ -39,6 +40,11 @@ def test_usage_by_hand():
     assert usage.jaccard(min_share=0.5)[0, 1] == pytest.approx(1 / 2)  # {0} and {0, 3}
     # 0 is shared by two of three tasks; then asr's own, er's own and sv's own
     assert usage.by_owner().tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_tasks_come_in_the_order_of_registration():
+    assert task_names(["sv", "mine", "asr", "sv", "er"]) == ["asr", "er", "sv", "mine"]
+    assert prompt_usage(["sv", "asr"], [[1], [0]], pool_size=2).shares.tolist() == [[1, 0], [0, 1]]
 
 
 def test_entropy_by_hand():
