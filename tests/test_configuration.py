@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import tiny_config
 from transformers import AutoConfig
 
 from listen import ListenConfig, ListenConnectorConfig, ListenForConditionalGeneration, ListenPromptPoolConfig
+from listen.configuration_listen import BACKBONES
 from listen.presets_listen import PRESETS
 
 
@@ -45,6 +49,14 @@ def test_the_papers_model_has_the_papers_size() -> None:
     assert large["speech_encoder"][0] == large["audio_encoder"][0] == 0
     assert large["language_model"] == (0, 8_030_261_248)
     assert sum(learned for learned, _ in small.values()) == 50 * 4096 * 2 == 409_600
+
+
+def test_the_tiny_preset_describes_the_model_in_the_repository() -> None:
+    backbones = Path(__file__).parents[1] / "model_cards" / "listen-tiny" / "backbones"
+    preset = PRESETS["listen-tiny"]()
+    for name, part in BACKBONES.items():
+        carried = json.loads((backbones / name / "config.json").read_text())
+        assert preset[part] == {field: carried[field] for field in preset[part]}
 
 
 @pytest.mark.parametrize(
