@@ -20,12 +20,12 @@ REQUIRED = [
     "tokenizers>=0.23",  # trains the tokeniser of the tiny language model
     "safetensors>=0.8",  # every file of weights; the bound that transformers 5.23 sets itself
     "peft>=0.20",  # LoRA baselines on the inner LLM; the bound that transformers 5.23 sets itself
-    "numpy>=1.26",  # waveforms before they become tensors
+    "numpy>=2.0",  # waveforms before they become tensors
     "jinja2>=3.1",  # chat templates and the HTML report
     # audio
     "soundfile>=0.12",  # reads and writes wav, flac, ogg and mp3 without ffmpeg
     "librosa>=0.10.2",  # resampling (through soxr) for transformers' load_audio and the corpus
-    "scipy>=1.12",  # filters of the corpus's sounds
+    "scipy>=1.13",  # filters of the corpus's sounds
     "soxr>=0.5",  # the resampler itself, block by block
     "fsspec>=2024.2",  # opens audio behind URLs, as datasets does
     # data and training
@@ -40,7 +40,7 @@ REQUIRED = [
     "jiwer>=4.0",  # word and character error rates
     "sacrebleu>=2.4",  # BLEU and chrF with the zh tokeniser
     "rouge-score>=0.1.2",  # ROUGE-L of free answers
-    "nltk>=3.9",  # Treebank tokeniser of the caption scores
+    "nltk>=3.9.1",  # Treebank tokeniser of the caption scores
     "scikit-learn>=1.5",  # recalls, ROC for the equal error rate, clusters of the pool
     "matplotlib>=3.9",  # plots of prompt usage and training curves
 ]
