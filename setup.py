@@ -21,7 +21,7 @@ REQUIRED = [
     "safetensors>=0.8",  # every file of weights; the bound that transformers 5.23 sets itself
     "peft>=0.20",  # LoRA baselines on the inner LLM; the bound that transformers 5.23 sets itself
     "numpy>=2.0",  # waveforms before they become tensors
-    "jinja2>=3.1",  # chat templates and the HTML report
+    "jinja2>=3.1.6",  # chat templates and the HTML report
     # audio
     "soundfile>=0.12",  # reads and writes wav, flac, ogg and mp3 without ffmpeg
     "librosa>=0.10.2",  # resampling (through soxr) for transformers' load_audio and the corpus
