@@ -32,6 +32,7 @@ SETUP = (ROOT / "setup.py").read_text(encoding="utf-8")
 PROVIDERS = importlib.metadata.packages_distributions()  # import name -> distributions
 MAX_BODY = 50  # lines of a function, its docstring not counted
 MAX_MEDIAN = 10
+MAX_MODEL_BYTES = 20_000_000  # of all committed weights
 HUB_PACKAGES = {
     "torch",
     "transformers",
@@ -208,3 +209,15 @@ def test_recipes_are_mappings_without_repeated_keys(path: Path) -> None:
             return super().construct_mapping(node, deep=deep)
 
     assert isinstance(yaml.load(path.read_text(encoding="utf-8"), Loader=Strict), dict)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "model_cards").rglob("*.py")), ids=name_of)
+def test_model_folders_carry_the_code_of_today(path: Path) -> None:
+    """A model folder holds copies of the flat modules, as its Hub repository would; they must not go stale."""
+    assert path.read_text(encoding="utf-8") == (ROOT / path.name).read_text(encoding="utf-8")
+
+
+def test_model_folders_are_small_and_hold_no_pickles() -> None:
+    files = [path for path in (ROOT / "model_cards").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < MAX_MODEL_BYTES
+    assert [name_of(path) for path in files if path.suffix in {".pt", ".pth", ".bin", ".pkl", ".ckpt"}] == []
