@@ -6,6 +6,7 @@ import re
 import statistics
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,7 @@ FORBIDDEN = [r"\bTO" r"DO\b", r"\bFIX" r"ME\b", r"\bXX" r"X\b", r"(?<![\w.])/wo"
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
 
+@cache
 def parse(path: Path) -> ast.Module:
     """Reads one file as a syntax tree."""
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
