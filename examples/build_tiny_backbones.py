@@ -18,14 +18,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
-
 from tiny_backbones.audio_encoder import make_audio_encoder, train_audio_encoder
 from tiny_backbones.clips import SceneClips, SpeechClips, make_scene_clips, make_speech_clips
 from tiny_backbones.language_model import make_language_model, train_language_model
 from tiny_backbones.soft_text import measure_durations
 from tiny_backbones.speech_encoder import make_speech_encoder, train_speech_encoder
 from tiny_backbones.tokenizer import build_tokenizer
+from transformers import PreTrainedModel
 
 PARTS = ("language_model", "speech_encoder", "audio_encoder")
 DEV_SEED_OFFSET = 1000  # dev clips are drawn from another stream than training clips

@@ -105,7 +105,9 @@ def ask(model_folder: Path) -> None:
         row = first_row(task)
         question = wording or row["question"]
         answer = pipe(str(CORPUS / row["audio"]), text=question)[0]["generated_text"]
-        console.print(f"[dim]{CORPUS / row['audio']}[/dim]\n  {question}\n  [bold]{answer}[/bold]  (truth: {row['response']})")
+        console.print(
+            f"[dim]{CORPUS / row['audio']}[/dim]\n  {question}\n  [bold]{answer}[/bold]  (truth: {row['response']})"
+        )
 
 
 def first_row(task: str) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from listen.data.corpus.speakers import SPLIT_SIZES, make_speakers
 from listen.data.corpus.speech import SAMPLING_RATE, speak
 from listen.data.tasks import list_tasks
 
-
 pytest.importorskip("espeakng_loader", reason="the extra `corpus` is not installed")
 soundfile = pytest.importorskip("soundfile")
 
@@ -41,7 +40,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def rows(corpus: Path) -> dict[str, list[dict]]:
-    return {split: [json.loads(line) for line in (corpus / f"{split}.jsonl").read_text().splitlines()] for split in SPLITS}
+    return {
+        split: [json.loads(line) for line in (corpus / f"{split}.jsonl").read_text().splitlines()] for split in SPLITS
+    }
 
 
 def _clips(row: dict) -> list[str]:

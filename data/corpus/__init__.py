@@ -6,5 +6,4 @@ on any machine; it is no measure of how a model hears people.
 
 from .build import CorpusSizes, SplitSizes, build_corpus
 
-
 __all__ = ["CorpusSizes", "SplitSizes", "build_corpus"]

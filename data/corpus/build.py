@@ -24,7 +24,6 @@ from .scenes import Scene
 from .speakers import make_speakers
 from .speech import SAMPLING_RATE
 
-
 logger = logging.getLogger(__name__)
 
 VERSION = 1

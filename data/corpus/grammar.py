@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-
 PERSONS = {
     "doctor": "医生", "teacher": "老师", "farmer": "农民", "sailor": "水手", "baker": "面包师", "singer": "歌手",
     "soldier": "士兵", "student": "学生", "captain": "船长", "nurse": "护士", "pilot": "飞行员", "engineer": "工程师",
@@ -116,8 +115,9 @@ def draw_question(sentence: Sentence, rng: np.random.Generator) -> tuple[str, st
 
 def spoken_words() -> list[str]:
     """Every word that a sentence can hold, sorted."""
-    phrases = [*PERSONS, *ADJECTIVES, *VERBS, *COLOURS, *OBJECTS, *PLACES, *TIMES, *CALLS, *DIGITS, "the", "a", "number"]
-    return sorted({word for phrase in phrases for word in phrase.split()} | {"an"})
+    tables = (PERSONS, ADJECTIVES, VERBS, COLOURS, OBJECTS, PLACES, TIMES, CALLS, DIGITS)
+    phrases = [*(phrase for table in tables for phrase in table), "the", "a", "an", "number"]
+    return sorted({word for phrase in phrases for word in phrase.split()})
 
 
 def _object_sentence(slots: dict[str, str], rng: np.random.Generator) -> Sentence:

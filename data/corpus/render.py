@@ -13,7 +13,6 @@ from .scenes import Scene, draw_scene
 from .speakers import Speaker
 from .speech import Utterance, speak
 
-
 CHUNK = 100  # clips that share one espeak: its state runs on from clip to clip
 NEUTRAL_SHARE = 0.4
 

@@ -7,7 +7,6 @@ import numpy as np
 from .sounds import BACKGROUNDS, EVENTS, PHRASES, SAMPLING_RATE, SOUNDS
 from .speech import add_noise
 
-
 BACKGROUND_SHARE = 0.25
 
 

@@ -5,7 +5,6 @@ from collections.abc import Callable
 import numpy as np
 from scipy import signal
 
-
 SAMPLING_RATE = 16000
 
 Rng = np.random.Generator

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-
 ACCENTS = {"american": "en-us", "english": "en-gb-x-rp", "scottish": "en-gb-scotland", "caribbean": "en-029"}
 TIMBRES = {"plain": "m3", "bright": "f3", "dark": "m7", "buzzing": "klatt4"}
 SIZES = {"large": 0.87, "medium": 1.0, "small": 1.15}

@@ -8,7 +8,6 @@ from .espeak import ESPEAK_SAMPLING_RATE, EspeakSynthesizer, EspeakVoice
 from .prosody import EMOTIONS, colour_samples
 from .speakers import ACCENTS, TIMBRES, Speaker
 
-
 SAMPLING_RATE = 16000
 _SILENCE = 0.02  # of the peak: quieter than this is not speech
 

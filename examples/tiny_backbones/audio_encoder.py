@@ -17,10 +17,8 @@ from listen.data.corpus.prosody import EMOTIONS
 from listen.data.corpus.sounds import EVENTS
 from listen.data.corpus.speakers import REGISTERS, SIZES, TIMBRES
 from listen.modeling_beats import BeatsModel
-
 from tiny_backbones.clips import FRAME_SECONDS, SceneClips, SpeechClips, emotion_index, length_batches, pad_features
 from tiny_backbones.language_model import cosine_schedule
-
 
 ATTRIBUTES = (tuple(REGISTERS), tuple(TIMBRES), tuple(SIZES))  # accents are heard by the speech encoder
 EVENT_LABELS = (*EVENTS, "speech")

@@ -16,7 +16,6 @@ from listen.data.corpus.speakers import make_speakers
 from listen.data.corpus.speech import SAMPLING_RATE, Utterance
 from listen.feature_extraction_listen import ListenFeatureExtractor
 
-
 FRAME_SECONDS = 0.02
 SPEAKER_VARIANTS = 4  # small personal differences drawn anew for each combination of attributes
 
@@ -82,7 +81,7 @@ def length_batches(lengths: list[int], batch_size: int, rng: np.random.Generator
 
 
 def pad_features(rows: list[torch.Tensor], multiple: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stack (frames, bins) rows to (batch, frames, bins) float32 and their mask (batch, frames); few distinct lengths."""
+    """Stack (frames, bins) rows to (batch, frames, bins) float32 and a mask (batch, frames); few distinct lengths."""
     length = -(-max(len(row) for row in rows) // multiple) * multiple
     stacked = torch.zeros(len(rows), length, rows[0].shape[1])
     mask = torch.zeros(len(rows), length, dtype=torch.long)

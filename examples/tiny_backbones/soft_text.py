@@ -21,7 +21,6 @@ from listen.data.corpus.sounds import BACKGROUNDS, EVENTS
 from listen.data.corpus.speakers import ACCENTS, REGISTERS, SIZES, TIMBRES, make_speakers
 from listen.data.tasks import get_task
 
-
 WINDOW = 0.34  # seconds: 17 frames at 50 Hz
 SILENCE = "<|silence|>"
 ATTRIBUTES = (tuple(REGISTERS), tuple(TIMBRES), tuple(SIZES), tuple(ACCENTS))

@@ -16,10 +16,8 @@ from transformers import WhisperConfig
 from listen.data.corpus.grammar import spoken_words
 from listen.data.corpus.speakers import ACCENTS
 from listen.modeling_speech_encoder import ListenWhisperEncoder
-
 from tiny_backbones.clips import FRAME_SECONDS, SpeechClips, length_batches, pad_features
 from tiny_backbones.language_model import cosine_schedule
-
 
 WORDS = ("", *spoken_words())  # the first label is silence
 ACCENT_WEIGHT = 0.1
@@ -67,14 +65,14 @@ def train_speech_encoder(
         schedule.step()
         optimizer.zero_grad()
         if (step + 1) % report_every == 0:
-            bar.write(f"step {step + 1} loss {loss.item():.3f} WER {frame_word_error_rate(encoder, head, held_out):.3f}")
+            bar.write(
+                f"step {step + 1} loss {loss.item():.3f} WER {frame_word_error_rate(encoder, head, held_out):.3f}"
+            )
     encoder.eval()
     return {"frame_wer": round(frame_word_error_rate(encoder, head, held_out), 4)}
 
 
-def frame_loss(
-    encoder: ListenWhisperEncoder, head: nn.Linear, clips: SpeechClips, indices: np.ndarray
-) -> torch.Tensor:
+def frame_loss(encoder: ListenWhisperEncoder, head: nn.Linear, clips: SpeechClips, indices: np.ndarray) -> torch.Tensor:
     """Cross-entropy of the words, and a little of the speaker's accent, over all real frames."""
     features, mask = pad_features([clips.features[index] for index in indices])
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,4 +1,4 @@
-"""A small fast tokenizer: one piece for every word and Chinese character of the corpus, letters and bytes for the rest."""
+"""A small fast tokenizer: a piece for every word and Chinese character of the corpus, letters and bytes for the rest."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from transformers import PreTrainedTokenizerFast
 
 from listen.data.corpus import grammar, prosody, sounds, speakers
 from listen.data.tasks import wordings
-
 
 SPACE = "▁"
 SPECIAL_TOKENS = (
