@@ -41,7 +41,7 @@ _Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctype
 
 @dataclass(frozen=True)
 class EspeakVoice:
-    """What espeak is asked for: a `name` like ``"en-us+f3"``, `pitch` and `pitch_range` 0-99, `rate` in words/minute."""
+    """What espeak is asked: a `name` like ``"en-us+f3"``, `pitch` and `pitch_range` 0-99, `rate` in words/minute."""
 
     name: str
     pitch: int

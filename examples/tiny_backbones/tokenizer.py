@@ -1,4 +1,4 @@
-"""A small fast tokenizer: a piece for every word and Chinese character of the corpus, letters and bytes for the rest."""
+"""A fast tokenizer: a piece for every word and Chinese character of the corpus, letters or bytes for the rest."""
 
 from __future__ import annotations
 
