@@ -143,7 +143,7 @@ class AdapterMixin:
             places = self.language_model.hf_device_map.items()
             self.hf_device_map = {f"language_model.{name}".rstrip("."): place for name, place in places}
             self.hf_device_map[""] = _main_device(device_map)
-        if self.generation_config is not None and self.language_model.generation_config is not None:
+        if self.can_generate() and self.language_model.generation_config is not None:
             self.generation_config = copy.deepcopy(self.language_model.generation_config)
         self.post_init()  # what it collects from the children has to be collected again
         self._keys_to_ignore_on_save = set(self._keys_to_ignore_on_save or ()) | self._frozen_keys()
@@ -384,22 +384,24 @@ class AdapterMixin:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """A short digest of a backbone's weights that survives a change of dtype and quantisation of its linear layers.
+    """A short digest of a backbone's weights, rounded to bfloat16 so that it survives a change of dtype.
 
-    It reads the one-dimensional weights, which no quantisation touches, rounded to bfloat16; one below another is a
-    different checkpoint. Weights on the meta device are left out by raising nothing: a module that is offloaded gives
-    an empty string.
+    It has two parts, `vectors-matrices`: one-dimensional weights, which no quantisation touches, and the head of every
+    other weight. The second part is empty for a quantised module, and both are for one that is offloaded.
     """
-    digest = hashlib.sha256()
+    parts: dict[bool, Any] = {True: hashlib.sha256(), False: hashlib.sha256()}
     for name, parameter in sorted(module.named_parameters()):
-        if "lora_" in name or parameter.dim() != 1:
+        if "lora_" in name:
             continue
+        is_vector = parameter.dim() == 1
         if parameter.device.type == "meta":
-            return ""
-        digest.update(name.replace(".base_layer", "").encode())
-        rounded = parameter.detach().to("cpu", torch.bfloat16).view(torch.int16)
-        digest.update(rounded.numpy().tobytes())
-    return digest.hexdigest()[:16]
+            return "-"
+        if not parameter.is_floating_point() or type(parameter.data) is not torch.Tensor:  # quantised
+            parts[False] = None
+        elif parts[is_vector] is not None:
+            head = parameter.detach().flatten()[: None if is_vector else 64].to("cpu", torch.bfloat16)
+            parts[is_vector].update(name.replace(".base_layer", "").encode() + head.view(torch.int16).numpy().tobytes())
+    return "-".join(part.hexdigest()[:12] if part is not None else "" for part in parts.values())
 
 
 def additive_attention(requested: str | None) -> str | None:
@@ -449,9 +451,9 @@ def _check_shape(name: str, whose: str, expected: PreTrainedConfig, other: str, 
 
 
 def _check_fingerprint(name: str, whose: str, spec: dict[str, Any], other: str, backbone: nn.Module) -> None:
-    want = spec.get("fingerprint")
-    have = fingerprint(backbone) if want else ""
-    if have and want != have:
+    want = spec.get("fingerprint") or "-"
+    have = fingerprint(backbone) if want != "-" else "-"
+    if any(mine and theirs and mine != theirs for mine, theirs in zip(want.split("-"), have.split("-"), strict=True)):
         raise ValueError(
             f"{name}: {whose} was trained over weights with fingerprint {want} "
             f"(revision {spec.get('revision') or 'main'!r}), but {other} holds {have}; give the weights that it was "

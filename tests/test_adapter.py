@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
-from listen import ListenConfig, ListenForConditionalGeneration, ListenPromptPoolConfig
+from listen import ListenConfig, ListenForConditionalGeneration, ListenModel, ListenPromptPoolConfig
+from listen.adapter_listen import fingerprint
 
 ROWS = [[clip(1.3, 1)], [], [clip(0.9, 2), clip(2.1, 3)]]
 POOL = {"pool_size": 12, "num_prompts": 4}
@@ -124,11 +125,36 @@ def test_other_weights_of_the_same_shape_are_an_error(backbones: Path, tmp_path:
         AutoModel.from_pretrained(tmp_path / "adapter", backbones={"language_model": str(tmp_path / "other")})
 
 
+@pytest.mark.parametrize("part", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_any_changed_weight_changes_the_fingerprint(part: str) -> None:
+    language_model = tiny_model().language_model
+    before = fingerprint(language_model)
+    with torch.no_grad():
+        language_model.get_parameter(part).mul_(1.1)
+    assert fingerprint(language_model) != before
+
+
+def test_a_quantised_backbone_is_told_by_its_vectors(backbones: Path, tmp_path: Path) -> None:
+    model = fresh(backbones)
+    whole = fingerprint(model.language_model)
+    for layer in model.language_model.model.layers:  # as a quantiser does: integers in place of the matrices
+        layer.mlp.up_proj.weight = torch.nn.Parameter(layer.mlp.up_proj.weight.to(torch.int8), requires_grad=False)
+    assert fingerprint(model.language_model) == whole.split("-")[0] + "-"
+    model.save_pretrained(tmp_path)
+    assert AutoModel.from_pretrained(tmp_path).config.base_models
+
+
 def test_the_fingerprint_survives_another_dtype(backbones: Path, tmp_path: Path) -> None:
     fresh(backbones).save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert loaded.language_model.dtype == torch.bfloat16
     assert loaded.adapters["default"].connector.projection.weight.dtype == torch.float32
+
+
+def test_a_model_without_a_head_attaches_its_backbones_too(backbones: Path, tmp_path: Path) -> None:
+    fresh(backbones).save_pretrained(tmp_path)
+    bare = ListenModel.from_pretrained(tmp_path)
+    assert bare(**make_inputs(bare, ROWS)).last_hidden_state.isfinite().all()
 
 
 def test_unknown_backbone_names_are_errors(backbones: Path, tmp_path: Path) -> None:
