@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint format clean
 
 demo: $(STAMP)  ## build the corpus, train, evaluate, answer questions; writes runs/demo
 	@$(RUN) examples/demo.py
@@ -18,8 +18,13 @@ demo: $(STAMP)  ## build the corpus, train, evaluate, answer questions; writes r
 test: $(STAMP) lint  ## lint, then run every test
 	@HF_HUB_OFFLINE=1 $(RUN) -m pytest -q -n auto --dist loadfile
 
-lint: $(STAMP)  ## style and docstrings
+lint: $(STAMP)  ## style, docstrings and formatting
 	@$(RUN) -m ruff check --quiet .
+	@$(RUN) -m ruff format --check --quiet . || (echo "run: make format" && false)
+
+format: $(STAMP)  ## mend what ruff can
+	@$(RUN) -m ruff check --fix --quiet .
+	@$(RUN) -m ruff format --quiet .
 
 # torch goes first and alone, so that no other package can ask for its newest release and gigabytes of CUDA with it.
 $(STAMP): requirements.txt setup.py pyproject.toml

@@ -153,3 +153,16 @@ def test_tables_name_every_module_and_task() -> None:
     rows = re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE)
     assert set(rows) <= set(list_tasks())
     assert all(get_task(name).title for name in rows)
+
+
+def test_results_are_those_of_the_metrics_file() -> None:
+    """Rows such as `| asr | wer | 0.081 |` repeat what evaluation wrote for the miniature."""
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (\d\.\d{3}|\d+\.\d) \|", README, flags=re.MULTILINE)
+    metrics = MINIATURE / "metrics.json"
+    if not metrics.exists():
+        assert rows == [], "the README gives results that no metrics.json holds"
+        return
+    scores = json.loads(metrics.read_text(encoding="utf-8"))
+    for task, metric, shown in rows:
+        digits = len(shown.split(".")[1])
+        assert f"{scores[task][metric]:.{digits}f}" == shown, f"{task} {metric}"
