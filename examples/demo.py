@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 # the metrics build on the library `evaluate`, which the script of that name beside this one must not hide
-sys.path.remove(str(Path(__file__).resolve().parent))
+if str(Path(__file__).resolve().parent) in sys.path:  # in the corpus's worker processes it is not
+    if str(Path(__file__).resolve().parent) in sys.path:
+    sys.path.remove(str(Path(__file__).resolve().parent))
 
 import torch
 from datasets import concatenate_datasets
@@ -71,7 +73,7 @@ def cache_features(run: RunArguments) -> FeatureStore:
     """Run the encoders once over every clip of the corpus."""
     model, processor = build_encoders(run.model)
     rows = concatenate_datasets([load_manifest(CORPUS / f"{split}.jsonl") for split in ("train", "dev", "test")])
-    return precompute_features(model, processor, rows, run.data.features, batch_size=32)
+    return precompute_features(model, processor, rows, run.data.features, batch_size=32, num_workers=1)
 
 
 @torch.no_grad()

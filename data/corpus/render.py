@@ -1,6 +1,7 @@
 """Clips from plans: many utterances and scenes, rendered in parallel, the same for every number of processes."""
 
 import multiprocessing
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -63,8 +64,9 @@ def _render(plans: Sequence[SpeechPlan | None], seed: int, num_workers: int) -> 
         for chunk in chunks:
             yield from _render_chunk(chunk)
         return
-    # spawn: forking a process in which torch has started threads can hang
-    with multiprocessing.get_context("spawn").Pool(num_workers) as pool:
+    # A fork starts at once and imports nothing again. It is safe here: the children never call torch, whose threads it
+    # would lose. Elsewhere than on Linux forking is unsafe or unknown.
+    with multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn").Pool(num_workers) as pool:
         for clips in pool.imap(_render_chunk, chunks):
             yield from clips
 

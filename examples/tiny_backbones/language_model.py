@@ -28,8 +28,9 @@ def make_language_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 def embed(model: LlamaForCausalLM, batch: SoftBatch, generator: torch.Generator) -> torch.Tensor:
     """Return the embeddings (batch, length, dim) of a soft batch, noise included."""
     table = model.get_input_embeddings().weight
-    ids, weights = torch.from_numpy(batch.ids), torch.from_numpy(batch.weights)
-    embeds = torch.einsum("blkd,blk->bld", F.embedding(ids, table), weights)  # (batch, length, dim)
+    ids, weights = (torch.from_numpy(array).flatten(0, 1) for array in (batch.ids, batch.weights))  # (positions, depth)
+    sums = F.embedding_bag(ids, table, mode="sum", per_sample_weights=weights)  # (positions, dim)
+    embeds = sums.view(*batch.noise.shape, -1)  # (batch, length, dim)
     rms = table.detach().pow(2).mean().sqrt()
     noise = torch.randn(embeds.shape, generator=generator) * torch.from_numpy(batch.noise)[..., None]
     return embeds + rms * noise
