@@ -18,7 +18,6 @@ from typing import Any
 
 # the metrics build on the library `evaluate`, which the script of that name beside this one must not hide
 if str(Path(__file__).resolve().parent) in sys.path:  # in the corpus's worker processes it is not
-    if str(Path(__file__).resolve().parent) in sys.path:
     sys.path.remove(str(Path(__file__).resolve().parent))
 
 import torch
