@@ -134,6 +134,7 @@ class AdapterMixin:
                 options["quantization_config"] = quantization_config
             backbone = _LOADERS[name].from_pretrained(spec["base_model_name_or_path"], **options)
             _check_backbone(name, spec, getattr(self.config, BACKBONES[name]), backbone)
+            backbone.config.name_or_path = ""  # base_models alone says where it lies
             setattr(self, name, backbone)
             setattr(self.config, BACKBONES[name], backbone.config)
         self._after_attaching(device_map)

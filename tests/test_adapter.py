@@ -93,6 +93,7 @@ def test_backbones_inside_the_checkpoint_travel_with_it(backbones: Path, tmp_pat
     inside.save_pretrained(folder)
     written = json.loads((folder / "config.json").read_text())["base_models"]
     assert {s["base_model_name_or_path"] for s in written.values()} == {f"./{name}" for name in moved}
+    assert str(tmp_path) not in (folder / "config.json").read_text()
     away = folder.rename(tmp_path / "there")
     assert torch.equal(logits(AutoModel.from_pretrained(away)), logits(model))
 
