@@ -196,7 +196,7 @@ def test_a_run_folder_is_complete_and_repeats_the_run(backbones: dict, manifest:
     assert list((tmp_path / "a").glob("runs/*/events.out.tfevents.*"))
     about = json.loads((tmp_path / "a" / "run.json").read_text())
     assert about["seed"] == 3 and about["data"]["train"] == {"asr": 3, "er": 3, "acap": 2}
-    assert about["versions"]["torch"] == torch.__version__
+    assert about["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]  # a build tag may be missing
     again = parse_arguments(["--config", str(tmp_path / "a" / "config.yaml"), "--output_dir", str(tmp_path / "b")])
     train(again.model, again.data, again.training)
     one, two = learned(tmp_path / "a"), learned(tmp_path / "b")
