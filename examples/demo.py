@@ -3,7 +3,7 @@
 Synthesises the built-in corpus, caches what the frozen encoders make of it, trains a LiSTEN adapter on six tasks,
 evaluates it on speakers and sentences that it never met, and asks it three questions about wav files. Everything lands
 in runs/demo: `metrics.json`, the report, the trained `model`. Takes the arguments of `examples/train.py` as overrides,
-such as `--training.max_steps 300`; about 12 minutes on two CPU cores as it is.
+such as `--training.max_steps 300`; about 10 minutes on two CPU cores as it is.
 """
 
 from __future__ import annotations
