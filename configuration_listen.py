@@ -47,7 +47,8 @@ class ListenConnectorConfig(_StrictConfig):
 
     Args:
         type: Kind of connector, `"window_qformer"`.
-        window_frames: Frames of 20 ms that one window holds; 17 is `round(1500 * 0.333333 / 30)`, a third of a second.
+        window_seconds: Time that one window holds, rounded to whole frames of the speech encoder: a third of a second
+            is 17 frames of 20 ms, SALMONN's `round(1500 * 0.333333 / 30)`.
         num_queries: Learned queries, hence audio embeddings, of each window.
         hidden_size: Width of the Q-Former.
         num_hidden_layers: Its layers; each has cross-attention to the window's frames.
@@ -62,7 +63,7 @@ class ListenConnectorConfig(_StrictConfig):
     model_type = "listen_connector"
 
     type: str = "window_qformer"
-    window_frames: int = 17
+    window_seconds: float = 1 / 3
     num_queries: int = 1
     hidden_size: int = 768
     num_hidden_layers: int = 2
@@ -74,7 +75,9 @@ class ListenConnectorConfig(_StrictConfig):
         super().__post_init__(**kwargs)
         if self.type not in CONNECTORS:
             raise ValueError(f"connector type={self.type!r} is unknown; choose one of {', '.join(CONNECTORS)}")
-        for name in ("window_frames", "num_queries", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+        if self.window_seconds <= 0:
+            raise ValueError(f"connector window_seconds={self.window_seconds} must be above 0")
+        for name in ("num_queries", "hidden_size", "num_hidden_layers", "num_attention_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"connector {name}={getattr(self, name)} must be at least 1")
         if self.hidden_size % self.num_attention_heads:
@@ -82,6 +85,24 @@ class ListenConnectorConfig(_StrictConfig):
                 f"connector hidden_size={self.hidden_size} is not a multiple of "
                 f"num_attention_heads={self.num_attention_heads}; change one of them"
             )
+
+    def settings(self) -> dict[str, Any]:
+        """The fields above, without those that transformers adds to every config."""
+        return {name: getattr(self, name) for name in type(self).__annotations__ if name != "model_type"}
+
+    def window_frames(self, frame_seconds: float) -> int:
+        """Encoder frames of `frame_seconds` that one window holds, at least 1."""
+        return max(1, round(self.window_seconds / frame_seconds))
+
+    def num_embeddings(self, frames: int, frame_seconds: float) -> int:
+        """Audio embeddings that this connector makes of one chunk.
+
+        Args:
+            frames: Real frames of the chunk, after the encoders.
+            frame_seconds: Time from one frame to the next.
+        """
+        windows = -(-frames // self.window_frames(frame_seconds))
+        return windows * self.num_queries
 
 
 class ListenPromptPoolConfig(_StrictConfig):
@@ -268,6 +289,11 @@ class ListenConfig(PreTrainedConfig):
         return cls(**configs, base_models=base_models, **kwargs)
 
     @property
+    def frame_seconds(self) -> float:
+        """Time from one frame of the speech encoder to the next."""
+        return speech_frame_seconds(self.speech_config)
+
+    @property
     def encoder_width(self) -> int:
         """Width of the fused encoder frames."""
         audio_width = self.audio_config.hidden_size if self.audio_config is not None else 0
@@ -302,6 +328,12 @@ class ListenConfig(PreTrainedConfig):
                 raise ValueError(
                     f"base_models[{name!r}]={spec!r} needs 'base_model_name_or_path', a Hub id or a folder"
                 )
+
+
+def speech_frame_seconds(speech_config: PreTrainedConfig) -> float:
+    """Time from one frame of the speech encoder to the next: Whisper of any size halves 100 log-mel frames a second."""
+    _check_choice("speech_config model_type", speech_config.model_type, SPEECH_ENCODERS)
+    return 0.02
 
 
 def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:

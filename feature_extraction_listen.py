@@ -252,8 +252,13 @@ class ListenFeatureExtractor(SequenceFeatureExtractor):
         last = num_samples - (self.num_chunks(num_samples) - 1) * self.chunk_samples
         return [self.chunk_samples] * (self.num_chunks(num_samples) - 1) + [max(last, self.min_samples)]
 
+    @property
+    def frame_seconds(self) -> float:
+        """Time from one frame of the speech encoder to the next."""
+        return self.hop_length * self.speech_downsampling / self.sampling_rate
+
     def num_encoder_frames(self, num_samples: int) -> list[int]:
-        """Real 50 Hz frames of each chunk of a clip after both encoders, the longer one of the two streams."""
+        """Real frames of each chunk of a clip after both encoders, the longer one of the two streams."""
         return [
             max(self._speech_frames(length), self._audio_tokens(length)) for length in self.chunk_lengths(num_samples)
         ]

@@ -18,11 +18,20 @@ class WindowQFormer(nn.Module):
         speech_width: Width of the speech encoder's frames.
         audio_width: Width of the audio encoder's frames; 0 without one.
         text_width: Width of the LLM's embeddings.
+        frame_seconds: Time from one frame to the next.
     """
 
-    def __init__(self, config: PreTrainedConfig, speech_width: int, audio_width: int, text_width: int) -> None:
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        speech_width: int,
+        audio_width: int,
+        text_width: int,
+        frame_seconds: float,
+    ) -> None:
         super().__init__()
         self.config = config
+        self.frame_seconds = frame_seconds
         self.speech_norm = nn.LayerNorm(speech_width)
         self.audio_norm = nn.LayerNorm(audio_width) if audio_width else None
         self.qformer = Blip2QFormerModel(_qformer_config(config, speech_width + audio_width))
@@ -63,11 +72,8 @@ class WindowQFormer(nn.Module):
 
     def lengths(self, frames: torch.Tensor) -> torch.Tensor:
         """Embeddings that chunks of `frames` `(chunks,)` frames give, `(chunks,)`."""
-        return (
-            frames.add(self.config.window_frames - 1)
-            .div(self.config.window_frames, rounding_mode="floor")
-            .mul(self.config.num_queries)
-        )
+        counts = [self.config.num_embeddings(count, self.frame_seconds) for count in frames.tolist()]
+        return torch.tensor(counts, device=frames.device)
 
     def fuse(
         self,
@@ -91,7 +97,7 @@ class WindowQFormer(nn.Module):
         return torch.cat(streams, dim=-1), masks[0] | masks[1]
 
     def _windows(self, frames: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        size = self.config.window_frames
+        size = self.config.window_frames(self.frame_seconds)
         tail = -frames.shape[1] % size
         frames, mask = F.pad(frames, (0, 0, 0, tail)), F.pad(mask, (0, tail))
         return frames.unflatten(1, (-1, size)), mask.unflatten(1, (-1, size))

@@ -43,7 +43,9 @@ class ListenAdapter(nn.Module):
         super().__init__()
         audio_width = config.audio_config.hidden_size if config.audio_config is not None else 0
         text_width = config.text_config.hidden_size
-        self.connector = WindowQFormer(connector, config.speech_config.hidden_size, audio_width, text_width)
+        self.connector = WindowQFormer(
+            connector, config.speech_config.hidden_size, audio_width, text_width, config.frame_seconds
+        )
         self.prompt_pool = ListenPromptPool(pool, text_width) if pool is not None else None
 
 

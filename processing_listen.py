@@ -23,6 +23,7 @@ from transformers.utils.chat_template_utils import _get_template_variables, rend
 
 from .audio_listen import is_one_clip, load_waveform
 from .chat_listen import DEFAULT_CHAT_TEMPLATE, as_conversations, clips_or_none, plain_message
+from .configuration_listen import ListenConnectorConfig
 from .feature_extraction_listen import ListenFeatureExtractor
 from .placeholders_listen import AUDIO_TOKEN, PROMPT_TOKEN, place_token, prepare_padding
 
@@ -61,8 +62,8 @@ class ListenProcessor(ProcessorMixin):
         prompt_token_id: Id that marks the place of one prompt; chosen where `None`.
         num_prompts: k, unless a call says otherwise.
         pool_size: Prompts of the pool, the most that a call may ask for; unchecked where `None`.
-        window_frames: Encoder frames (20 ms) in one window of the connector.
-        num_queries: Audio embeddings of one window.
+        connector: Fields of the model's `ListenConnectorConfig`, which counts the audio embeddings of a clip; its
+            defaults where `None`.
         tasks: Names of the tasks that own a part of the pool; a call's `task` then becomes `task_ids`.
         task_instructions: Wording of each task, for users who name a task instead; `TASK_INSTRUCTIONS` by default.
 
@@ -83,8 +84,7 @@ class ListenProcessor(ProcessorMixin):
         prompt_token_id: int | None = None,
         num_prompts: int = 0,
         pool_size: int | None = None,
-        window_frames: int = 17,
-        num_queries: int = 1,
+        connector: dict[str, Any] | None = None,
         tasks: list[str] | None = None,
         task_instructions: dict[str, str] | None = None,
     ) -> None:
@@ -99,8 +99,8 @@ class ListenProcessor(ProcessorMixin):
         )
         self.pool_size = pool_size
         self.num_prompts = self._checked_num_prompts(num_prompts)
-        self.window_frames = window_frames
-        self.num_queries = num_queries
+        self._connector_config = ListenConnectorConfig(**(connector or {}))
+        self.connector = self._connector_config.settings()
         self.tasks = list(tasks) if tasks is not None else None
         self.task_instructions = dict(TASK_INSTRUCTIONS if task_instructions is None else task_instructions)
 
@@ -122,15 +122,14 @@ class ListenProcessor(ProcessorMixin):
         Raises:
             ValueError: no tokenizer to be found, or placeholder ids that it cannot provide.
         """
-        pool, connector = config.prompt_pool_config, config.connector_config
+        pool = config.prompt_pool_config
         settings = {
             "audio_token_id": config.audio_token_id,
             "prompt_token_id": config.prompt_token_id,
             "num_prompts": pool.num_prompts if pool is not None else 0,
             "pool_size": pool.pool_size if pool is not None else 0,
             "tasks": pool.tasks if pool is not None and pool.strategy == "task" else None,
-            "window_frames": connector.window_frames,
-            "num_queries": connector.num_queries,
+            "connector": config.connector_config.settings(),
         }
         extractor = _feature_extractor_for(config)
         processor = cls(extractor, tokenizer or _tokenizer_for(config), **{**settings, **kwargs})
@@ -265,7 +264,7 @@ class ListenProcessor(ProcessorMixin):
         return self._audio_symbol * self.num_audio_embeddings(audio_inputs["num_samples"][audio_idx])
 
     def num_audio_embeddings(self, num_samples: int) -> int:
-        """Audio embeddings of a clip: the connector's windows over each of its chunks, times the queries.
+        """Audio embeddings of a clip: what the connector makes of each of its chunks.
 
         Args:
             num_samples: Length of the clip at the extractor's sampling rate.
@@ -273,8 +272,8 @@ class ListenProcessor(ProcessorMixin):
         Raises:
             ValueError: `num_samples` is below 1.
         """
-        frames = self.feature_extractor.num_encoder_frames(num_samples)
-        return sum(-(-count // self.window_frames) for count in frames) * self.num_queries
+        frames, seconds = self.feature_extractor.num_encoder_frames(num_samples), self.feature_extractor.frame_seconds
+        return sum(self._connector_config.num_embeddings(count, seconds) for count in frames)
 
     def _padded(self, encoded: dict[str, list], k: int, options: dict[str, Any]) -> dict[str, list]:
         """Rows with the prompts in front of everything and padding in front of the prompts."""

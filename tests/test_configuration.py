@@ -73,7 +73,7 @@ def test_the_tiny_preset_describes_the_model_in_the_repository() -> None:
         (lambda: ListenPromptPoolConfig(pool_sise=3), "did you mean 'pool_size'"),
         (lambda: ListenConnectorConfig(type="mlp"), "type='mlp' is unknown; choose one of window_qformer"),
         (lambda: ListenConnectorConfig(hidden_size=10, num_attention_heads=3), "hidden_size=10 is not a multiple"),
-        (lambda: ListenConnectorConfig(window_frames=0), "window_frames=0"),
+        (lambda: ListenConnectorConfig(window_seconds=0), "window_seconds=0 must be above 0"),
         (lambda: tiny_config(trainable=["language_model"]), "the LLM stays frozen"),
         (lambda: tiny_config(trainable=["qformer"]), "unknown; choose among adapter"),
         (lambda: tiny_config(trainable=["prompt_pool"], prompt_pool_config=None), "prompt_pool_config is None"),

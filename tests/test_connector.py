@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from conftest import tiny_config
@@ -9,12 +11,13 @@ from conftest import tiny_config
 from listen.modeling_connector import WindowQFormer
 
 SPEECH, AUDIO, TEXT, WINDOW = 12, 8, 20, 17
+FRAME_SECONDS = 0.02
 
 
 @pytest.fixture()
 def connector() -> WindowQFormer:
     torch.manual_seed(0)
-    module = WindowQFormer(tiny_config().connector_config, SPEECH, AUDIO, TEXT).eval()
+    module = WindowQFormer(tiny_config().connector_config, SPEECH, AUDIO, TEXT, FRAME_SECONDS).eval()
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.normal_(std=0.3)
@@ -38,6 +41,15 @@ def test_a_clip_gives_one_embedding_per_started_window(connector: WindowQFormer,
     assert embeddings.shape == (expected, TEXT)
     assert lengths.tolist() == [expected]
     assert connector.lengths(torch.tensor([length])).tolist() == [expected]
+
+
+@pytest.mark.parametrize(("frame_seconds", "window"), [(0.02, 17), (0.024, 14), (0.01, 33), (0.5, 1)])
+def test_the_window_is_as_long_whatever_the_frame_rate(frame_seconds: float, window: int) -> None:
+    config = tiny_config().connector_config
+    module = WindowQFormer(config, SPEECH, 0, TEXT, frame_seconds)
+    for length in (1, window, window + 1, 100):
+        _, lengths = module(*frames(length, SPEECH))
+        assert lengths.tolist() == [math.ceil(length / window)] == [config.num_embeddings(length, frame_seconds)]
 
 
 def test_padded_frames_are_not_heard(connector: WindowQFormer) -> None:
@@ -75,7 +87,7 @@ def test_streams_are_normalised_then_laid_side_by_side(connector: WindowQFormer)
 
 def test_several_queries_give_several_embeddings() -> None:
     config = tiny_config(connector_config={"hidden_size": 32, "num_attention_heads": 2, "num_queries": 3})
-    module = WindowQFormer(config.connector_config, SPEECH, 0, TEXT)
+    module = WindowQFormer(config.connector_config, SPEECH, 0, TEXT, FRAME_SECONDS)
     embeddings, lengths = module(*frames(35, SPEECH))
     assert embeddings.shape == (9, TEXT)
     assert lengths.tolist() == module.lengths(torch.tensor([35])).tolist() == [9]

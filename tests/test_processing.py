@@ -462,8 +462,8 @@ def test_a_config_without_base_models_asks_for_the_tokenizer() -> None:
 @pytest.mark.parametrize("template", ["none", "llama-3"])
 def test_saving_and_loading_keeps_every_attribute(kind: str, template: str, tmp_path: Path) -> None:
     saved = build_processor(
-        kind, TEMPLATES[template], num_prompts=3, pool_size=8, window_frames=13, num_queries=2, tasks=["asr", "x"],
-        task_instructions={"x": "Do x."},
+        kind, TEMPLATES[template], num_prompts=3, pool_size=8, tasks=["asr", "x"],
+        connector={"window_seconds": 0.25, "num_queries": 2}, task_instructions={"x": "Do x."},
     )  # fmt: skip
     saved.save_pretrained(tmp_path)
     loaded = ListenProcessor.from_pretrained(tmp_path)
