@@ -6,7 +6,51 @@ from torch import nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel, PreTrainedConfig
 
 
-class WindowQFormer(nn.Module):
+class FusingConnector(nn.Module):
+    """What all connectors share: the frames of both encoders are laid side by side, and their embeddings counted.
+
+    Args:
+        config: A `ListenConnectorConfig`.
+        speech_width: Width of the speech encoder's frames.
+        audio_width: Width of the audio encoder's frames; 0 without one.
+        frame_seconds: Time from one frame to the next.
+    """
+
+    def __init__(self, config: PreTrainedConfig, speech_width: int, audio_width: int, frame_seconds: float) -> None:
+        super().__init__()
+        self.config = config
+        self.frame_seconds = frame_seconds
+        self.speech_norm = nn.LayerNorm(speech_width)
+        self.audio_norm = nn.LayerNorm(audio_width) if audio_width else None
+
+    def lengths(self, frames: torch.Tensor) -> torch.Tensor:
+        """Embeddings that chunks of `frames` `(chunks,)` frames give, `(chunks,)`."""
+        counts = [self.config.num_embeddings(count, self.frame_seconds) for count in frames.tolist()]
+        return torch.tensor(counts, device=frames.device)
+
+    def fuse(
+        self,
+        speech: torch.Tensor,
+        speech_mask: torch.Tensor,
+        audio: torch.Tensor | None,
+        audio_mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalise both streams and lay them side by side: `(chunks, frames, width)` and its mask, bool.
+
+        Frames past the end of a stream are zero after its LayerNorm, as in SALMONN, whatever the batch mates.
+        """
+        dtype = self.speech_norm.weight.dtype
+        speech = self.speech_norm(speech.to(dtype)) * speech_mask[..., None].to(dtype)  # (chunks, frames, speech width)
+        if self.audio_norm is None:
+            return speech, speech_mask.bool()
+        audio = self.audio_norm(audio.to(dtype)) * audio_mask[..., None].to(dtype)  # (chunks, frames, audio width)
+        length = max(speech.shape[1], audio.shape[1])
+        streams = [F.pad(x, (0, 0, 0, length - x.shape[1])) for x in (speech, audio)]
+        masks = [F.pad(x.bool(), (0, length - x.shape[1])) for x in (speech_mask, audio_mask)]
+        return torch.cat(streams, dim=-1), masks[0] | masks[1]
+
+
+class WindowQFormer(FusingConnector):
     """SALMONN's window-level Q-Former (arXiv 2310.13289, sec. 3) over the fused encoder frames.
 
     Each stream is normalised, the shorter one is padded in time, both are concatenated on the feature axis; learned
@@ -29,11 +73,7 @@ class WindowQFormer(nn.Module):
         text_width: int,
         frame_seconds: float,
     ) -> None:
-        super().__init__()
-        self.config = config
-        self.frame_seconds = frame_seconds
-        self.speech_norm = nn.LayerNorm(speech_width)
-        self.audio_norm = nn.LayerNorm(audio_width) if audio_width else None
+        super().__init__(config, speech_width, audio_width, frame_seconds)
         self.qformer = Blip2QFormerModel(_qformer_config(config, speech_width + audio_width))
         self.query_tokens = nn.Parameter(torch.empty(1, config.num_queries, config.hidden_size))
         self.projection = nn.Linear(config.hidden_size, text_width)
@@ -70,32 +110,6 @@ class WindowQFormer(nn.Module):
         embeddings = self.projection(hidden).flatten(0, 1)  # (real windows * queries, text width)
         return embeddings, real.sum(-1) * self.config.num_queries
 
-    def lengths(self, frames: torch.Tensor) -> torch.Tensor:
-        """Embeddings that chunks of `frames` `(chunks,)` frames give, `(chunks,)`."""
-        counts = [self.config.num_embeddings(count, self.frame_seconds) for count in frames.tolist()]
-        return torch.tensor(counts, device=frames.device)
-
-    def fuse(
-        self,
-        speech: torch.Tensor,
-        speech_mask: torch.Tensor,
-        audio: torch.Tensor | None,
-        audio_mask: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalise both streams and lay them side by side: `(chunks, frames, width)` and its mask, bool.
-
-        Frames past the end of a stream are zero after its LayerNorm, as in SALMONN, whatever the batch mates.
-        """
-        dtype = self.speech_norm.weight.dtype
-        speech = self.speech_norm(speech.to(dtype)) * speech_mask[..., None].to(dtype)  # (chunks, frames, speech width)
-        if self.audio_norm is None:
-            return speech, speech_mask.bool()
-        audio = self.audio_norm(audio.to(dtype)) * audio_mask[..., None].to(dtype)  # (chunks, frames, audio width)
-        length = max(speech.shape[1], audio.shape[1])
-        streams = [F.pad(x, (0, 0, 0, length - x.shape[1])) for x in (speech, audio)]
-        masks = [F.pad(x.bool(), (0, length - x.shape[1])) for x in (speech_mask, audio_mask)]
-        return torch.cat(streams, dim=-1), masks[0] | masks[1]
-
     def _windows(self, frames: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         size = self.config.window_frames(self.frame_seconds)
         tail = -frames.shape[1] % size
@@ -116,4 +130,4 @@ def _qformer_config(config: PreTrainedConfig, encoder_width: int) -> Blip2QForme
     )
 
 
-__all__ = ["WindowQFormer"]
+__all__ = ["FusingConnector", "WindowQFormer"]
