@@ -18,7 +18,7 @@ from .metrics import (
     Classification,
     EventF1,
     ExactMatch,
-    RougeL,
+    Rouge,
     RowMetric,
     Translation,
     Verification,
@@ -33,7 +33,7 @@ METRICS: tuple[type[RowMetric], ...] = (
     Classification,
     Verification,
     ExactMatch,
-    RougeL,
+    Rouge,
     CiderD,
     EventF1,
 )

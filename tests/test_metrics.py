@@ -17,7 +17,7 @@ from listen.evaluation.metrics import (
     Classification,
     EventF1,
     ExactMatch,
-    RougeL,
+    Rouge,
     RowMetric,
     Translation,
     Verification,
@@ -33,7 +33,7 @@ MODULES = {
     "classification": Classification,
     "verification": Verification,
     "exact_match": ExactMatch,
-    "rouge_l": RougeL,
+    "rouge": Rouge,
     "cider_d": CiderD,
     "event_f1": EventF1,
 }
@@ -43,7 +43,7 @@ EXAMPLES = {
     "classification": (["happy", "sad"], ["happy", "angry"]),
     "verification": (["yes", "no"], ["yes", "yes"]),
     "exact_match": (["the dog", "cat"], [["dog", "cat"], ["bird"]]),
-    "rouge_l": (["the dog", "cat"], [["a dog", "cat"], ["bird"]]),
+    "rouge": (["the dog", "cat"], [["a dog", "cat"], ["bird"]]),
     "cider_d": (["a dog barks", "rain falls"], [["the dog barks"], ["rain falls down", "it rains"]]),
     "event_f1": (["a dog barks", "rain falls"], [["dog"], ["rain", "cat"]]),
 }
@@ -272,7 +272,7 @@ def test_verification_refuses_other_references_and_wrong_score_counts():
         Verification().compute(predictions=["yes"], references=["yes"], scores=[1.0, 2.0])
 
 
-# exact match, ROUGE-L
+# exact match, ROUGE
 
 
 def test_exact_match_ignores_case_punctuation_and_articles():
@@ -283,15 +283,22 @@ def test_exact_match_ignores_case_punctuation_and_articles():
     assert value["exact_match"] == 2 / 4
 
 
-def test_rouge_l_by_hand():
-    # longest common subsequence of "the dog runs fast" and "a dog runs" is 2: P = 2/4, R = 2/3, F1 = 4/7
-    value = RougeL().compute(predictions=["The dog runs fast"], references=[["a dog runs", "cat"]])
-    assert value["rouge_l"] == pytest.approx(4 / 7)
+def test_rouge_by_hand():
+    # "the dog runs fast" and "a dog runs" share two words, one pair of words, and a common subsequence of two words:
+    # F1 of 2 of 4 and 2 of 3, of 1 of 3 and 1 of 2, and again of 2 of 4 and 2 of 3
+    value = Rouge().compute(predictions=["The dog runs fast"], references=[["a dog runs", "cat"]])
+    assert value == pytest.approx({"rouge_1": 4 / 7, "rouge_2": 2 / 5, "rouge_l": 4 / 7})
 
 
-def test_rouge_l_refuses_a_reference_that_it_cannot_read():
-    with pytest.raises(ValueError, match="example 0: ROUGE-L cannot read"):
-        RougeL().compute(predictions=["红色"], references=["红色"])
+def test_rouge_takes_the_best_reference_for_each_of_the_three():
+    # the first has all the words, the second more of them in order
+    value = Rouge().compute(predictions=["a b c d"], references=[["d c b a", "a b c x y"]])
+    assert value == pytest.approx({"rouge_1": 1.0, "rouge_2": 2 * (2 / 3 * 2 / 4) / (2 / 3 + 2 / 4), "rouge_l": 2 / 3})
+
+
+def test_rouge_refuses_a_reference_that_it_cannot_read():
+    with pytest.raises(ValueError, match="example 0: ROUGE cannot read"):
+        Rouge().compute(predictions=["红色"], references=["红色"])
 
 
 # CIDEr-D

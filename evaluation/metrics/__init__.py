@@ -13,7 +13,7 @@ from .cider_d import CiderD
 from .classification import Classification
 from .event_f1 import EventF1
 from .exact_match import ExactMatch
-from .rouge_l import RougeL
+from .rouge import Rouge
 from .row_metric import RowMetric
 from .translation import Translation
 from .verification import Verification
@@ -24,7 +24,7 @@ __all__ = [
     "Classification",
     "EventF1",
     "ExactMatch",
-    "RougeL",
+    "Rouge",
     "RowMetric",
     "Translation",
     "Verification",
