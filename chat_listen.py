@@ -17,6 +17,9 @@ DEFAULT_CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}"
 )
 
+# Where an instruction wants the recordings, or a text in their stead; without it they come first.
+INPUT_FIELD = "{input}"
+
 _AUDIO_KEYS = ("audio", "path", "url", "bytes", "array")
 
 
@@ -58,6 +61,21 @@ def _plain_item(item: Any) -> str:
     raise ValueError(f"content {item!r:.120} cannot be read; give {{'type': 'text', 'text': ...}} or 'type': 'audio'")
 
 
+def place_input(instruction: str, text: str, separator: str = "") -> str:
+    """An instruction with `text` at its `{input}`, or before it, with `separator` between, where it has none."""
+    if INPUT_FIELD in instruction:
+        return instruction.replace(INPUT_FIELD, text)
+    return f"{text}{separator}{instruction}"
+
+
+def place_audio(instruction: str, num_clips: int) -> str:
+    """A user's turn as text, with a `<|audio|>` for each clip where the instruction wants them.
+
+    An instruction says so by `{input}`, for all of them, or by an `<|audio|>` for each; they come first otherwise.
+    """
+    return instruction if AUDIO_TOKEN in instruction else place_input(instruction, AUDIO_TOKEN * num_clips)
+
+
 def conversation_clips(messages: Sequence[dict[str, Any]]) -> list[Any]:
     """The clips of a conversation in order, as `ListenProcessor` takes them.
 
@@ -85,4 +103,13 @@ def clips_or_none(conversations: list[list[dict[str, Any]]]) -> list[list[Any]] 
     return clips if any(clips) else None
 
 
-__all__ = ["DEFAULT_CHAT_TEMPLATE", "as_conversations", "clips_or_none", "conversation_clips", "plain_message"]
+__all__ = [
+    "DEFAULT_CHAT_TEMPLATE",
+    "INPUT_FIELD",
+    "as_conversations",
+    "clips_or_none",
+    "conversation_clips",
+    "place_audio",
+    "place_input",
+    "plain_message",
+]

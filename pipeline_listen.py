@@ -11,8 +11,7 @@ from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 from transformers.utils.chat_template_utils import Chat
 
 from .audio_listen import is_one_clip, load_waveform
-from .chat_listen import conversation_clips
-from .placeholders_listen import AUDIO_TOKEN
+from .chat_listen import conversation_clips, place_audio
 from .processing_listen import ListenProcessor
 
 _INPUT_KEYS = ("audio", "sampling_rate", "text", "task")
@@ -175,8 +174,7 @@ class ListenPipeline(Pipeline):
         else:
             tasks = ", ".join(self.processor.task_instructions)
             raise ValueError(f"say what to do with the audio: text='What is being said?', or task= one of {tasks}")
-        content = question if AUDIO_TOKEN in question else AUDIO_TOKEN * len(clips) + question
-        messages = [{"role": "user", "content": content}]
+        messages = [{"role": "user", "content": place_audio(question, len(clips))}]
         return self.processor.apply_chat_template(messages, add_generation_prompt=True), clips
 
     def collate(self, samples: list[dict[str, Any]]) -> BatchFeature:

@@ -27,7 +27,7 @@ from .configuration_listen import ListenConnectorConfig
 from .feature_extraction_listen import ListenFeatureExtractor
 from .placeholders_listen import AUDIO_TOKEN, PROMPT_TOKEN, place_token, prepare_padding
 
-# The wording of each task at test time; `{question}` is what the user asks.
+# The wording of each task at test time; `{question}` is what the user asks, `{input}` the place of the recording.
 TASK_INSTRUCTIONS = {
     "asr": "What is being said?",
     "er": "Which emotion does the speaker show?",
@@ -36,6 +36,18 @@ TASK_INSTRUCTIONS = {
     "en2zh": "Translate the speech into Chinese.",
     "acap": "Describe the sounds.",
     "voice": "Describe the voice.",
+    "response": "{input}",
+    "repeat": "Repeat after me in English: {input}",
+    "speech_caption": (
+        "You will hear a speech utterance spoken by a person. In natural language, provide a caption that faithfully "
+        "describes the scenario in which the speech utterance is being spoken. Pay attention to the spoken content, "
+        "and make sure to incorporate any emotions expressed in the speech into the caption as needed: {input}"
+    ),
+    "ser": (
+        "Identify the emotional tone of the utterance that is provided. Select from the following options: neutral, "
+        "angry, disgusted, fearful, happy, sad, surprised, bored, confused, interested, sarcastic, laughing, "
+        "projected, sleepy, whisper: {input}"
+    ),
 }
 
 _GROUPS = ("common_kwargs", "text_kwargs", "audio_kwargs")

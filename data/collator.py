@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..chat_listen import place_audio
 from .audio import read_clips
 from .features import EncodedRecording, FeatureStore, collate_features, recordings_of
 from .manifest import extra_fields
@@ -129,9 +130,10 @@ class ListenCollator:
         response = draw.choice(responses) if draw else responses[0]
         if not response:
             raise ValueError(f"row {row['id']!r} has an empty response; take it out or give it one")
-        instruction = row.get("instruction") or get_task(row["task"]).instruction(row.get("question"), draw)
-        audio = [{"type": "audio"} for _ in recordings_of(row)]
-        user = {"role": "user", "content": [*audio, {"type": "text", "text": instruction}]}
+        instruction = row.get("instruction") or get_task(row["task"]).instruction(
+            row.get("question"), draw, extra_fields(row).get("options")
+        )
+        user = {"role": "user", "content": place_audio(instruction, len(recordings_of(row)))}
         prompt, answer = self.render(user, response)
         return Example(prompt, answer, instruction, response)
 

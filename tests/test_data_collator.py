@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -197,3 +198,17 @@ def test_stored_features_give_the_same_batch_and_loss(tmp_path: Path, rows: list
         assert torch.equal(online[name], stored[name])
     with torch.no_grad():
         torch.testing.assert_close(model(**stored).loss, model(**online).loss, atol=2e-3, rtol=0)  # 16 bits
+
+
+def test_the_clip_stands_where_the_wording_says(rows: list[dict]) -> None:
+    """Behind the instruction for the tasks that mark its place, before it for the others."""
+    collator = ListenCollator(tiny_processor(tiny_config()))
+    rng = random.Random(0)
+    prompts = {task: collator.word({**rows[0], "task": task}, rng).prompt for task in ("asr", "repeat", "response")}
+    assert prompts == {
+        "asr": "<s>U:<|audio|>What is being said?A:",
+        "repeat": "<s>U:Repeat after me in English: <|audio|>A:",
+        "response": "<s>U:<|audio|>A:",
+    }
+    own = {**rows[0], "task": "ser", "extra": '{"options": ["glad", "sad"]}'}
+    assert "options: glad, sad: <|audio|>A:" in collator.word(own, rng).prompt

@@ -87,6 +87,13 @@ def test_every_way_to_ask_about_a_clip_gives_the_answer_by_hand(listen: ListenPi
     assert by_hand(listen, QUESTION, [wave(1.5, 9)]) != expected  # a model that hears
 
 
+def test_a_task_says_where_its_clip_stands(listen: ListenPipeline, wav_files: list[str]) -> None:
+    repeat = listen.preprocess(wav_files[0], task="repeat")["text"]
+    assert "Repeat after me in English: <|audio|><|eot|>" in repeat
+    assert "<|end|>\n\n<|audio|><|eot|>" in listen.preprocess(wav_files[0], task="response")["text"]
+    assert f"<|audio|>{QUESTION}" in listen.preprocess(wav_files[0], task="asr")["text"]
+
+
 def test_several_clips_and_their_order_matter(listen: ListenPipeline, wav_files: list[str]) -> None:
     clips = [wave(0.5, 0), wave(1.1, 1)]
     result = listen({"audio": wav_files[:2], "text": QUESTION}, **NEW)
