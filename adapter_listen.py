@@ -1,4 +1,4 @@
-"""Adapter checkpoints over frozen backbones: attach, save, load, name, switch and disable."""
+"""Checkpoints of what learns over frozen backbones, and adapters in them: attach, save, load, name, switch, disable."""
 
 import copy
 import hashlib
@@ -32,11 +32,12 @@ _SHAPE_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 _LORA_FIELDS = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora")
 
 
-class AdapterMixin:
-    """Loading and saving for a `PreTrainedModel` that holds backbones, `adapters` and a `ListenConfig`.
+class FrozenBackbonesMixin:
+    """Loading and saving for a `PreTrainedModel` whose frozen backbones have checkpoints of their own.
 
     With `config.base_models` set, checkpoints hold what learns and the names, revisions and fingerprints of the
-    backbones; without, they hold everything.
+    backbones; without, they hold everything. The model provides `frozen_backbones()` and `freeze()`, and its
+    constructor takes `init_backbones`.
     """
 
     # ------------------------------------------------------------------ loading
@@ -74,9 +75,7 @@ class AdapterMixin:
         else:
             model, info = super().from_pretrained(source, *args, config=config, output_loading_info=True, **kwargs)
         _refuse_missing(source, info)
-        if config.lora_config:
-            model._attach_lora(config.lora_config)
-            model._load_lora(source, hub)
+        model._load_further(source, hub)
         model.freeze()
         return (model, info) if wants_info else model
 
@@ -95,26 +94,27 @@ class AdapterMixin:
 
     @classmethod
     def from_backbones(cls, config: PreTrainedConfig, **kwargs: Any) -> Any:
-        """A fresh adapter over the pretrained backbones that `config.base_models` names.
-
-        Prompt values start at the mean of the LLM's input embeddings, as in the authors' code.
+        """A model whose backbones are those that `config.base_models` names; what learns is fresh.
 
         Args:
-            config: A `ListenConfig` with `base_models`, see `ListenConfig.from_backbones`.
+            config: A config with `base_models`, see its `from_backbones`.
             **kwargs: `dtype`, `device_map`, `quantization_config`, `attn_implementation` for the backbones.
 
         Raises:
             ValueError: `config.base_models` is None.
         """
         if not config.base_models:
-            raise ValueError("config.base_models is None; name the backbones with ListenConfig.from_backbones(...)")
+            raise ValueError(f"config.base_models is None; make it with {type(config).__name__}.from_backbones(...)")
         model = cls(copy.deepcopy(config), init_backbones=False)
         model.load_backbones(**kwargs)
-        embedding = model.get_input_embeddings().weight.detach()
-        for adapter in model.adapters.values():
-            if adapter.prompt_pool is not None:
-                adapter.prompt_pool.initialize_values(embedding)
+        model._start_fresh()
         return model.eval()
+
+    def _start_fresh(self) -> None:
+        """Set what a fresh model takes from its backbones."""
+
+    def _load_further(self, source: str, hub: dict[str, Any]) -> None:
+        """Load what a checkpoint holds beside the weights that the constructor makes room for."""
 
     def load_backbones(
         self, dtype: Any = "auto", device_map: Any = None, quantization_config: Any = None, **kwargs: Any
@@ -140,12 +140,13 @@ class AdapterMixin:
         self._after_attaching(device_map)
 
     def _after_attaching(self, device_map: Any) -> None:
-        if getattr(self.language_model, "hf_device_map", None):
-            places = self.language_model.hf_device_map.items()
+        language_model = getattr(self, "language_model", None)
+        if getattr(language_model, "hf_device_map", None):
+            places = language_model.hf_device_map.items()
             self.hf_device_map = {f"language_model.{name}".rstrip("."): place for name, place in places}
             self.hf_device_map[""] = _main_device(device_map)
-        if self.can_generate() and self.language_model.generation_config is not None:
-            self.generation_config = copy.deepcopy(self.language_model.generation_config)
+        if self.can_generate() and language_model.generation_config is not None:
+            self.generation_config = copy.deepcopy(language_model.generation_config)
         self.post_init()  # what it collects from the children has to be collected again
         self._keys_to_ignore_on_save = set(self._keys_to_ignore_on_save or ()) | self._frozen_keys()
         self.freeze()
@@ -172,7 +173,7 @@ class AdapterMixin:
             ValueError: `save_full` with an unmerged LoRA, whose base weights have other names.
         """
         bases, ignored = self.config.base_models, self._keys_to_ignore_on_save
-        if save_full and self.config.lora_config:
+        if save_full and getattr(self.config, "lora_config", None):
             raise ValueError("save_full=True with a LoRA: merge it into the LLM, or save the adapter alone")
         if save_full:
             self.config.base_models, self._keys_to_ignore_on_save = None, (ignored or set()) - self._frozen_keys()
@@ -191,9 +192,25 @@ class AdapterMixin:
             path = os.path.abspath(path)
             inside = path.startswith(folder + os.sep)
             spec["base_model_name_or_path"] = f"./{os.path.relpath(path, folder)}" if inside else path
-        if name not in self.config.trainable:
+        if name in dict(self.frozen_backbones()):
             spec.setdefault("fingerprint", fingerprint(getattr(self, name)))
         return spec
+
+
+class AdapterMixin(FrozenBackbonesMixin):
+    """Several adapters over the same backbones, LoRA on the LLM, and counts of what learns."""
+
+    def _start_fresh(self) -> None:
+        """Prompt values start at the mean of the LLM's input embeddings, as in the authors' code."""
+        embedding = self.get_input_embeddings().weight.detach()
+        for adapter in self.adapters.values():
+            if adapter.prompt_pool is not None:
+                adapter.prompt_pool.initialize_values(embedding)
+
+    def _load_further(self, source: str, hub: dict[str, Any]) -> None:
+        if self.config.lora_config:
+            self._attach_lora(self.config.lora_config)
+            self._load_lora(source, hub)
 
     # ------------------------------------------------------------------ several adapters
 
@@ -484,4 +501,4 @@ def _count(module: nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
 
-__all__ = ["AdapterMixin", "fingerprint"]
+__all__ = ["AdapterMixin", "FrozenBackbonesMixin", "fingerprint"]
