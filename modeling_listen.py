@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput, TransformersKwargs
 
 from .adapter_listen import AdapterMixin, additive_attention
 from .configuration_listen import BACKBONES, ListenConfig
+from .feature_extraction_listen import ListenFeatureExtractor
 from .generation_listen import PlaceholderBlindProcessors
 from .modeling_beats import BeatsModel
 from .modeling_connector import WindowQFormer
@@ -24,15 +25,12 @@ from .outputs_listen import AudioEmbeddings, EncodedAudio, ListenModelOutput, Li
 from .pipeline_listen import ListenPipeline  # noqa: F401 (checkpoints carry the files that are imported here)
 
 BASE_ADAPTER = "__base__"
-_PREFILL_ONLY = (
-    "speech_hidden_states",
-    "speech_hidden_states_mask",
-    "audio_hidden_states",
-    "audio_hidden_states_mask",
-    "task_ids",
-    "adapter_names",
-    "query_mask",
-)
+_ENCODED = tuple(EncodedAudio.__annotations__)
+_AUDIO_INPUTS = (*ListenFeatureExtractor.model_input_names, *_ENCODED)
+_CHOICES = ("query_mask", "task_ids", "adapter_names")
+_PREFILL_ONLY = (*_ENCODED, *_CHOICES)
+# what `_merge` turns into embeddings, beside `input_ids` and `labels`
+_MERGED = (*_AUDIO_INPUTS, *_CHOICES, "attention_mask", "position_ids", "inputs_embeds")
 _FORWARDED = frozenset(TransformersKwargs.__annotations__) | {"return_dict"}
 
 
@@ -419,13 +417,13 @@ class ListenModel(ListenPreTrainedModel):
     def _merge(
         self,
         input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        labels: torch.Tensor | None,
-        query_mask: torch.Tensor | None,
-        task_ids: torch.Tensor | None,
-        adapter_names: list[str] | None,
+        inputs_embeds: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        query_mask: torch.Tensor | None = None,
+        task_ids: torch.Tensor | None = None,
+        adapter_names: list[str] | None = None,
         **audio: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, PromptOutput | None]:
         """Embeddings, position ids and picked prompts of a forward pass."""
@@ -450,48 +448,19 @@ class ListenModel(ListenPreTrainedModel):
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        input_features: torch.FloatTensor | None = None,
-        input_features_mask: torch.LongTensor | None = None,
-        input_values: torch.FloatTensor | None = None,
-        input_values_mask: torch.LongTensor | None = None,
-        speech_hidden_states: torch.FloatTensor | None = None,
-        speech_hidden_states_mask: torch.LongTensor | None = None,
-        audio_hidden_states: torch.FloatTensor | None = None,
-        audio_hidden_states_mask: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
-        query_mask: torch.LongTensor | None = None,
-        task_ids: torch.LongTensor | None = None,
-        adapter_names: list[str] | None = None,
-        **kwargs: Any,
+        **inputs: Any,
     ) -> ListenModelOutput:
         """Hidden states of the LLM for text, audio and prompts; the arguments are those of
         `ListenForConditionalGeneration.forward`."""
+        kwargs = {name: value for name, value in inputs.items() if name not in _MERGED}
         _check_kwargs(kwargs)
-        embeds, position_ids, prompts = self._merge(
-            input_ids=input_ids,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            labels=None,
-            query_mask=query_mask,
-            task_ids=task_ids,
-            adapter_names=adapter_names,
-            input_features=input_features,
-            input_features_mask=input_features_mask,
-            input_values=input_values,
-            input_values_mask=input_values_mask,
-            speech_hidden_states=speech_hidden_states,
-            speech_hidden_states_mask=speech_hidden_states_mask,
-            audio_hidden_states=audio_hidden_states,
-            audio_hidden_states_mask=audio_hidden_states_mask,
-        )
+        merged = {name: value for name, value in inputs.items() if name in _MERGED}
+        embeds, position_ids, prompts = self._merge(input_ids, **merged)
         outputs = self.language_model.base_model(
             inputs_embeds=embeds,
-            attention_mask=attention_mask,
+            attention_mask=merged.get("attention_mask"),
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
@@ -709,18 +678,6 @@ class ListenForConditionalGeneration(ListenModel, GenerationMixin):
             return processors
         pad = generation_config.pad_token_id
         return PlaceholderBlindProcessors(processors, placeholders, pad)
-
-
-_AUDIO_INPUTS = (
-    "input_features",
-    "input_features_mask",
-    "input_values",
-    "input_values_mask",
-    "speech_hidden_states",
-    "speech_hidden_states_mask",
-    "audio_hidden_states",
-    "audio_hidden_states_mask",
-)
 
 
 def chunk_rows(lengths: torch.Tensor, is_audio: torch.Tensor) -> torch.Tensor:

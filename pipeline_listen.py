@@ -31,7 +31,6 @@ _GENERATE_INPUTS = (
 )
 _GENERATE = (*(name for name in vars(GenerationConfig()) if not name.startswith("_")), *_GENERATE_INPUTS)
 _KEYWORDS = (*_PREPROCESS, *_FORWARD, *_POSTPROCESS, "generate_kwargs")
-_AUDIO = ("input_features", "input_features_mask", "input_values", "input_values_mask")
 
 
 class ListenPipeline(Pipeline):
@@ -228,7 +227,9 @@ class ListenPipeline(Pipeline):
 
     def _pick(self, inputs: dict[str, Any], adapter_names: list[str] | None) -> tuple[dict[str, Any], list[list[dict]]]:
         """The prompts of each row, and inputs in which encoder frames stand for features: encoded once for both."""
-        audio = {name: inputs.pop(name) for name in _AUDIO if name in inputs}
+        audio = {
+            name: inputs.pop(name) for name in self.processor.feature_extractor.model_input_names if name in inputs
+        }
         if audio:
             inputs.update(
                 {name: value for name, value in self.model.encode_audio(**audio).items() if value is not None}
