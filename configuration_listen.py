@@ -12,11 +12,19 @@ from .configuration_beats import BeatsConfig
 STRATEGIES = ("similarity", "attention", "residual", "fixed", "random", "task")
 QUERY_STRATEGIES = ("similarity", "attention", "residual")
 KEY_LOSSES = ("distance", "similarity")
-CONNECTORS = ("window_qformer",)
+CONNECTORS = ("window_qformer", "conv_rotary")
 SPEECH_ENCODERS = ("whisper",)
 BACKBONES = {"speech_encoder": "speech_config", "audio_encoder": "audio_config", "language_model": "text_config"}
 TRAINABLE = ("adapter", "connector", "prompt_pool", "speech_encoder", "audio_encoder")
 
+# the kind of connector that alone reads a field
+_FIELDS_OF_CONNECTORS = {
+    "window_seconds": "window_qformer",
+    "num_queries": "window_qformer",
+    "embedding_seconds": "conv_rotary",
+    "kernel_size": "conv_rotary",
+}
+_LAYERS_OF_CONNECTORS = {"window_qformer": 2, "conv_rotary": 1}
 _MODEL_FILE = "modeling_listen.ListenForConditionalGeneration"
 _AUTO_MAP = {
     "AutoConfig": "configuration_listen.ListenConfig",
@@ -43,21 +51,28 @@ class _StrictConfig(PreTrainedConfig):
 
 
 class ListenConnectorConfig(_StrictConfig):
-    """The window-level Q-Former (SALMONN, arXiv 2310.13289, sec. 3): encoder frames to audio embeddings.
+    """What makes audio embeddings out of encoder frames: a window-level Q-Former, or a convolution and a rotary layer.
 
     Args:
-        type: Kind of connector, `"window_qformer"`.
-        window_seconds: Time that one window holds, rounded to whole frames of the speech encoder: a third of a second
-            is 17 frames of 20 ms, SALMONN's `round(1500 * 0.333333 / 30)`.
-        num_queries: Learned queries, hence audio embeddings, of each window.
-        hidden_size: Width of the Q-Former.
-        num_hidden_layers: Its layers; each has cross-attention to the window's frames.
+        type: `"window_qformer"` (SALMONN, arXiv 2310.13289, sec. 3) or `"conv_rotary"` (SpeechEmotionLlama,
+            arXiv 2410.01162).
+        window_seconds: Of the Q-Former: time that one window holds, rounded to whole frames of the speech encoder: a
+            third of a second is 17 frames of 20 ms, SALMONN's `round(1500 * 0.333333 / 30)`.
+        num_queries: Of the Q-Former: learned queries, hence audio embeddings, of each window.
+        embedding_seconds: Of `conv_rotary`: time from one audio embedding to the next, a whole number of encoder
+            frames. The paper's 80 ms are a stride of 2 over its frames of 40 ms, and of 4 over frames of 20 ms.
+        kernel_size: Of `conv_rotary`: encoder frames that the convolution sees for one embedding; `2 * stride - 1` by
+            default, half of each neighbour's.
+        hidden_size: Width of its layers.
+        num_hidden_layers: Transformer layers; 2 in the Q-Former, each with cross-attention to the window's frames, and
+            1 in `conv_rotary` by default.
         num_attention_heads: Heads of each attention; divides `hidden_size`.
         intermediate_size: Width of its feed-forward layers.
         dropout: Dropout on its hidden states and attention weights while training.
 
     Raises:
-        ValueError: an unknown field, an unknown `type`, a size below 1, or heads that do not divide the width.
+        ValueError: an unknown field, an unknown `type`, a field that the type does not read, a size below 1, or heads
+            that do not divide the width.
     """
 
     model_type = "listen_connector"
@@ -65,8 +80,10 @@ class ListenConnectorConfig(_StrictConfig):
     type: str = "window_qformer"
     window_seconds: float = 1 / 3
     num_queries: int = 1
+    embedding_seconds: float = 0.08
+    kernel_size: int | None = None
     hidden_size: int = 768
-    num_hidden_layers: int = 2
+    num_hidden_layers: int | None = None
     num_attention_heads: int = 12
     intermediate_size: int = 3072
     dropout: float = 0.1
@@ -75,8 +92,12 @@ class ListenConnectorConfig(_StrictConfig):
         super().__post_init__(**kwargs)
         if self.type not in CONNECTORS:
             raise ValueError(f"connector type={self.type!r} is unknown; choose one of {', '.join(CONNECTORS)}")
-        if self.window_seconds <= 0:
-            raise ValueError(f"connector window_seconds={self.window_seconds} must be above 0")
+        self._check_fields()
+        for name in ("window_seconds", "embedding_seconds"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"connector {name}={getattr(self, name)} must be above 0")
+        if self.num_hidden_layers is None:
+            self.num_hidden_layers = _LAYERS_OF_CONNECTORS[self.type]
         for name in ("num_queries", "hidden_size", "num_hidden_layers", "num_attention_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"connector {name}={getattr(self, name)} must be at least 1")
@@ -94,6 +115,20 @@ class ListenConnectorConfig(_StrictConfig):
         """Encoder frames of `frame_seconds` that one window holds, at least 1."""
         return max(1, round(self.window_seconds / frame_seconds))
 
+    def embedding_frames(self, frame_seconds: float) -> int:
+        """Encoder frames of `frame_seconds` from one embedding of `conv_rotary` to the next, the convolution's stride.
+
+        Raises:
+            ValueError: `embedding_seconds` is no whole number of frames.
+        """
+        frames = self.embedding_seconds / frame_seconds
+        if round(frames) < 1 or abs(frames - round(frames)) > 1e-3:
+            raise ValueError(
+                f"connector embedding_seconds={self.embedding_seconds} is {frames:.3f} frames of the speech encoder, "
+                f"which come every {frame_seconds} s; choose a multiple of that"
+            )
+        return round(frames)
+
     def num_embeddings(self, frames: int, frame_seconds: float) -> int:
         """Audio embeddings that this connector makes of one chunk.
 
@@ -101,8 +136,16 @@ class ListenConnectorConfig(_StrictConfig):
             frames: Real frames of the chunk, after the encoders.
             frame_seconds: Time from one frame to the next.
         """
+        if self.type == "conv_rotary":
+            return -(-frames // self.embedding_frames(frame_seconds))
         windows = -(-frames // self.window_frames(frame_seconds))
         return windows * self.num_queries
+
+    def _check_fields(self) -> None:
+        for name, reader in _FIELDS_OF_CONNECTORS.items():
+            value = getattr(self, name)
+            if reader != self.type and value != type(self).__dataclass_fields__[name].default:
+                raise ValueError(f"connector {name}={value} is read by type={reader!r} alone, not by {self.type!r}")
 
 
 class ListenPromptPoolConfig(_StrictConfig):

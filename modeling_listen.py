@@ -19,12 +19,14 @@ from .feature_extraction_listen import ListenFeatureExtractor
 from .generation_listen import PlaceholderBlindProcessors
 from .modeling_beats import BeatsModel
 from .modeling_connector import WindowQFormer
+from .modeling_conv_rotary import ConvRotary
 from .modeling_prompt_pool import ListenPromptPool, PromptSelection
 from .modeling_speech_encoder import ListenWhisperEncoder
 from .outputs_listen import AudioEmbeddings, EncodedAudio, ListenModelOutput, ListenOutput, PromptOutput
 from .pipeline_listen import ListenPipeline  # noqa: F401 (checkpoints carry the files that are imported here)
 
 BASE_ADAPTER = "__base__"
+_CONNECTORS = {"window_qformer": WindowQFormer, "conv_rotary": ConvRotary}
 _ENCODED = tuple(EncodedAudio.__annotations__)
 _AUDIO_INPUTS = (*ListenFeatureExtractor.model_input_names, *_ENCODED)
 _CHOICES = ("query_mask", "task_ids", "adapter_names")
@@ -41,7 +43,7 @@ class ListenAdapter(nn.Module):
         super().__init__()
         audio_width = config.audio_config.hidden_size if config.audio_config is not None else 0
         text_width = config.text_config.hidden_size
-        self.connector = WindowQFormer(
+        self.connector = _CONNECTORS[connector.type](
             connector, config.speech_config.hidden_size, audio_width, text_width, config.frame_seconds
         )
         self.prompt_pool = ListenPromptPool(pool, text_width) if pool is not None else None
