@@ -63,7 +63,7 @@ def build_language_model(options: argparse.Namespace) -> dict[str, float]:
     tokenizer = build_tokenizer()
     model = eager(make_language_model(tokenizer))
     durations = measure_durations(seed=options.seed, num_workers=options.workers)
-    for seed, steps, learning_rate in ((options.seed, 2400, 2e-3), (options.seed + 100, 1400, 1.2e-3)):
+    for seed, steps, learning_rate in ((options.seed, 2400, 2e-3), (options.seed + 100, 1500, 1.2e-3)):
         scores = train_language_model(
             model, tokenizer, durations, seed, scaled(steps, options), learning_rate, easy_start=seed == options.seed
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 from tqdm.auto import trange
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tiny_backbones.soft_text import ExampleWriter, SoftBatch, collate
+from tiny_backbones.aligned_text import AlignedExampleWriter
+from tiny_backbones.soft_text import ExampleWriter, SoftBatch, collate, write_row
 
 
 def make_language_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -60,14 +62,15 @@ def train_language_model(
     With `easy_start` the first half of the steps leads from clean words to full difficulty.
     """
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    writer = ExampleWriter(durations, rng)
+    writer = AlignedExampleWriter(durations, rng)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_schedule(step, steps, warmup=100))
+    batches = length_batches(writer, tokenizer, batch_size)
     bar = trange(steps, desc="language model")
     for step in bar:
         if easy_start:
             writer.difficulty = min(1.0, max(0.0, step / steps - 0.12) / 0.38)
-        batch = collate([writer.draw() for _ in range(batch_size)], tokenizer, rng)
+        batch = next(batches)
         with torch.autocast("cpu", torch.bfloat16):
             loss = response_loss(model, batch, generator)
         loss.backward()
@@ -82,17 +85,28 @@ def train_language_model(
     return score_language_model(model, tokenizer, durations, seed=seed + 2, examples_per_task=400)
 
 
+def length_batches(
+    writer: ExampleWriter, tokenizer: PreTrainedTokenizerFast, batch_size: int, pool: int = 10
+) -> Iterator[SoftBatch]:
+    """Endless batches; `pool` of them are drawn at once and share out their rows by length, so that few are padded."""
+    while True:
+        rows = [write_row(writer.draw(), tokenizer, writer.rng) for _ in range(pool * batch_size)]
+        rows.sort(key=len)
+        for number in writer.rng.permutation(pool):
+            yield collate(rows[number * batch_size : (number + 1) * batch_size])
+
+
 @torch.no_grad()
 def score_language_model(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, durations: dict[str, float], seed: int,
     examples_per_task: int = 64,
 ) -> dict[str, float]:  # fmt: skip
     """Share of fresh examples whose whole response has the highest probability token by token, for each task."""
-    writer = ExampleWriter(durations, np.random.default_rng(seed))
+    writer = AlignedExampleWriter(durations, np.random.default_rng(seed))
     generator, scores = torch.Generator().manual_seed(seed), Counter()
     model.eval()
     for task in writer.tasks:
-        batch = collate([writer.draw(task) for _ in range(examples_per_task)], tokenizer, writer.rng)
+        batch = collate([write_row(writer.draw(task), tokenizer, writer.rng) for _ in range(examples_per_task)])
         mask = torch.from_numpy(batch.attention_mask)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(

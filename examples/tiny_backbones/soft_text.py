@@ -28,6 +28,7 @@ TASK_SHARES = {"asr": 0.17, "sqa": 0.17, "en2zh": 0.17, "er": 0.08, "acap": 0.12
 CLIP_END = "\n"  # what the chat template writes after a clip
 
 Position = list[tuple[str, float]]  # weighted words at one position
+Row = list[tuple[list[tuple[int, float]], float, bool]]  # weighted ids, noise level, is response: of every position
 
 
 @dataclass
@@ -57,8 +58,10 @@ class ExampleWriter:
 
     def draw(self, task: str | None = None) -> Example:
         """Draw an example of `task`, or of a random one."""
-        task = task or str(self.rng.choice(list(self.tasks), p=np.array([*self.tasks.values()])))
-        return getattr(self, f"_draw_{task}")()
+        return getattr(self, f"_draw_{task or self._any_task()}")()
+
+    def _any_task(self) -> str:
+        return str(self.rng.choice(list(self.tasks), p=np.array([*self.tasks.values()])))
 
     def _draw_asr(self) -> Example:
         if self.rng.random() < 0.12:  # any words in any order: learn to copy, not only to know the grammar
@@ -113,7 +116,10 @@ class ExampleWriter:
     def _example(self, task: str, clips: list[list[Position]], response: str, question: str | None = None) -> Example:
         wording = get_task(task).instruction(question, rng=random.Random(int(self.rng.integers(2**31))))
         parts: list[str | list[Position]] = [part for clip in clips for part in (clip, CLIP_END)]
-        return Example(task, [*parts, wording], response, self.difficulty * self.rng.uniform(0.0, 0.6))
+        return Example(task, [*parts, wording], response, self._noise())
+
+    def _noise(self) -> float:
+        return self.difficulty * self.rng.uniform(0.0, 0.6)
 
     # clips ------------------------------------------------------------------------------------------------------
 
@@ -205,15 +211,9 @@ class SoftBatch:
     labels: np.ndarray
 
 
-def collate(
-    examples: list[Example], tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator, depth: int = 12
-) -> SoftBatch:
-    """Left-pad `examples`: `k` random vectors for prompts, BOS, the user's turn, the response.
-
-    Noise levels are relative to the usual size of an embedding; a position of noise alone has no ids.
-    """
-    rows = [_row(example, tokenizer, rng) for example in examples]
-    length = -(-max(len(row) for row in rows) // 16) * 16
+def collate(rows: list[Row], depth: int = 12) -> SoftBatch:
+    """Left-pad `rows` of at most `depth` weighted ids a position."""
+    length = -(-max(len(row) for row in rows) // 8) * 8
     shape = (len(rows), length)
     batch = SoftBatch(
         ids=np.zeros((*shape, depth), np.int64),
@@ -234,12 +234,13 @@ def collate(
     return batch
 
 
-def _row(
-    example: Example, tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator
-) -> list[tuple[list[tuple[int, float]], float, bool]]:
-    """(weighted ids, noise level, is response) of every position."""
+def write_row(example: Example, tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator) -> Row:
+    """`k` random vectors for prompts, BOS, the user's turn, the response.
 
-    def hard(text: str, is_label: bool = False) -> list[tuple[list[tuple[int, float]], float, bool]]:
+    Noise levels are relative to the usual size of an embedding; a position of noise alone has no ids.
+    """
+
+    def hard(text: str, is_label: bool = False) -> Row:
         ids = tokenizer(text, add_special_tokens=False).input_ids if text else []
         return [([(token, 1.0)], 0.0, is_label) for token in ids]
 

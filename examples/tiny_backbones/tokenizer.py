@@ -7,8 +7,8 @@ import string
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from listen.data.corpus import grammar, prosody, sounds, speakers
-from listen.data.tasks import wordings
+from listen.data.corpus import grammar, prosody, responses, sounds, speakers
+from listen.data.tasks import get_task, wordings
 
 SPACE = "▁"
 SPECIAL_TOKENS = (
@@ -71,7 +71,8 @@ def _words() -> list[str]:
     texts = [*grammar.spoken_words(), *prosody.EMOTIONS, *sounds.PHRASES.values(), "and then while yes no voice"]
     texts += [*speakers.ACCENTS, *speakers.TIMBRES, *speakers.SIZES, *speakers.REGISTERS, *wordings()]
     texts += [wording for pair in grammar.QUESTIONS.values() for wording in pair]
+    texts += [*responses.response_words(), *get_task("ser").labels]
     cleaned = " ".join(texts).replace("{", " ").replace("}", " ")
-    for mark in "?.,:":
+    for mark in "?!.,:":
         cleaned = cleaned.replace(mark, " ")
-    return sorted({SPACE + word for word in cleaned.split() if len(word) > 1} | {SPACE + "a"})
+    return sorted({SPACE + word for word in cleaned.split() if len(word) > 1} | {SPACE + "a", SPACE + "i"})

@@ -1,0 +1,65 @@
+"""What a listener answers to a sentence of the corpus, and how a caption tells of it: both depend on the emotion.
+
+A text model that is trained on these answers shows, in miniature, what SpeechEmotionLlama (arXiv 2410.01162) asks of a
+large one: the same words draw another answer when `<sad>` stands before them than when `<happy>` does.
+"""
+
+from __future__ import annotations
+
+from ..tasks import tagged_text
+from .grammar import Sentence
+
+OPENINGS = {
+    "neutral": "i see.",
+    "happy": "that is wonderful!",
+    "sad": "that must be hard.",
+    "angry": "please calm down.",
+    "fearful": "do not be afraid.",
+}
+_ABOUT_OBJECTS = {
+    "neutral": "so the {person} {action} the {colour} {object}.",
+    "happy": "the {person} must love that {colour} {object}!",
+    "sad": "do you miss the {colour} {object}?",
+    "angry": "we will talk to the {person} about the {object}.",
+    "fearful": "you are safe here, and so is the {person}.",
+}
+_ABOUT_NUMBERS = {
+    "neutral": "so the number is {number}.",
+    "happy": "{number} must be a lucky number!",
+    "sad": "does number {number} bring back memories?",
+    "angry": "we will talk to the {person} about number {number}.",
+    "fearful": "nobody will call number {number} now.",
+}
+
+
+def respond(sentence: Sentence, emotion: str | None) -> str:
+    """The answer to `sentence` in the voice of `emotion`; without one, the answer to a neutral voice.
+
+    Raises:
+        KeyError: the corpus has no such emotion.
+    """
+    emotion = emotion or "neutral"
+    about = _ABOUT_NUMBERS if "number" in sentence.facts else _ABOUT_OBJECTS
+    return f"{OPENINGS[emotion]} {about[emotion].format(**sentence.facts)}"
+
+
+def describe(sentence: Sentence, emotion: str | None) -> str:
+    """A caption of the scene in which `sentence` is said in the voice of `emotion`, if that is known."""
+    facts = sentence.facts
+    said = f"{facts['call']} number {facts['number']}" if "number" in facts else (
+        f"{facts['action']} the {facts['colour']} {facts['object']}"
+    )  # fmt: skip
+    return f"{article(emotion)} person says that the {facts['person']} {said}"
+
+
+def article(emotion: str | None) -> str:
+    """`a sad`, `an angry`; `a` without an emotion."""
+    if not emotion:
+        return "a"
+    return f"an {emotion}" if emotion[0] in "aeiou" else f"a {emotion}"
+
+
+def response_words() -> list[str]:
+    """Words and tags that responses and captions hold beside those of the sentences, for a tokenizer."""
+    texts = [*OPENINGS.values(), *_ABOUT_OBJECTS.values(), *_ABOUT_NUMBERS.values(), "a an person says that the"]
+    return [*texts, *(tagged_text("", emotion) for emotion in OPENINGS)]
