@@ -44,6 +44,11 @@ DIGITS = {
     "eight": "八", "nine": "九",
 }  # fmt: skip
 
+_FACT_TABLES: dict[str, dict[str, object]] = {
+    "person": PERSONS, "quality": ADJECTIVES, "action": VERBS, "colour": COLOURS, "object": OBJECTS, "place": PLACES,
+    "time": TIMES, "call": CALLS,
+}  # fmt: skip
+
 NUMBER_SHARE = 0.25
 QUESTIONS = {
     "person": ("who {verb} something?", "who is it about?"),
@@ -113,6 +118,27 @@ def draw_question(sentence: Sentence, rng: np.random.Generator) -> tuple[str, st
     return wording.format(verb=verb, **sentence.facts), answer
 
 
+def parse_sentence(text: str) -> Sentence:
+    """The sentence, with translation and facts, that was drawn as `text`.
+
+    Raises:
+        ValueError: the grammar does not write `text`.
+    """
+    facts = {name: found for name, table in _FACT_TABLES.items() if (found := _first_of(table, text))}
+    digits = [word for word in text.split() if word in DIGITS]
+    if digits:
+        facts["number"] = " ".join(digits)
+    needed = {"call", "number"} if digits else {"action", "colour", "object"}
+    if not needed | {"person"} <= facts.keys():
+        raise ValueError(f"{text!r} is no sentence of the corpus: of {sorted(needed | {'person'})} it has {facts}")
+    english, chinese = (_number_predicate if digits else _object_predicate)(facts)
+    return _frame(facts, english, chinese, time_first=text.startswith(facts.get("time", "the ")))
+
+
+def _first_of(table: dict[str, object], text: str) -> str | None:
+    return next((phrase for phrase in table if f" {phrase} " in f" {text} "), None)
+
+
 def spoken_words() -> list[str]:
     """Every word that a sentence can hold, sorted."""
     tables = (PERSONS, ADJECTIVES, VERBS, COLOURS, OBJECTS, PLACES, TIMES, CALLS, DIGITS)
@@ -122,11 +148,14 @@ def spoken_words() -> list[str]:
 
 def _object_sentence(slots: dict[str, str], rng: np.random.Generator) -> Sentence:
     facts = {**slots, "action": _pick(rng, VERBS), "colour": _pick(rng, COLOURS), "object": _pick(rng, OBJECTS)}
+    return _frame(facts, *_object_predicate(facts), time_first=rng.random() < 0.5)
+
+
+def _object_predicate(facts: dict[str, str]) -> tuple[str, str]:
     article = "an" if facts["colour"][0] in "aeiou" else "a"
     classifier, thing = OBJECTS[facts["object"]]
     english = f"{facts['action']} {article} {facts['colour']} {facts['object']}"
-    chinese = f"{VERBS[facts['action']]}一{classifier}{COLOURS[facts['colour']]}的{thing}"
-    return _frame(facts, english, chinese, time_first=rng.random() < 0.5)
+    return english, f"{VERBS[facts['action']]}一{classifier}{COLOURS[facts['colour']]}的{thing}"
 
 
 def _number_sentence(slots: dict[str, str], rng: np.random.Generator) -> Sentence:
@@ -134,9 +163,12 @@ def _number_sentence(slots: dict[str, str], rng: np.random.Generator) -> Sentenc
     while len(digits) < 3:  # never the same digit twice in a row
         digits.append(_pick(rng, [digit for digit in DIGITS if digit != digits[-1]]))
     facts = {**slots, "call": _pick(rng, CALLS), "number": " ".join(digits)}
-    english = f"{facts['call']} number {facts['number']}"
-    chinese = f"{CALLS[facts['call']]}号码{''.join(DIGITS[digit] for digit in digits)}"
-    return _frame(facts, english, chinese, time_first=True)
+    return _frame(facts, *_number_predicate(facts), time_first=True)
+
+
+def _number_predicate(facts: dict[str, str]) -> tuple[str, str]:
+    digits = "".join(DIGITS[digit] for digit in facts["number"].split())
+    return f"{facts['call']} number {facts['number']}", f"{CALLS[facts['call']]}号码{digits}"
 
 
 def _frame(facts: dict[str, str], english: str, chinese: str, time_first: bool) -> Sentence:

@@ -7,7 +7,7 @@ large one: the same words draw another answer when `<sad>` stands before them th
 from __future__ import annotations
 
 from ..tasks import tagged_text
-from .grammar import Sentence
+from .grammar import Sentence, parse_sentence
 
 OPENINGS = {
     "neutral": "i see.",
@@ -50,6 +50,21 @@ def describe(sentence: Sentence, emotion: str | None) -> str:
         f"{facts['action']} the {facts['colour']} {facts['object']}"
     )  # fmt: skip
     return f"{article(emotion)} person says that the {facts['person']} {said}"
+
+
+def rate_response(answer: str, transcript: str, emotion: str) -> tuple[float, float]:
+    """Rate an answer by the rules that the text model learned: quality and emotion, each from 1 to 10.
+
+    Quality is the share of right words at their places, in the answer that the emotion it shows asks for; an answer
+    that shows none is held to that of a neutral voice. Emotion is 10 where it shows `emotion`, else 1.
+
+    Raises:
+        ValueError: `transcript` is no sentence of the corpus.
+    """
+    shown = next((name for name, opening in OPENINGS.items() if answer.startswith(opening)), None)
+    expected, words = respond(parse_sentence(transcript), shown).split(), answer.split()
+    right = sum(word == wanted for word, wanted in zip(words, expected, strict=False))
+    return 1.0 + 9.0 * right / max(len(expected), len(words)), 10.0 if shown == emotion else 1.0
 
 
 def article(emotion: str | None) -> str:
