@@ -32,6 +32,7 @@ REQUIRED = [
     "accelerate>=1.12",  # devices and processes below transformers' Trainer
     "datasets>=4.4",  # manifests, streaming, cached encoder features
     "pyyaml>=6.0",  # recipes in examples/configs
+    "requests>=2.32",  # LLMs behind an endpoint, with retries; huggingface_hub's client refuses all when offline
     "tensorboard>=2.16",  # default log of losses and pool health
     "rich>=13.7",  # result tables
     "tqdm>=4.66",  # progress bars

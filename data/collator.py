@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ..chat_listen import place_audio
 from .audio import read_clips
@@ -154,16 +155,7 @@ class ListenCollator:
         if start < 0:
             raise ValueError(f"the chat template does not write the response {response!r} as it is; set another one")
         end = start + len(response)
-        return prompt, answer[:end] + self._end_of_turn(answer[end:])
-
-    def _end_of_turn(self, tail: str) -> str:
-        tokenizer = self.processor.tokenizer
-        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        found = [(tail.index(token), token) for token in special if token in tail]
-        if not found:
-            return tokenizer.eos_token
-        position, token = min(found)
-        return tail[:position] + token
+        return prompt, answer[:end] + end_of_turn(self.processor.tokenizer, answer[end:])
 
     def _prompt_inputs(
         self, rows: Sequence[Mapping[str, Any]], examples: Sequence[Example], num_prompts: int
@@ -211,6 +203,16 @@ class ListenCollator:
 
     def _rounded(self, length: int) -> int:
         return -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase, tail: str) -> str:
+    """What a chat template writes behind a response, `tail`, up to the first special token; EOS where there is none."""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    found = [(tail.index(token), token) for token in special if token in tail]
+    if not found:
+        return tokenizer.eos_token
+    position, token = min(found)
+    return tail[:position] + token
 
 
 def _round_frames(inputs: Mapping[str, Any], names: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -22,6 +21,7 @@ from .features import (
     write_shard,
     write_store_info,
 )
+from .processes import launched_processes
 
 _Recording = tuple[str, list[dict[str, Any]]]
 
@@ -60,7 +60,7 @@ def precompute_features(
         FeatureStoreError: the folder holds features of other encoders, or an encoder learns.
         ValueError: audio that cannot be read.
     """
-    folder, state = Path(folder), PartialState()
+    folder, state = Path(folder), launched_processes()
     info = store_info(model, processor.feature_extractor, join_silence_seconds)
     if state.is_main_process:
         write_store_info(folder, info)

@@ -8,8 +8,10 @@
 
 from __future__ import annotations
 
+from listen.data.processes import launched_processes
+
 from .evaluator import EvaluationResult, evaluate_model
-from .generate import Prediction, generate_predictions, launched_processes
+from .generate import Prediction, generate_predictions
 from .report import metrics_table, write_report
 from .scoring import TaskScores, score_task
 

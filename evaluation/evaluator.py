@@ -17,9 +17,10 @@ from transformers import PreTrainedModel, ProcessorMixin
 from listen.analysis import PoolAnalysis, analyse_pool, task_names
 from listen.data.features import FeatureStore
 from listen.data.manifest import extra_fields
+from listen.data.processes import launched_processes
 from listen.data.tasks import get_task
 
-from .generate import Prediction, generate_predictions, launched_processes
+from .generate import Prediction, generate_predictions
 from .report import write_report
 from .scoring import TaskScores, score_task
 

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
-from accelerate import PartialState
-from accelerate.utils import extract_model_from_parallel, gather_object, parse_flag_from_env
+from accelerate.utils import extract_model_from_parallel, gather_object
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -22,6 +21,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from listen.data.collator import ListenCollator
 from listen.data.features import FeatureStore, store_info
+from listen.data.processes import launched_processes
 
 logger = logging.getLogger(__name__)
 
@@ -111,15 +111,6 @@ def generate_predictions(
             bar.update()
     gathered = gather_object(predictions) if state.num_processes > 1 else predictions
     return sorted(gathered, key=lambda prediction: prediction.index)
-
-
-def launched_processes() -> PartialState:
-    """The processes that a launcher started, this one's place among them, and its device.
-
-    accelerate takes processes on the CPU for single ones unless it is told that the CPU is meant.
-    """
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    return PartialState(cpu=on_cpu)
 
 
 def plan_batches(dataset: Dataset, batch_size: int) -> list[list[int]]:

@@ -1,0 +1,238 @@
+"""Text LLMs that answer chats: run here by transformers, or behind any OpenAI-compatible endpoint.
+
+>>> from listen.data.chat_models import LocalChatModel
+>>> llm = LocalChatModel("model_cards/listen-tiny/backbones/language_model")  # doctest: +SKIP
+>>> llm.answer([[{"role": "user", "content": "Hello!"}]])[0].text  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import requests
+import torch
+from requests.adapters import HTTPAdapter, Retry
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..adapter_listen import fingerprint
+from ..chat_listen import DEFAULT_CHAT_TEMPLATE
+from ..placeholders_listen import prepare_padding
+from .collator import end_of_turn
+
+Conversation = Sequence[Mapping[str, str]]
+_RETRIED = (408, 409, 429, 500, 502, 503, 504)
+
+
+class ChatModelError(RuntimeError):
+    """An endpoint that cannot be used at all, as opposed to a request that failed."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said.
+
+    Attributes:
+        text: the answer without special tokens and outer spaces; `None` where the request failed for good.
+        finished: whether it ended by itself and was not cut off at the longest allowed.
+        error: why the request failed.
+    """
+
+    text: str | None
+    finished: bool = True
+    error: str | None = None
+
+
+class ChatModel(Protocol):
+    """Answers chats."""
+
+    def answer(self, conversations: Sequence[Conversation], seed: int = 0) -> list[Answer]:
+        """One answer for each conversation, in order."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Which model it is and how it decodes: the same description, the same answers."""
+        ...
+
+
+class LocalChatModel:
+    """An LLM in this process.
+
+    Prompts are written as the processor of a LiSTEN model over the same LLM writes them: by the LLM's own chat
+    template, or `USER: ...`, `ASSISTANT: ...` for an LLM without one, and with no system prompt of ours.
+
+    Args:
+        name: folder or Hub id of a causal LLM.
+        revision: its commit or tag.
+        dtype: of its weights, such as `bfloat16`; `auto` keeps the checkpoint's.
+        attn_implementation: as in transformers.
+        device: where it runs; the CPU by default.
+        max_new_tokens: longest answer.
+        **decoding: further arguments of `generate`; greedy by default, whatever the checkpoint's own settings.
+
+    Raises:
+        OSError: there is no such model.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        revision: str | None = None,
+        dtype: str = "auto",
+        attn_implementation: str | None = None,
+        device: torch.device | str | None = None,
+        max_new_tokens: int = 256,
+        **decoding: Any,
+    ) -> None:
+        options = {"attn_implementation": attn_implementation} if attn_implementation else {}
+        self.name, self.revision = name, revision
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, revision=revision)
+        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            name, revision=revision, dtype=dtype, **options
+        ).eval()
+        self.model.to(device or "cpu")
+        self.tokenizer.chat_template = self.tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE
+        prepare_padding(self.tokenizer)
+        self.decoding = {"max_new_tokens": max_new_tokens, "do_sample": False, **decoding}
+        if not self.decoding["do_sample"]:  # a checkpoint's settings for sampling would only be warned about
+            self.decoding = {"temperature": None, "top_p": None, "top_k": None, **self.decoding}
+        self._stops = self._stop_ids()
+
+    def _stop_ids(self) -> list[int]:
+        """The tokens that end an answer: those of the checkpoint and the one that its chat template writes."""
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        written = self.tokenizer.apply_chat_template(turns, tokenize=False)
+        end = end_of_turn(self.tokenizer, written[written.rfind("!") + 1 :])
+        known = self.model.generation_config.eos_token_id
+        known = [] if known is None else [known] if isinstance(known, int) else list(known)
+        return list(dict.fromkeys([*known, *self.tokenizer(end, add_special_tokens=False)["input_ids"][-1:]]))
+
+    @torch.no_grad()
+    def answer(self, conversations: Sequence[Conversation], seed: int = 0) -> list[Answer]:
+        """Answer a batch.
+
+        Args:
+            conversations: messages of each; the last one is the user's.
+            seed: of sampling, for the batch.
+
+        Returns:
+            One answer a conversation, in order.
+        """
+        texts = self.tokenizer.apply_chat_template(list(conversations), tokenize=False, add_generation_prompt=True)
+        bos = self.tokenizer.bos_token
+        having_bos = bool(bos) and texts[0].startswith(bos)
+        inputs = self.tokenizer(
+            texts, padding=True, return_tensors="pt", add_special_tokens=not having_bos, return_token_type_ids=False
+        ).to(self.model.device)
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            ids = self.model.generate(
+                **inputs, eos_token_id=self._stops, pad_token_id=self.tokenizer.pad_token_id, **self.decoding
+            )  # (batch, sequence)
+        return [self._read(row) for row in ids[:, inputs["input_ids"].shape[1] :].tolist()]
+
+    def _read(self, ids: list[int]) -> Answer:
+        end = next((place for place, token in enumerate(ids) if token in self._stops), len(ids))
+        text = self.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
+        return Answer(text, finished=end < len(ids))
+
+    def describe(self) -> dict[str, Any]:
+        """Name, revision and a digest of the weights, and how answers are decoded."""
+        return {
+            "model": self.name,
+            "revision": getattr(self.model.config, "_commit_hash", None) or self.revision,
+            "fingerprint": fingerprint(self.model),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "decoding": {name: value for name, value in self.decoding.items() if value is not None},
+        }
+
+
+class EndpointChatModel:
+    """An LLM behind an OpenAI-compatible endpoint (`POST {base_url}/chat/completions`): vLLM, TGI, llama.cpp, ...
+
+    Requests that meet a full or failing server are sent again, after waits that double or that the server asks for.
+    Those that fail for good become answers without a text, so that one bad request ends no long run.
+
+    Args:
+        base_url: up to and including the version, such as `http://localhost:8000/v1`.
+        model: the model's name there.
+        api_key: sent as a bearer token.
+        concurrency: requests under way at a time.
+        max_retries: further attempts of a request.
+        backoff_seconds: wait before the second further attempt; it doubles from there on.
+        timeout: seconds without an answer after which an attempt has failed.
+        max_new_tokens: longest answer.
+        **decoding: further fields of the request; temperature 0 by default.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        api_key: str | None = None,
+        concurrency: int = 8,
+        max_retries: int = 5,
+        backoff_seconds: float = 1.0,
+        timeout: float = 300.0,
+        max_new_tokens: int = 256,
+        **decoding: Any,
+    ) -> None:
+        if concurrency < 1 or max_retries < 0:
+            raise ValueError(f"concurrency={concurrency} must be at least 1 and max_retries={max_retries} at least 0")
+        self.base_url, self.name = base_url.rstrip("/"), model
+        self.concurrency, self.timeout = concurrency, timeout
+        self.decoding = {"max_tokens": max_new_tokens, "temperature": 0.0, **decoding}
+        retry = Retry(
+            total=max_retries, backoff_factor=backoff_seconds, status_forcelist=_RETRIED, allowed_methods={"POST"}
+        )
+        adapter = HTTPAdapter(pool_maxsize=concurrency, max_retries=retry)
+        self._session = requests.Session()
+        self._session.mount("http://", adapter)
+        self._session.mount("https://", adapter)
+        if api_key:
+            self._session.headers["Authorization"] = f"Bearer {api_key}"
+
+    def answer(self, conversations: Sequence[Conversation], seed: int = 0) -> list[Answer]:
+        """Send the conversations, `concurrency` at a time.
+
+        Args:
+            conversations: messages of each.
+            seed: of the first one; each further one has the next. Servers that know no seeds ignore it.
+
+        Returns:
+            One answer a conversation, in order; without a text where it failed.
+
+        Raises:
+            ChatModelError: the endpoint refuses the key, or has no such model or path.
+        """
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            return list(pool.map(self._ask, conversations, range(seed, seed + len(conversations))))
+
+    def _ask(self, conversation: Conversation, seed: int) -> Answer:
+        body = {"model": self.name, "messages": [dict(message) for message in conversation], "seed": seed}
+        try:
+            response = self._session.post(
+                f"{self.base_url}/chat/completions", json={**body, **self.decoding}, timeout=self.timeout
+            )
+            if response.status_code in (401, 403, 404):
+                raise ChatModelError(
+                    f"{self.base_url} answers {response.status_code} for model {self.name!r}: {response.text:.200}; "
+                    "check the URL (up to /v1), the key and the model's name"
+                )
+            response.raise_for_status()
+            choice = response.json()["choices"][0]
+            return Answer(choice["message"]["content"].strip(), finished=choice.get("finish_reason") != "length")
+        except requests.RequestException as error:
+            return Answer(None, error=f"{type(error).__name__}: {error}")
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            return Answer(None, error=f"the response is no chat completion ({type(error).__name__}: {error})")
+
+    def describe(self) -> dict[str, Any]:
+        """Where the model is, its name and how answers are decoded."""
+        return {"model": self.name, "endpoint": self.base_url, "decoding": self.decoding}

@@ -1,0 +1,16 @@
+"""The processes that a launcher started."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+
+
+def launched_processes() -> PartialState:
+    """The processes that a launcher started, this one's place among them, and its device.
+
+    accelerate takes processes on the CPU for single ones unless it is told that the CPU is meant.
+    """
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=on_cpu)
