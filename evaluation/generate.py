@@ -7,21 +7,19 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BytesIO
+from functools import partial
 from typing import Any
 
 import numpy as np
-import soundfile
 import torch
-from accelerate.utils import extract_model_from_parallel, gather_object
+from accelerate.utils import extract_model_from_parallel
 from datasets import Dataset
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from listen.data.collator import ListenCollator
-from listen.data.features import FeatureStore, store_info
-from listen.data.processes import launched_processes
+from listen.data.features import FeatureStore
+
+from .batches import map_rows
 
 logger = logging.getLogger(__name__)
 
@@ -90,9 +88,7 @@ def generate_predictions(
         ValueError: `batch_size` below 1, or a row that cannot be read; the message names it.
         FeatureStoreError: `features` were computed by other encoders or settings, or lack a recording.
     """
-    model, state = extract_model_from_parallel(model), launched_processes()
-    if features is not None:
-        features.check(store_info(model, processor.feature_extractor, join_silence_seconds))
+    model = extract_model_from_parallel(model)
     collator = ListenCollator(
         processor,
         for_generation=True,
@@ -100,40 +96,8 @@ def generate_predictions(
         features=features,
         join_silence_seconds=join_silence_seconds,
     )
-    batches = plan_batches(dataset, batch_size)[state.process_index :: state.num_processes]
-    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collator, num_workers=num_workers)
-    bar = tqdm(total=len(batches), desc="answering", unit="batch", disable=not (progress and state.is_main_process))
-    answers = answer_ids(collator)
-    predictions: list[Prediction] = []
-    with bar, _evaluating(model):
-        for indices, inputs in zip(batches, loader, strict=True):
-            predictions += _answer_batch(model, processor, indices, inputs, answers, generate_kwargs)
-            bar.update()
-    gathered = gather_object(predictions) if state.num_processes > 1 else predictions
-    return sorted(gathered, key=lambda prediction: prediction.index)
-
-
-def plan_batches(dataset: Dataset, batch_size: int) -> list[list[int]]:
-    """Row numbers of each batch: sorted by task, then from long to short, each row exactly once.
-
-    Raises:
-        ValueError: `batch_size` is below 1.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
-    rows = dataset.select_columns(["task", "audio"])
-    lengths = [(row["task"], -sum(map(clip_seconds, row["audio"]))) for row in rows]
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-
-def clip_seconds(clip: Mapping[str, Any]) -> float:
-    """Length of a clip read from its header; 0 where the header is out of reach, as for URLs and mp4."""
-    source = clip["path"] if clip.get("bytes") is None else BytesIO(clip["bytes"])
-    try:
-        return soundfile.info(source).duration
-    except (soundfile.LibsndfileError, OSError):
-        return 0.0  # the length only sorts: an unreadable clip is reported when it is decoded
+    answer = partial(_answer_batch, model, processor, answers=answer_ids(collator), generate_kwargs=generate_kwargs)
+    return map_rows(answer, model, collator, dataset, batch_size, num_workers, progress, description="answering")
 
 
 def answer_ids(collator: ListenCollator) -> tuple[int, int] | None:
@@ -208,14 +172,3 @@ def first_forward(model: PreTrainedModel) -> Iterator[_Prefill]:
         yield prefill
     finally:
         handle.remove()
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)

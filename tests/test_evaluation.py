@@ -19,8 +19,9 @@ from listen.data.collator import ListenCollator
 from listen.data.manifest import load_manifest
 from listen.data.tasks import Task, get_task
 from listen.evaluation import evaluate_model, generate_predictions, metrics_table, score_task
+from listen.evaluation.batches import clip_seconds, plan_batches
 from listen.evaluation.confidence import bootstrap_intervals
-from listen.evaluation.generate import answer_ids, clip_seconds, first_forward, plan_batches
+from listen.evaluation.generate import answer_ids, first_forward
 from listen.evaluation.metrics import ExactMatch, Verification
 from listen.evaluation.scoring import metrics_for
 

@@ -1,0 +1,224 @@
+"""Emotion recognition by prompting, the answer constrained to the classes: the likelihood of every answer is taken."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import extract_model_from_parallel
+from datasets import Dataset
+from scipy.special import softmax
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, ProcessorMixin
+
+from listen.data.collator import ListenCollator
+from listen.data.features import FeatureStore
+from listen.data.manifest import FEATURES, extra_fields
+from listen.data.tasks import get_task
+
+from .batches import map_rows
+from .confidence import bootstrap_intervals
+from .metrics import Classification
+from .metrics.label_parser import plain_words
+
+
+@dataclass
+class EmotionScores:
+    """Emotion recognition of a set of recordings.
+
+    Attributes:
+        classes: the answers that were allowed.
+        truths: class of each recording.
+        log_likelihoods: `(recordings, classes)` natural logarithm of the probability of each answer.
+        values: `accuracy` and `uar`, the mean over the classes that occur of their recall.
+        intervals: 95 % bootstrap intervals of the two.
+    """
+
+    classes: list[str]
+    truths: list[str]
+    log_likelihoods: np.ndarray
+    values: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    @property
+    def answers(self) -> list[str]:
+        """The most likely class of each recording."""
+        return [self.classes[place] for place in self.log_likelihoods.argmax(axis=1)]
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """`(recordings, classes)` probability of each class among the classes."""
+        return softmax(self.log_likelihoods, axis=1)
+
+
+def recognise_emotions(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    dataset: Dataset,
+    classes: Sequence[str] | None = None,
+    num_resamples: int = 1000,
+    **options: Any,
+) -> EmotionScores:
+    """Ask a model for the emotion of every recording and score its constrained answers.
+
+    Args:
+        model: a LiSTEN model.
+        processor: its processor.
+        dataset: rows that know their emotion, see `emotion_rows`.
+        classes: see `emotion_rows`.
+        num_resamples: bootstrap resamples behind the intervals; 0 for none.
+        **options: further arguments of `score_answers`.
+
+    Raises:
+        ValueError: see `emotion_rows` and `score_answers`.
+    """
+    rows = emotion_rows(dataset, classes)
+    names = extra_fields(rows[0])["options"]
+    truths = [names[_place(response[0], names)] for response in rows["response"]]
+    scores = EmotionScores(names, truths, score_answers(model, processor, rows, names, **options))
+    metric = Classification()
+    statistics = metric.row_statistics(scores.answers, scores.truths, labels=names)
+    scores.values = {name: metric.aggregate(statistics)[name] for name in metric.names}
+    if num_resamples:
+        intervals = bootstrap_intervals(metric, statistics, num_resamples)
+        scores.intervals = {name: intervals[name] for name in metric.names}
+    return scores
+
+
+def emotion_rows(dataset: Dataset, classes: Sequence[str] | None = None) -> Dataset:
+    """Rows of the task `ser` for the recordings of a data set, each recording once.
+
+    Args:
+        dataset: rows of `listen.data.manifest`. The emotion is the response of the tasks `ser` and `er`, else the
+            field `emotion`; rows without one are left out.
+        classes: the classes to choose from, which the instruction lists. By default the `options` of the rows where
+            they bring any, else the classes of the task.
+
+    Raises:
+        ValueError: no row knows its emotion, rows bring different `options`, or an emotion is none of the classes.
+    """
+    emotions = [row_emotion(row) for row in dataset]
+    first = {_recording(row["audio"]): i for i, row in reversed(list(enumerate(dataset))) if emotions[i]}
+    kept = sorted(first.values())
+    if not kept:
+        raise ValueError("no row has an emotion: give rows of the task 'ser' or 'er', or a field 'emotion'")
+    rows = dataset.select(kept)
+    names = list(classes or _options(rows))
+    foreign = sorted({emotions[i] for i in kept if _place(emotions[i], names) is None})
+    if foreign:
+        raise ValueError(f"emotions {foreign} are none of the classes {names}; pass classes= that hold them")
+
+    asked = [_ask(row, emotions[i], names) for i, row in zip(kept, rows, strict=True)]
+    return Dataset.from_list(asked, features=FEATURES)
+
+
+def _ask(row: dict[str, Any], emotion: str, classes: list[str]) -> dict[str, Any]:
+    """The row with the question for its emotion in place of its own task."""
+    extra = json.dumps({**extra_fields(row), "options": classes}, ensure_ascii=False)
+    return {**row, "task": "ser", "response": [emotion], "question": None, "instruction": None, "extra": extra}
+
+
+def row_emotion(row: dict[str, Any]) -> str | None:
+    """Emotion of a row, as `emotion_rows` finds it."""
+    return row["response"][0] if row["task"] in ("ser", "er") else extra_fields(row).get("emotion")
+
+
+def _recording(audio: Sequence[dict[str, Any]]) -> tuple:
+    """What tells recordings apart."""
+    return tuple((clip["path"], clip["bytes"]) for clip in audio)
+
+
+def _options(rows: Dataset) -> Sequence[str]:
+    brought = {tuple(extra_fields(row).get("options") or get_task("ser").labels) for row in rows}
+    if len(brought) > 1:
+        raise ValueError(f"the rows bring {len(brought)} different lists of options; pass classes=")
+    return brought.pop()
+
+
+def _place(emotion: str, classes: Sequence[str]) -> int | None:
+    """Place of an emotion among the classes, whatever its case."""
+    words = [plain_words(name) for name in classes]
+    return words.index(plain_words(emotion)) if plain_words(emotion) in words else None
+
+
+def score_answers(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    dataset: Dataset,
+    answers: Sequence[str],
+    features: FeatureStore | None = None,
+    join_silence_seconds: float = 0.0,
+    batch_size: int = 4,
+    num_prompts: int | None = None,
+    num_workers: int = 0,
+    progress: bool = True,
+) -> np.ndarray:
+    """How likely each of the answers is for every row.
+
+    An answer's log-likelihood is the sum over all its tokens, the token that ends the turn among them: the logarithm
+    of the probability that the model gives exactly this answer. So long names are not favoured as they are by a mean
+    over tokens, nor is a name that begins another one. The most likely answer is what decoding that may write nothing
+    but the answers would find with a beam as wide as their number. Answers are written as training writes them.
+
+    Args:
+        model: a LiSTEN model. Its mode is restored afterwards.
+        processor: its processor.
+        dataset: rows of `listen.data.manifest`; their own responses are not read.
+        answers: two or more different texts.
+        features: store of encoder features, used in place of audio.
+        join_silence_seconds: silence between the clips of rows that join them, as in training.
+        batch_size: rows of a batch, in each process; the LLM runs over so many rows for each of the answers.
+        num_prompts: prompts k of each row; by default the processor's.
+        num_workers: processes that read audio ahead, for each process.
+        progress: whether the main process shows a progress bar.
+
+    Returns:
+        `(rows, answers)` natural logarithms, float64.
+
+    Raises:
+        ValueError: fewer than two answers or equal ones, or a row that cannot be read.
+        FeatureStoreError: `features` were computed by other encoders or settings, or lack a recording.
+    """
+    if len(set(answers)) < max(2, len(answers)):
+        raise ValueError(f"answers={list(answers)} must be two or more different texts")
+    model = extract_model_from_parallel(model)
+    collator = ListenCollator(
+        processor,
+        for_generation=True,
+        num_prompts=num_prompts,
+        features=features,
+        join_silence_seconds=join_silence_seconds,
+    )
+    weigh = partial(_score_batch, model, _answer_ids(collator, answers))
+    rows = map_rows(weigh, model, collator, dataset, batch_size, num_workers, progress, description="weighing answers")
+    return np.array(rows, dtype=np.float64)
+
+
+def _answer_ids(collator: ListenCollator, answers: Sequence[str]) -> list[torch.Tensor]:
+    """Ids of each answer with the end of its turn, as the collator writes them in training."""
+    tokenizer = collator.processor.tokenizer
+    texts = [collator.render({"role": "user", "content": "?"}, answer)[1] for answer in answers]
+    return [torch.tensor(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+
+def _score_batch(
+    model: PreTrainedModel, answers: list[torch.Tensor], indices: Sequence[int], inputs: dict[str, Any]
+) -> list[list[float]]:
+    """Log-likelihoods of all answers for each row; the encoders run once a row."""
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items() if name != "rows"}
+    rows, count = len(indices), len(answers)
+    prompt, inputs = model._expand_inputs_for_generation(expand_size=count, **inputs)  # each row once for each answer
+    ids = pad_sequence(answers, batch_first=True, padding_value=0).to(model.device).repeat(rows, 1)
+    is_real = pad_sequence([torch.ones_like(a) for a in answers], batch_first=True).to(model.device).repeat(rows, 1)
+    mask = torch.cat([inputs.pop("attention_mask"), is_real], dim=1)  # (rows * answers, prompt + longest answer)
+    longest = ids.shape[1]
+    logits = model(
+        input_ids=torch.cat([prompt, ids], dim=1), attention_mask=mask, logits_to_keep=longest + 1, **inputs
+    ).logits[:, :-1]  # (rows * answers, longest, vocabulary)
+    chosen = logits.float().log_softmax(-1).gather(-1, ids[..., None])[..., 0]  # (rows * answers, longest)
+    return (chosen * is_real).sum(-1).view(rows, count).tolist()
