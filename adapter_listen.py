@@ -36,8 +36,9 @@ class FrozenBackbonesMixin:
     """Loading and saving for a `PreTrainedModel` whose frozen backbones have checkpoints of their own.
 
     With `config.base_models` set, checkpoints hold what learns and the names, revisions and fingerprints of the
-    backbones; without, they hold everything. The model provides `frozen_backbones()` and `freeze()`, and its
-    constructor takes `init_backbones`.
+    backbones; without, they hold everything. Backbones that `config.learned_backbones` lists, if the config has it,
+    start where `base_models` says and then are part of the checkpoint. The model provides `frozen_backbones()` and
+    `freeze()`, and its constructor takes `init_backbones`, the names of those to build.
     """
 
     # ------------------------------------------------------------------ loading
@@ -59,7 +60,7 @@ class FrozenBackbonesMixin:
             config: A config in place of the checkpoint's.
             backbones: Where backbones now are, in place of what the checkpoint says: a path or id by name.
             **kwargs: As `PreTrainedModel.from_pretrained`; `dtype`, `device_map`, `quantization_config` and
-                `attn_implementation` apply to the backbones, the adapter stays in fp32.
+                `attn_implementation` apply to the frozen backbones, what learns stays in fp32.
 
         Raises:
             ValueError: a learned weight is missing, or a backbone is not the one that the adapter was trained on.
@@ -85,7 +86,7 @@ class FrozenBackbonesMixin:
         quantization = kwargs.pop("quantization_config", None)
         placed = {} if device_map is None else {"device_map": _main_device(device_map)}
         model, info = super().from_pretrained(
-            source, *args, config=config, init_backbones=False, output_loading_info=True, **placed, **kwargs
+            source, *args, config=config, init_backbones=_learned(config), output_loading_info=True, **placed, **kwargs
         )
         passed = {name: kwargs[name] for name in _BACKBONE_KWARGS if name in kwargs}
         dtype = kwargs.get("dtype", "auto")
@@ -105,7 +106,7 @@ class FrozenBackbonesMixin:
         """
         if not config.base_models:
             raise ValueError(f"config.base_models is None; make it with {type(config).__name__}.from_backbones(...)")
-        model = cls(copy.deepcopy(config), init_backbones=False)
+        model = cls(copy.deepcopy(config), init_backbones=())
         model.load_backbones(**kwargs)
         model._start_fresh()
         return model.eval()
@@ -119,20 +120,19 @@ class FrozenBackbonesMixin:
     def load_backbones(
         self, dtype: Any = "auto", device_map: Any = None, quantization_config: Any = None, **kwargs: Any
     ) -> None:
-        """Load each backbone of `config.base_models` with its own `from_pretrained` and attach it, frozen.
+        """Load each backbone of `config.base_models` with its own `from_pretrained` and attach it.
+
+        One that is there already, as a learned one is in a checkpoint, stays as it is. Learned ones are loaded in fp32.
 
         Raises:
             ValueError: a backbone is not the one that the adapter was trained on.
         """
+        options = {**kwargs, "dtype": dtype, "quantization_config": quantization_config}
         for name, spec in self.config.base_models.items():
-            options = {**kwargs, "dtype": dtype, **_spec_kwargs(spec)}
-            if device_map is not None:
-                options["device_map"] = device_map if name == "language_model" else _main_device(device_map)
-            if name == "audio_encoder" and "attn_implementation" in options:
-                options["attn_implementation"] = additive_attention(options["attn_implementation"])
-            if quantization_config is not None and name == "language_model":
-                options["quantization_config"] = quantization_config
-            backbone = _LOADERS[name].from_pretrained(spec["base_model_name_or_path"], **options)
+            if getattr(self, name, None) is not None:
+                continue
+            chosen = _options_of(name, options, device_map, learned=name in _learned(self.config))
+            backbone = _LOADERS[name].from_pretrained(spec["base_model_name_or_path"], **chosen, **_spec_kwargs(spec))
             _check_backbone(name, spec, getattr(self.config, BACKBONES[name]), backbone)
             backbone.config.name_or_path = ""  # base_models alone says where it lies
             setattr(self, name, backbone)
@@ -194,6 +194,8 @@ class FrozenBackbonesMixin:
             spec["base_model_name_or_path"] = f"./{os.path.relpath(path, folder)}" if inside else path
         if name in dict(self.frozen_backbones()):
             spec.setdefault("fingerprint", fingerprint(getattr(self, name)))
+        else:
+            spec.pop("fingerprint", None)  # it learns: the checkpoint holds other weights than those it started with
         return spec
 
 
@@ -232,11 +234,12 @@ class AdapterMixin(FrozenBackbonesMixin):
             adapter_name: Its name.
 
         Raises:
-            ValueError: the name is taken.
+            ValueError: the name is taken, or an encoder learns.
         """
         if hasattr(adapter_config, "peft_type"):
             self._attach_lora(adapter_config, adapter_name)
         else:
+            _refuse_learned(f"adapter {adapter_name!r}", "this model", self.config)
             pool = adapter_config if adapter_config is not None else self.config.prompt_pool_config
             self._add_listen_adapter(adapter_name, self.config.connector_config, pool)
             self.adapters[adapter_name].apply(self._init_weights)
@@ -254,13 +257,16 @@ class AdapterMixin(FrozenBackbonesMixin):
             **kwargs: Hub arguments, or PEFT's for a PEFT checkpoint.
 
         Raises:
-            ValueError: the name is taken, a weight is missing, or the adapter was trained on other backbones.
+            ValueError: the name is taken, a weight is missing, the adapter was trained on other backbones, or an
+                encoder learned together with an adapter, its own or this model's.
         """
         source = os.fspath(peft_model_id)
         hub = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
         if cached_file(source, "adapter_config.json", _raise_exceptions_for_missing_entries=False, **hub):
             return self.language_model.load_adapter(source, adapter_name=adapter_name, **kwargs)
         config = self.config_class.from_pretrained(source, **hub)
+        _refuse_learned(f"adapter {source!r}", "this model", self.config)
+        _refuse_learned("this model", f"adapter {source!r}", config)
         self._check_same_backbones(source, config)
         weights = load_file(cached_file(source, WEIGHTS_FILE, **hub))
         prefix = "adapters.default."
@@ -381,6 +387,39 @@ class AdapterMixin(FrozenBackbonesMixin):
             raise ValueError(f"{source!r} holds other LoRA weights than config.lora_config describes: {odd}")
         self.load_state_dict(state, strict=False)
 
+    # ------------------------------------------------------------------ what learns
+
+    def set_trainable(self, parts: list[str]) -> None:
+        """Change what learns, for instance the speech encoder too after the connector alone.
+
+        Args:
+            parts: As `ListenConfig.trainable`. An encoder among them goes to fp32 and into the checkpoints from now on.
+
+        Raises:
+            ValueError: an unknown part, an encoder that other adapters hear through, or a learned encoder left out,
+                which checkpoints would then take from `base_models`, where it only started.
+        """
+        before = self.config.trainable
+        lost = [name for name in self.config.learned_backbones if name not in parts]
+        if lost and self.config.base_models:
+            raise ValueError(
+                f"trainable={list(parts)} freezes {lost}, which learned; save it on its own "
+                f"(model.{lost[0]}.save_pretrained(folder)) and name that folder as the frozen encoder of a new model"
+            )
+        self.config.trainable = list(parts)
+        try:
+            self.config._check()
+            if len(self.adapters) > 1:
+                _refuse_learned("another adapter", "this model", self.config)
+        except ValueError:
+            self.config.trainable = before
+            raise
+        for name in self.config.learned_backbones:
+            getattr(self, name).float()
+        if self.config.base_models:
+            self._keys_to_ignore_on_save = self._frozen_keys()
+        self.freeze()
+
     # ------------------------------------------------------------------ counting
 
     def parameter_counts(self) -> dict[str, tuple[int, int]]:
@@ -447,6 +486,24 @@ def _locate(
     config.base_models = specs or None
 
 
+def _learned(config: PreTrainedConfig) -> list[str]:
+    return getattr(config, "learned_backbones", [])
+
+
+def _options_of(name: str, options: dict[str, Any], device_map: Any, learned: bool) -> dict[str, Any]:
+    """What of the options for all backbones concerns one of them."""
+    chosen = {key: value for key, value in options.items() if key != "quantization_config"}
+    if device_map is not None:
+        chosen["device_map"] = device_map if name == "language_model" else _main_device(device_map)
+    if name == "audio_encoder" and "attn_implementation" in chosen:
+        chosen["attn_implementation"] = additive_attention(chosen["attn_implementation"])
+    if name == "language_model" and options["quantization_config"] is not None:
+        chosen["quantization_config"] = options["quantization_config"]
+    if learned:
+        chosen["dtype"] = torch.float32
+    return chosen
+
+
 def _spec_kwargs(spec: dict[str, Any]) -> dict[str, Any]:
     chosen = {"revision": spec.get("revision") or "main"}
     return chosen | ({"subfolder": spec["subfolder"]} if spec.get("subfolder") else {})
@@ -476,6 +533,16 @@ def _check_fingerprint(name: str, whose: str, spec: dict[str, Any], other: str, 
             f"{name}: {whose} was trained over weights with fingerprint {want} "
             f"(revision {spec.get('revision') or 'main'!r}), but {other} holds {have}; give the weights that it was "
             "trained on, or drop the fingerprint from base_models in config.json to override"
+        )
+
+
+def _refuse_learned(guest: str, owner: str, config: PreTrainedConfig) -> None:
+    """An encoder that learned with one adapter has moved away from what another was, or would be, trained on."""
+    if config.learned_backbones:
+        raise ValueError(
+            f"{guest} cannot share the {' and '.join(config.learned_backbones)} of {owner}, which learned together "
+            "with its adapter; save it on its own (model.speech_encoder.save_pretrained(folder)) and name that folder "
+            "as the frozen encoder of models that share it"
         )
 
 

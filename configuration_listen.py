@@ -239,7 +239,9 @@ class ListenConfig(PreTrainedConfig):
             "revision": ...}, "audio_encoder": ..., "language_model": ...}`. Set, checkpoints hold the adapter alone
             and loading fetches the backbones; `None`, checkpoints are self-contained. A path that begins with `./`
             is a folder inside the checkpoint.
-        trainable: What learns: `"adapter"` (connector and pool), one of `"connector"`, `"prompt_pool"`, or an encoder.
+        trainable: What learns: `"adapter"` (connector and pool), one of `"connector"`, `"prompt_pool"`, or an encoder:
+            `"speech_encoder"`, `"audio_encoder"`. An encoder that learns is held in fp32 and part of every checkpoint;
+            `base_models` says where it started.
         lora_config: Settings of a PEFT LoRA on the language model, as written by `add_adapter`.
         extra_adapters: Connector and pool settings of adapters beside the default one, by name.
         audio_token_id: Id that marks the place of one audio embedding. May lie above the LLM's vocabulary.
@@ -335,6 +337,11 @@ class ListenConfig(PreTrainedConfig):
     def frame_seconds(self) -> float:
         """Time from one frame of the speech encoder to the next."""
         return speech_frame_seconds(self.speech_config)
+
+    @property
+    def learned_backbones(self) -> list[str]:
+        """Encoders that learn, and therefore are part of every checkpoint."""
+        return [name for name in BACKBONES if name in self.trainable]
 
     @property
     def encoder_width(self) -> int:

@@ -1,6 +1,6 @@
 """LiSTEN (arXiv 2505.18517): frozen encoders and a learned adapter that give a frozen causal LLM ears."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -64,6 +64,12 @@ class ListenPreTrainedModel(AdapterMixin, PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _keep_in_fp32_modules_strict = ["adapters"]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the LLM: what learns is in fp32, whatever the backbones are in."""
+        language_model = getattr(self, "language_model", None)
+        return language_model.dtype if language_model is not None else super().dtype
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -96,11 +102,27 @@ class ListenPreTrainedModel(AdapterMixin, PreTrainedModel):
 
     def freeze(self) -> None:
         """Let exactly `config.trainable`, and LoRA weights on the LLM, require gradients."""
+        constant = self._constant_parameters()
         for name, parameter in self.named_parameters():
             root, *rest = name.split(".")
             group = rest[1] if root == "adapters" else root  # adapters.<name>.<connector or prompt_pool>
             learns = group in self.config.trainable or (root == "adapters" and "adapter" in self.config.trainable)
-            parameter.requires_grad_("lora_" in name or (learns and parameter.is_floating_point()))
+            learns = learns and parameter.is_floating_point() and name not in constant
+            parameter.requires_grad_("lora_" in name or learns)
+
+    def _constant_parameters(self) -> set[str]:
+        """Parameters of learned encoders that nothing trains: sinusoids, and the mask of a SpecAugment that is off.
+
+        Whisper's family keeps its sinusoidal positions as a parameter that it excludes itself; loading forgets that.
+        """
+        constant = set()
+        for name, _ in self.named_parameters():
+            backbone, *path = name.split(".")
+            if backbone in self.config.learned_backbones:
+                masks = getattr(getattr(self, backbone).config, "apply_spec_augment", True)
+                if "embed_positions" in path or ("masked_spec_embed" in path and not masks):
+                    constant.add(name)
+        return constant
 
 
 class ListenModel(ListenPreTrainedModel):
@@ -108,19 +130,22 @@ class ListenModel(ListenPreTrainedModel):
 
     Args:
         config: A `ListenConfig`.
-        init_backbones: Whether to build the backbones; without, they are attached later by `load_backbones`.
+        init_backbones: Backbones to build; the others are attached later by `load_backbones`.
     """
 
-    def __init__(self, config: ListenConfig, init_backbones: bool = True) -> None:
+    def __init__(self, config: ListenConfig, init_backbones: Collection[str] = tuple(BACKBONES)) -> None:
         super().__init__(config)
+        # an instance's own: which encoders learn is a matter of the config
+        self._keep_in_fp32_modules_strict = [*type(self)._keep_in_fp32_modules_strict, *config.learned_backbones]
         self.speech_encoder: nn.Module | None = None
         self.audio_encoder: nn.Module | None = None
         self.language_model: nn.Module | None = None
-        if init_backbones:
+        if "speech_encoder" in init_backbones:
             self.speech_encoder = ListenWhisperEncoder._from_config(config.speech_config)
-            if config.audio_config is not None:
-                attention = additive_attention(config.audio_config._attn_implementation)
-                self.audio_encoder = BeatsModel._from_config(config.audio_config, attn_implementation=attention)
+        if "audio_encoder" in init_backbones and config.audio_config is not None:
+            attention = additive_attention(config.audio_config._attn_implementation)
+            self.audio_encoder = BeatsModel._from_config(config.audio_config, attn_implementation=attention)
+        if "language_model" in init_backbones:
             self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.adapters = nn.ModuleDict()
         for name, (connector, pool) in self.adapter_configs().items():

@@ -49,7 +49,7 @@ class ModelArguments:
         prompt_pool: fields of `ListenPromptPoolConfig` that differ from the preset; `{pool_size: 0}` is a model
             without a pool.
         connector_from: folder or Hub id of a LiSTEN checkpoint whose connector a fresh model starts with.
-        trainable: parts that learn, see `ListenConfig.trainable`.
+        trainable: parts that learn, see `ListenConfig.trainable`; with a checkpoint, in place of what learned before.
         lora: arguments of `peft.LoraConfig` for a LoRA on the LLM.
         pad_to_30s: whether Whisper sees every clip padded to 30 s.
         dtype: type of the frozen backbones, such as `bfloat16`; `auto` keeps what their checkpoints have.
@@ -191,6 +191,8 @@ class ListenTrainingArguments(TrainingArguments):
     """Hugging Face's `TrainingArguments`, with defaults for LiSTEN and a few fields of its own.
 
     Attributes:
+        layerwise_lr_decay: factor between the learning rates of neighbouring layers of a learned encoder, from that of
+            the connector down to the encoder's input; 1 gives all the same rate.
         min_prompts: least k that training draws for a batch; the most is the pool's `num_prompts`. It takes effect
             while the pool is `stochastic`.
         generation_eval_rows: rows of each task that every evaluation answers by generation and scores; 0 for none.
@@ -215,6 +217,7 @@ class ListenTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False)
     label_names: list[str] | None = field(default_factory=lambda: ["labels"])
     ddp_find_unused_parameters: bool | None = field(default=False)
+    layerwise_lr_decay: float = field(default=1.0)
     min_prompts: int = field(default=1)
     keys_from_rows: int = field(default=0)
     generation_eval_rows: int = field(default=0)
@@ -234,6 +237,8 @@ class ListenTrainingArguments(TrainingArguments):
         for name in ("min_prompts", "pad_to_multiple_of", "generation_max_new_tokens", "generation_num_beams"):
             if getattr(self, name) < 1:
                 raise ArgumentError(f"training.{name}={getattr(self, name)} must be at least 1")
+        if not 0.0 < self.layerwise_lr_decay <= 1.0:
+            raise ArgumentError(f"training.layerwise_lr_decay={self.layerwise_lr_decay} must lie in (0, 1]")
         if self.label_smoothing_factor:
             raise ArgumentError("training.label_smoothing_factor would replace the model's own loss; leave it at 0")
 

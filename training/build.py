@@ -39,6 +39,8 @@ def build_model(arguments: ModelArguments) -> tuple[ListenForConditionalGenerati
     if arguments.checkpoint:
         model = ListenForConditionalGeneration.from_pretrained(arguments.checkpoint, **options)
         processor = ListenProcessor.from_pretrained(arguments.checkpoint)
+        if arguments.trainable:
+            model.set_trainable(arguments.trainable)
     else:
         config = build_config(arguments)
         processor = ListenProcessor.from_backbones(config)  # fills in the ids of the placeholders
@@ -65,7 +67,7 @@ def build_encoders(arguments: ModelArguments) -> tuple[ListenModel, ListenProces
         return build_model(arguments)
     config = build_config(arguments)
     processor = ListenProcessor.from_backbones(config)
-    model = ListenModel(config, init_backbones=False)
+    model = ListenModel(config, init_backbones=())
     model.generation_config = None  # nothing is generated
     model.config.base_models = {k: v for k, v in config.base_models.items() if k != "language_model"}
     options = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}

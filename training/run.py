@@ -97,10 +97,11 @@ def build_trainer(
 
     Raises:
         ArgumentError: arguments that exclude each other.
-        FeatureStoreError: stored features of other encoders.
+        FeatureStoreError: stored features of other encoders, or of one that learns.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ArgumentError(f"nothing learns: trainable={model.config.trainable} leaves no parameter")
+    _refuse_idle_layers(model, training_arguments)
     seed = training_arguments.sampling_seed
     grouped = training_arguments.train_sampling_strategy in ("group_by_length", "batch_rebalance")
     train_dataset = build_train_dataset(data_arguments, seed, with_lengths=grouped)
@@ -127,6 +128,20 @@ def build_trainer(
             processor, eval_dataset, features, data_arguments, training_arguments
         ),
     )
+
+
+def _refuse_idle_layers(model: ListenForConditionalGeneration, arguments: ListenTrainingArguments) -> None:
+    """Processes that wait for gradients of a layer that LayerDrop left out would fail in the midst of a run."""
+    if arguments.world_size == 1 or arguments.ddp_find_unused_parameters:
+        return
+    for name in model.config.learned_backbones:
+        config = getattr(model, name).config
+        dropped = [field for field in ("layerdrop", "encoder_layerdrop") if getattr(config, field, 0.0)]
+        if dropped:
+            raise ArgumentError(
+                f"the learned {name} has {dropped[0]}={getattr(config, dropped[0])}, which leaves layers without "
+                f"gradients in {arguments.world_size} processes; give training.ddp_find_unused_parameters=true"
+            )
 
 
 def run_trainer(trainer: ListenTrainer) -> TrainResult:

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ..data.collator import ListenCollator
 from .callbacks import EpochCallback, EpochLengthGroupedSampler
+from .layer_rates import layer_rates, split_by_rate
 from .pool_health import PoolMonitor
 
 logger = logging.get_logger(__name__)
@@ -26,8 +27,8 @@ _SIGNS_BEFORE_WARNING = 3  # windows in a row: the first steps of a run look odd
 class ListenTrainer(Trainer):
     """Trains a `ListenForConditionalGeneration`.
 
-    Nothing about the optimisation differs from `Trainer`: the model's losses are exact under accumulation and over
-    processes, and only parameters that require gradients reach the optimiser.
+    Nothing about the optimisation differs from `Trainer`, unless `layerwise_lr_decay` asks for it: the model's losses
+    are exact under accumulation and over processes, and only parameters that require gradients reach the optimiser.
 
     Args:
         model: the model.
@@ -56,6 +57,19 @@ class ListenTrainer(Trainer):
         self._window_start: int | None = None  # step before the window's first batch; none yet
         self._monitor = _monitor(self.model)
         self._signs: dict[str, int] = {}
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """As upstream; with `layerwise_lr_decay` the layers of learned encoders get learning rates of their own.
+
+        Raises:
+            ArgumentError: no encoder learns, or it has no list of layers.
+        """
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if fresh and self.args.layerwise_lr_decay < 1.0:
+            model = self.model if model is None else model
+            split_by_rate(optimizer, model, layer_rates(model, self.args.layerwise_lr_decay))
+        return optimizer
 
     def compute_loss(
         self,

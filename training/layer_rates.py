@@ -1,0 +1,79 @@
+"""Layer-wise learning-rate decay: the nearer a layer of a learned encoder is to its input, the less it moves."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .arguments import ArgumentError
+
+
+def layer_rates(model: nn.Module, decay: float) -> dict[str, float]:
+    """Share of the learning rate that each learned parameter gets.
+
+    The connector, the pool and LoRA weights get all of it. Of an encoder with n layers, layer i, counted from 0 at the
+    input, gets `decay ** (n - i)`; what comes before the layers, such as the projection of its features, gets
+    `decay ** (n + 1)`, the least; what comes after them gets as much as the last layer. (ELECTRA, arXiv 2003.10555,
+    and BEiT fine-tune so.)
+
+    Args:
+        model: a `ListenModel` with `config.learned_backbones`, or a wrapper of one.
+        decay: factor from one layer to the one below it, in (0, 1].
+
+    Returns:
+        Name of each parameter that requires gradients -> its share.
+
+    Raises:
+        ArgumentError: no encoder learns, so that the decay would do nothing.
+    """
+    owners = [module for module in model.modules() if hasattr(getattr(module, "config", None), "learned_backbones")]
+    encoders = [getattr(owners[0], name) for name in owners[0].config.learned_backbones] if owners else []
+    if not encoders:
+        raise ArgumentError(
+            f"training.layerwise_lr_decay={decay} has no layers to act on: no encoder is trainable; leave it at 1, or "
+            "put speech_encoder into model.trainable"
+        )
+    steps = {parameter: depth for encoder in encoders for parameter, depth in _depths(encoder).items()}
+    return {name: decay ** steps.get(p, 0) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def split_by_rate(optimizer: torch.optim.Optimizer, model: nn.Module, rates: dict[str, float]) -> None:
+    """Divide the parameter groups of a fresh optimiser, whatever tells them apart, into one for each learning rate.
+
+    Args:
+        optimizer: one that has made no step; the groups of the full rate come first, as the first is what is logged.
+        model: the model whose parameters it holds.
+        rates: share of the learning rate of each parameter, see `layer_rates`.
+    """
+    share = {parameter: rates[name] for name, parameter in model.named_parameters() if name in rates}
+    groups, optimizer.param_groups = optimizer.param_groups, []
+    for rate in sorted(set(rates.values()), reverse=True):
+        for group in groups:
+            chosen = [parameter for parameter in group["params"] if share[parameter] == rate]
+            if chosen:
+                optimizer.add_param_group({**group, "params": chosen, "lr": group["lr"] * rate})
+
+
+def _depths(encoder: nn.Module) -> dict[nn.Parameter, int]:
+    """Steps of decay of each parameter of an encoder."""
+    layers = _layers(encoder)
+    depths = {p: len(layers) - i for i, layer in enumerate(layers) for p in layer.parameters()}
+    below = len(layers) + 1
+    for parameter in encoder.parameters():
+        if parameter in depths:
+            below = 1  # past the layers: modules stand in the order in which they are made
+        else:
+            depths[parameter] = below
+    return depths
+
+
+def _layers(encoder: nn.Module) -> nn.ModuleList:
+    """The list with most weights, the outer one of nested lists, among those as long as the config says."""
+    lists = [module for module in encoder.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise ArgumentError(
+            f"training.layerwise_lr_decay: {type(encoder).__name__} has no list of layers; leave the decay at 1"
+        )
+    depth = getattr(getattr(encoder, "config", None), "num_hidden_layers", None)
+    fitting = [layers for layers in lists if len(layers) == depth] or lists
+    return max(fitting, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()))
