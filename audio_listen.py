@@ -78,6 +78,21 @@ def resample(waveform: np.ndarray, sampling_rate: int, target_rate: int) -> np.n
     return np.pad(resampled, (0, max(0, length - len(resampled))))[:length].astype(np.float32)
 
 
+def cut_waveform(waveform: np.ndarray, max_seconds: float | None, sampling_rate: int) -> np.ndarray:
+    """The first `max_seconds` of a clip `(samples,)`; all of it with `None`.
+
+    Raises:
+        ValueError: `max_seconds` holds no sample.
+    """
+    if max_seconds is None:
+        return waveform
+    if isinstance(max_seconds, bool) or not max_seconds * sampling_rate >= 1:
+        raise ValueError(
+            f"max_audio_seconds={max_seconds!r} must be a number of seconds above 0, or None to cut nothing"
+        )
+    return waveform[: int(min(max_seconds * sampling_rate, len(waveform)))]
+
+
 def is_one_clip(audio: Any) -> bool:
     """Whether `audio` is a single clip rather than a list of clips: a list of numbers is one, a 2-D array too."""
     if not isinstance(audio, (list, tuple)):
@@ -166,4 +181,4 @@ def _checked(waveform: np.ndarray, source: Any = None) -> np.ndarray:
     return waveform
 
 
-__all__ = ["is_one_clip", "load_waveform", "resample"]
+__all__ = ["cut_waveform", "is_one_clip", "load_waveform", "resample"]

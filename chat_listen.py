@@ -1,7 +1,9 @@
 """Chat messages with audio in them: as plain text for any chat template, and as clips."""
 
 import os
+import re
 from collections.abc import Sequence
+from itertools import count
 from typing import Any
 
 from .placeholders_listen import AUDIO_TOKEN
@@ -76,6 +78,25 @@ def place_audio(instruction: str, num_clips: int) -> str:
     return instruction if AUDIO_TOKEN in instruction else place_input(instruction, AUDIO_TOKEN * num_clips)
 
 
+def numbered_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages of a conversation with `Clip 1:` before its first `<|audio|>`, `Clip 2:` before the next, and so on.
+
+    Args:
+        messages: What `plain_message` makes.
+    """
+    numbers = count(1)
+    return [
+        {**message, "content": re.sub(re.escape(AUDIO_TOKEN), lambda _: _numbered(next(numbers)), message["content"])}
+        if isinstance(message.get("content"), str)
+        else message
+        for message in messages
+    ]
+
+
+def _numbered(number: int) -> str:
+    return f"Clip {number}: {AUDIO_TOKEN}\n"
+
+
 def conversation_clips(messages: Sequence[dict[str, Any]]) -> list[Any]:
     """The clips of a conversation in order, as `ListenProcessor` takes them.
 
@@ -109,6 +130,7 @@ __all__ = [
     "as_conversations",
     "clips_or_none",
     "conversation_clips",
+    "numbered_messages",
     "place_audio",
     "place_input",
     "plain_message",

@@ -247,6 +247,8 @@ class ListenConfig(PreTrainedConfig):
         audio_token_id: Id that marks the place of one audio embedding. May lie above the LLM's vocabulary.
         prompt_token_id: Id that marks the place of one prompt. May lie above the LLM's vocabulary.
         pad_to_30s: Whether Whisper sees every clip padded to 30 s, as it was trained, in place of its true length.
+        chunks_at_once: Chunks of audio (30 s at most) that an encoder takes together while nothing learns in it. It
+            bounds the encoders' memory, whatever the length of the audio, and changes no result.
 
     Raises:
         ValueError: values that cannot work together, named with the fix.
@@ -281,6 +283,7 @@ class ListenConfig(PreTrainedConfig):
     audio_token_id: int | None = None
     prompt_token_id: int | None = None
     pad_to_30s: bool = False
+    chunks_at_once: int = 16
     auto_map: dict | None = None
     custom_pipelines: dict | None = None
 
@@ -362,6 +365,8 @@ class ListenConfig(PreTrainedConfig):
             raise ValueError("trainable holds 'prompt_pool' but prompt_pool_config is None; give one or take it out")
         if self.audio_token_id is not None and self.audio_token_id == self.prompt_token_id:
             raise ValueError(f"audio_token_id and prompt_token_id are both {self.audio_token_id}; they must differ")
+        if self.chunks_at_once < 1:
+            raise ValueError(f"chunks_at_once={self.chunks_at_once} must be at least 1")
         self._check_base_models()
 
     def _check_base_models(self) -> None:

@@ -1,7 +1,7 @@
 """LiSTEN (arXiv 2505.18517): frozen encoders and a learned adapter that give a frozen causal LLM ears."""
 
+import warnings
 from collections.abc import Collection, Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput, TransformersKwargs
 
 from .adapter_listen import AdapterMixin, additive_attention
 from .configuration_listen import BACKBONES, ListenConfig
+from .context_listen import check_context, context_limit
 from .feature_extraction_listen import ListenFeatureExtractor
 from .generation_listen import PlaceholderBlindProcessors
 from .modeling_beats import BeatsModel
@@ -179,7 +180,7 @@ class ListenModel(ListenPreTrainedModel):
         input_values: torch.Tensor | None = None,
         input_values_mask: torch.Tensor | None = None,
     ) -> EncodedAudio:
-        """Run the encoders, without autograd where they are frozen.
+        """Run the encoders; frozen ones without autograd, and `config.chunks_at_once` chunks at a time.
 
         Args:
             input_features: `(chunks, mel bins, frames)` log-mel of Whisper, 100 frames a second.
@@ -205,9 +206,14 @@ class ListenModel(ListenPreTrainedModel):
         return encoded
 
     def _encode(self, name: str, inputs: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        encoder = getattr(self, name)
-        with nullcontext() if name in self.config.trainable else torch.no_grad():
-            return encoder(inputs.to(encoder.dtype), mask).last_hidden_state
+        encoder, inputs = getattr(self, name), inputs.to(getattr(self, name).dtype)
+        if name in self.config.trainable and torch.is_grad_enabled():  # autograd keeps all activations anyway
+            return encoder(inputs, mask).last_hidden_state
+        size = self.config.chunks_at_once
+        masks = [None] * len(inputs) if mask is None else mask.split(size)
+        with torch.no_grad():
+            pieces = [encoder(*piece).last_hidden_state for piece in zip(inputs.split(size), masks, strict=False)]
+        return torch.cat(pieces)  # (chunks, frames, width)
 
     def get_audio_features(
         self,
@@ -456,6 +462,8 @@ class ListenModel(ListenPreTrainedModel):
         """Embeddings, position ids and picked prompts of a forward pass."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of them")
+        if input_ids is not None:
+            self._check_context(input_ids, attention_mask)
         encoded = self._encoded(**audio)
         if inputs_embeds is not None:
             if encoded is not None:
@@ -469,6 +477,18 @@ class ListenModel(ListenPreTrainedModel):
         if position_ids is None and same_length and (encoded is not None or prompts is not None):
             position_ids = (flat_mask.long().cumsum(-1) - 1).clamp_min(0)  # a padded row counts as it does alone
         return embeds, position_ids, prompts
+
+    def _check_context(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+        """Audio and prompts fit into the LLM's context; text alone is left to the LLM."""
+        limit = context_limit(self.config.text_config)
+        counted = attention_mask is not None and attention_mask.dim() == 2  # over the cache too
+        width = max(input_ids.shape[1], attention_mask.shape[1] if counted else 0)
+        if limit is None or width <= limit:
+            return
+        numbers = [(input_ids == self._placeholder(name)).sum(-1) for name in ("prompt_token_id", "audio_token_id")]
+        lengths = attention_mask.sum(-1) if counted else torch.full_like(numbers[0], width)  # (batch,)
+        row = int(lengths.argmax())
+        check_context(limit, int(lengths[row]), *(int(number[row]) for number in numbers))
 
     # ------------------------------------------------------------------ forward
 
@@ -571,7 +591,8 @@ class ListenForConditionalGeneration(ListenModel, GenerationMixin):
             **kwargs: What the LLM's forward takes besides, such as `output_hidden_states`.
 
         Raises:
-            ValueError: placeholders and audio do not match, or arguments exclude each other.
+            ValueError: placeholders and audio do not match, they exceed the LLM's context, or arguments exclude each
+                other.
             TypeError: an unknown argument.
         """
         _check_kwargs(kwargs)
@@ -681,6 +702,8 @@ class ListenForConditionalGeneration(ListenModel, GenerationMixin):
             model_kwargs["query_mask"] = torch.ones_like(input_ids)
         if expand_size == 1:
             return input_ids, model_kwargs
+        if input_ids is not None:
+            self._check_context(input_ids, model_kwargs.get("attention_mask"))
         audio = {name: model_kwargs.pop(name) for name in _AUDIO_INPUTS if name in model_kwargs}
         names = model_kwargs.pop("adapter_names", None)
         encoded = self._encoded(**audio)
@@ -696,6 +719,21 @@ class ListenForConditionalGeneration(ListenModel, GenerationMixin):
             by_row = [[i for i, owner in enumerate(rows) if owner == row] for row in range(max(rows) + 1)]
             model_kwargs.update(_take(encoded, [i for chunks in by_row for _ in range(expand_size) for i in chunks]))
         return input_ids, model_kwargs
+
+    def _validate_generated_length(
+        self, generation_config: GenerationConfig, input_ids_length: int, has_default_max_length: bool
+    ) -> None:
+        """As upstream, and a warning where the answer may run out of the LLM's context."""
+        super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
+        limit = context_limit(self.config.text_config)
+        if limit is not None and generation_config.max_length > limit:
+            warnings.warn(
+                f"{input_ids_length} positions and {generation_config.max_length - input_ids_length} new tokens exceed "
+                f"the LLM's context of {limit}: answers degrade, or fail, after {max(limit - input_ids_length, 0)} new "
+                "tokens; lower max_new_tokens, or shorten the input",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def _get_logits_processor(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
         """As upstream, but processors never see placeholders: for ids above the vocabulary there are no scores."""

@@ -15,7 +15,7 @@ from .chat_listen import conversation_clips, place_audio
 from .processing_listen import ListenProcessor
 
 _INPUT_KEYS = ("audio", "sampling_rate", "text", "task")
-_PREPROCESS = ("text", "task", "sampling_rate", "num_prompts")
+_PREPROCESS = ("text", "task", "sampling_rate", "num_prompts", "max_audio_seconds", "number_clips")
 _FORWARD = ("return_prompts",)
 _POSTPROCESS = ("skip_special_tokens",)
 _GENERATE_INPUTS = (
@@ -48,6 +48,8 @@ class ListenPipeline(Pipeline):
         task: Name of a task, whose wording the processor knows.
         sampling_rate: Of clips given as raw arrays.
         num_prompts: k; the processor's by default.
+        max_audio_seconds: Longer clips are cut to it, with a warning; the processor's by default.
+        number_clips: Whether to write `Clip 1:`, `Clip 2:` ... before the clips, so that the text may speak of them.
         return_prompts: Whether to tell which prompts were picked.
         skip_special_tokens: Whether special tokens are left out of the answer, `True` by default.
         generate_kwargs: Arguments of `generate`; they may also be given directly (`max_new_tokens=`, `num_beams=`,
@@ -126,24 +128,30 @@ class ListenPipeline(Pipeline):
         task: str | None = None,
         sampling_rate: int | None = None,
         num_prompts: int | None = None,
+        max_audio_seconds: float | None = None,
+        number_clips: bool = False,
     ) -> dict[str, Any]:
         """One input as rendered text and waveforms."""
         if isinstance(input_, Chat):
             if text is not None:
                 raise ValueError(f"chat messages bring their own text; text={text!r} has no place there")
-            rendered, clips = self._render_chat(input_.messages)
+            rendered, clips = self._render_chat(input_.messages, number_clips)
         else:
             sample = self._as_sample(input_, text, task)
-            rendered, clips = self._render_question(sample)
+            rendered, clips = self._render_question(sample, number_clips)
             task, sampling_rate = sample.get("task"), sample.get("sampling_rate") or sampling_rate
         rate = self.processor.feature_extractor.sampling_rate
         waveforms = [load_waveform(clip, sampling_rate, rate) for clip in clips]
-        return {"text": rendered, "audio": waveforms, "task": task, "num_prompts": num_prompts}
+        options = {"num_prompts": num_prompts, "max_audio_seconds": max_audio_seconds}
+        return {"text": rendered, "audio": waveforms, "task": task, "options": options}
 
-    def _render_chat(self, messages: list[dict[str, Any]]) -> tuple[str, list[Any]]:
+    def _render_chat(self, messages: list[dict[str, Any]], number_clips: bool) -> tuple[str, list[Any]]:
         unfinished = messages[-1]["role"] == "assistant"
         rendered = self.processor.apply_chat_template(
-            messages, add_generation_prompt=not unfinished, continue_final_message=unfinished
+            messages,
+            add_generation_prompt=not unfinished,
+            continue_final_message=unfinished,
+            number_clips=number_clips,
         )
         return rendered, conversation_clips(messages)
 
@@ -164,7 +172,7 @@ class ListenPipeline(Pipeline):
             raise ValueError(f"the input with the keys {sorted(row)} has no 'audio'; text alone goes in chat messages")
         return row
 
-    def _render_question(self, sample: dict[str, Any]) -> tuple[str, list[Any]]:
+    def _render_question(self, sample: dict[str, Any], number_clips: bool) -> tuple[str, list[Any]]:
         clips = [sample["audio"]] if is_one_clip(sample["audio"]) else list(sample["audio"])
         if sample["task"] is not None:
             question = self.processor.instruction(sample["task"], sample["text"])
@@ -174,7 +182,8 @@ class ListenPipeline(Pipeline):
             tasks = ", ".join(self.processor.task_instructions)
             raise ValueError(f"say what to do with the audio: text='What is being said?', or task= one of {tasks}")
         messages = [{"role": "user", "content": place_audio(question, len(clips))}]
-        return self.processor.apply_chat_template(messages, add_generation_prompt=True), clips
+        rendered = self.processor.apply_chat_template(messages, add_generation_prompt=True, number_clips=number_clips)
+        return rendered, clips
 
     def collate(self, samples: list[dict[str, Any]]) -> BatchFeature:
         """Model inputs of a batch of what `preprocess` returns."""
@@ -183,8 +192,8 @@ class ListenPipeline(Pipeline):
             [sample["text"] for sample in samples],
             clips if any(clips) else None,
             sampling_rate=self.processor.feature_extractor.sampling_rate,
-            num_prompts=samples[0]["num_prompts"],
             task=tasks if any(tasks) else None,
+            **samples[0]["options"],
         )
 
     # ------------------------------------------------------------------ running

@@ -19,13 +19,17 @@ from transformers import (
     ProcessorMixin,
     SequenceFeatureExtractor,
 )
+from transformers.utils import logging
 from transformers.utils.chat_template_utils import _get_template_variables, render_jinja_template
 
-from .audio_listen import is_one_clip, load_waveform
-from .chat_listen import DEFAULT_CHAT_TEMPLATE, as_conversations, clips_or_none, plain_message
+from .audio_listen import cut_waveform, is_one_clip, load_waveform
+from .chat_listen import DEFAULT_CHAT_TEMPLATE, as_conversations, clips_or_none, numbered_messages, plain_message
 from .configuration_listen import ListenConnectorConfig
+from .context_listen import check_context, context_limit
 from .feature_extraction_listen import ListenFeatureExtractor
 from .placeholders_listen import AUDIO_TOKEN, PROMPT_TOKEN, place_token, prepare_padding
+
+logger = logging.get_logger(__name__)
 
 # The wording of each task at test time; `{question}` is what the user asks, `{input}` the place of the recording.
 TASK_INSTRUCTIONS = {
@@ -53,9 +57,10 @@ TASK_INSTRUCTIONS = {
 _GROUPS = ("common_kwargs", "text_kwargs", "audio_kwargs")
 _ARGUMENTS = ("text", "audio", "sampling_rate", "num_prompts", "task", "num_samples", "return_tensors")
 _TOKENIZER_KEYWORDS = ("add_special_tokens", "truncation", "return_offsets_mapping")
+_AUDIO_KEYWORDS = ("max_audio_seconds",)
 _PADDING_KEYWORDS = ("padding", "max_length", "pad_to_multiple_of")
 _OFFSET_KEYWORDS = ("return_mm_token_type_ids", "return_text_replacement_offsets")
-_KEYWORDS = (*_ARGUMENTS, *_TOKENIZER_KEYWORDS, *_PADDING_KEYWORDS, *_OFFSET_KEYWORDS)
+_KEYWORDS = (*_ARGUMENTS, *_AUDIO_KEYWORDS, *_TOKENIZER_KEYWORDS, *_PADDING_KEYWORDS, *_OFFSET_KEYWORDS)
 _PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "offset_mapping")
 
 
@@ -78,6 +83,9 @@ class ListenProcessor(ProcessorMixin):
             defaults where `None`.
         tasks: Names of the tasks that own a part of the pool; a call's `task` then becomes `task_ids`.
         task_instructions: Wording of each task, for users who name a task instead; `TASK_INSTRUCTIONS` by default.
+        context_length: Positions of the LLM; an input with audio or prompts that is longer is refused before its
+            features are made. Unchecked where `None`.
+        max_audio_seconds: Clips that are longer are cut to it, with a warning; whole where `None`.
 
     Raises:
         ValueError: a placeholder id that the tokenizer cannot provide, or no token to pad with.
@@ -99,6 +107,8 @@ class ListenProcessor(ProcessorMixin):
         connector: dict[str, Any] | None = None,
         tasks: list[str] | None = None,
         task_instructions: dict[str, str] | None = None,
+        context_length: int | None = None,
+        max_audio_seconds: float | None = None,
     ) -> None:
         template = chat_template or getattr(tokenizer, "chat_template", None) or DEFAULT_CHAT_TEMPLATE
         super().__init__(feature_extractor, tokenizer, chat_template=template)
@@ -115,6 +125,8 @@ class ListenProcessor(ProcessorMixin):
         self.connector = self._connector_config.settings()
         self.tasks = list(tasks) if tasks is not None else None
         self.task_instructions = dict(TASK_INSTRUCTIONS if task_instructions is None else task_instructions)
+        self.context_length = context_length
+        self.max_audio_seconds = max_audio_seconds
 
     # ------------------------------------------------------------------ making one
 
@@ -142,6 +154,7 @@ class ListenProcessor(ProcessorMixin):
             "pool_size": pool.pool_size if pool is not None else 0,
             "tasks": pool.tasks if pool is not None and pool.strategy == "task" else None,
             "connector": config.connector_config.settings(),
+            "context_length": context_limit(config.text_config),
         }
         extractor = _feature_extractor_for(config)
         processor = cls(extractor, tokenizer or _tokenizer_for(config), **{**settings, **kwargs})
@@ -173,12 +186,12 @@ class ListenProcessor(ProcessorMixin):
             task: Task of each text, or one for all. Becomes `task_ids` where the pool is divided among `tasks`;
                 other pools do not read it.
             num_samples: In place of `audio`, the lengths of clips at the extractor's rate. Placeholders are written
-                and features are not made: for encoder frames that were computed before.
+                and features are not made: for encoder frames that were computed before, of whole clips.
             return_tensors: "pt", "np", or `None` for lists (features stay tensors).
-            **kwargs: `padding` (`True` by default, "max_length", `False`), `max_length`, `pad_to_multiple_of`,
-                `truncation`, `add_special_tokens` (by default unless the texts begin with BOS),
-                `return_offsets_mapping`, `return_mm_token_type_ids`, `return_text_replacement_offsets`; also inside
-                `text_kwargs`, `audio_kwargs` or `common_kwargs`.
+            **kwargs: `max_audio_seconds` in place of the processor's (`inf` for whole clips), `padding` (`True` by
+                default, "max_length", `False`), `max_length`, `pad_to_multiple_of`, `truncation`, `add_special_tokens`
+                (by default unless the texts begin with BOS), `return_offsets_mapping`, `return_mm_token_type_ids`,
+                `return_text_replacement_offsets`; also inside `text_kwargs`, `audio_kwargs` or `common_kwargs`.
 
         Returns:
             `input_ids` and `attention_mask` `(batch, sequence)`, padded on the left; with audio `input_features`,
@@ -187,7 +200,8 @@ class ListenProcessor(ProcessorMixin):
 
         Raises:
             TypeError: an unknown keyword.
-            ValueError: clips and placeholders that do not match, or any other value that cannot be served.
+            ValueError: clips and placeholders that do not match, an input that exceeds the LLM's context, or any other
+                value that cannot be served.
         """
         options = _flattened(kwargs)
         sampling_rate = options.pop("sampling_rate", sampling_rate)
@@ -207,38 +221,49 @@ class ListenProcessor(ProcessorMixin):
     ) -> dict[str, Any]:
         if audio is not None and num_samples is not None:
             raise ValueError("give audio or num_samples, the lengths of clips encoded before, not both")
-        waveforms = self._load(audio, sampling_rate)
+        waveforms = self._load(audio, sampling_rate, options.get("max_audio_seconds"))
         if text is None:
             return self._features_alone(waveforms, num_prompts, task)
         texts = self._checked_texts(text)
         _check_counts(texts, audio if waveforms else num_samples, len(waveforms or num_samples or ()))
         k = self._checked_num_prompts(self.num_prompts if num_prompts is None else num_prompts)
-        encoded, features = self._encode(texts, waveforms, num_samples, k, options)
-        data = {**self._padded(encoded, k, options), **features}
+        lengths = [len(waveform) for waveform in waveforms] if num_samples is None else num_samples
+        padded = self._padded(self._encode(texts, lengths, k, options), k, options)
+        data = {**padded, **(self._features(waveforms) if waveforms else {})}
         task_ids = self._task_ids(task, len(texts))
         return data if task_ids is None else {**data, "task_ids": task_ids}
 
-    def _load(self, audio: Any, sampling_rate: int | None) -> list[np.ndarray]:
+    def _load(self, audio: Any, sampling_rate: int | None, max_seconds: float | None) -> list[np.ndarray]:
         if audio is None:
             return []
-        rate = self.feature_extractor.sampling_rate
-        return [load_waveform(clip, sampling_rate, rate) for clip in _flat(audio)]
+        rate, limit = (
+            self.feature_extractor.sampling_rate,
+            self.max_audio_seconds if max_seconds is None else max_seconds,
+        )
+        whole = [load_waveform(clip, sampling_rate, rate) for clip in _flat(audio)]
+        cut = [cut_waveform(waveform, limit, rate) for waveform in whole]
+        longer = [f"{len(w) / rate:.1f} s" for w, kept in zip(whole, cut, strict=True) if len(kept) < len(w)]
+        if longer:
+            logger.warning(
+                f"{len(longer)} of {len(whole)} clips cut to max_audio_seconds={limit:g}: {', '.join(longer)}"
+            )
+        return cut
 
     def _features_alone(self, waveforms: list[np.ndarray], num_prompts: int | None, task: Any) -> dict[str, Any]:
         if not waveforms:
             raise ValueError("give text, audio or both")
         if num_prompts or task is not None:
             raise ValueError(f"num_prompts={num_prompts!r} and task={task!r} need a text that they stand with")
+        return self._features(waveforms)
+
+    def _features(self, waveforms: list[np.ndarray]) -> dict[str, torch.Tensor]:
         features, _ = self._process_audio(waveforms)
         return {name: value for name, value in features.items() if name not in self.unused_input_names}
 
-    def _encode(
-        self, texts: list[str], waveforms: list[np.ndarray], num_samples: list[int] | None, k: int, options: dict
-    ) -> tuple[dict[str, list], dict[str, torch.Tensor]]:
-        """Rows of ids without prompts and padding, and the features."""
-        features, replacements = self._process_audio(waveforms) if waveforms else ({"num_samples": num_samples}, [])
-        if num_samples is not None:
-            replacements = [self.replace_audio_token(features, index) for index in range(len(num_samples))]
+    def _encode(self, texts: list[str], num_samples: list[int], k: int, options: dict[str, Any]) -> dict[str, list]:
+        """Rows of ids without prompts and padding."""
+        lengths = {"num_samples": num_samples}
+        replacements = [self.replace_audio_token(lengths, index) for index in range(len(num_samples))]
         expanded, offsets = self.get_text_with_replacements(list(texts), audio_replacements=replacements)
         encoded = dict(self.tokenizer(expanded, **self._tokenizer_options(texts, k, options)))
         self._check_special_mm_tokens(expanded, encoded, modalities=["audio"])
@@ -246,7 +271,7 @@ class ListenProcessor(ProcessorMixin):
             encoded["mm_token_type_ids"] = self.create_mm_token_type_ids(encoded["input_ids"])
         if options.get("return_text_replacement_offsets"):
             encoded["text_replacement_offsets"] = offsets
-        return encoded, {name: value for name, value in features.items() if name not in self.unused_input_names}
+        return encoded
 
     def _tokenizer_options(self, texts: list[str], k: int, options: dict[str, Any]) -> dict[str, Any]:
         chosen = {name: options[name] for name in _TOKENIZER_KEYWORDS if options.get(name) is not None}
@@ -292,6 +317,8 @@ class ListenProcessor(ProcessorMixin):
         pad = self.tokenizer.pad_token_id
         fills = dict(zip(_PER_TOKEN, ((self.prompt_token_id, pad), (1, 0), (0, 0), ((0, 0), (0, 0))), strict=True))
         lengths = [k + len(row) for row in encoded["input_ids"]]
+        longest = encoded["input_ids"][int(np.argmax(lengths))]
+        check_context(self.context_length, max(lengths), k, list(longest).count(self.audio_token_id))
         widths = _padded_widths(lengths, **{name: options[name] for name in _PADDING_KEYWORDS if name in options})
         data = dict(encoded)
         for name in fills.keys() & encoded.keys():
@@ -356,6 +383,7 @@ class ListenProcessor(ProcessorMixin):
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
         return_assistant_tokens_mask: bool = False,
+        number_clips: bool = False,
         tokenize: bool = False,
         return_tensors: str | None = "pt",
         return_dict: bool = True,
@@ -377,6 +405,8 @@ class ListenProcessor(ProcessorMixin):
             continue_final_message: Whether to leave the last message open, for the model to go on with it.
             return_assistant_tokens_mask: Whether to add `assistant_masks` `(batch, sequence)`, 1 on the assistant's
                 tokens; the template must mark them by `{% generation %}`.
+            number_clips: Whether to write `Clip 1:`, `Clip 2:` ... before the clips of a conversation, each on a line
+                of its own, so that the text may speak of them by number.
             tokenize: Whether to return model inputs in place of strings.
             return_tensors: As in `__call__`.
             return_dict: `False` for `input_ids` alone.
@@ -400,8 +430,9 @@ class ListenProcessor(ProcessorMixin):
                 "return_assistant_tokens_mask"
             )
         conversations, is_batch = as_conversations(conversation)
+        plain = [[plain_message(message) for message in messages] for messages in conversations]
         texts, spans = render_jinja_template(
-            conversations=[[plain_message(message) for message in messages] for messages in conversations],
+            conversations=[numbered_messages(messages) for messages in plain] if number_clips else plain,
             tools=tools,
             documents=documents,
             chat_template=template,
