@@ -1,4 +1,4 @@
-"""Data: tasks and their wordings, sources of rows, mixing, stored encoder features and the collator."""
+"""Data: tasks and their wordings, sources of rows, targets, mixing, stored encoder features and the collator."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ from .features import FeatureStore, FeatureStoreError
 from .manifest import ManifestError, from_datasets, load_manifest, load_salmonn, load_source
 from .mixing import mix_datasets, mixing_weights, split_by_task
 from .precompute import precompute_features
+from .targets import TargetError, generate_targets
 from .tasks import Task, UnknownTaskError, get_task, list_tasks, register_task
+from .utterances import Utterance, read_utterances
 
 __all__ = [
     "FeatureStore",
     "FeatureStoreError",
     "ListenCollator",
     "ManifestError",
+    "TargetError",
     "Task",
     "UnknownTaskError",
+    "Utterance",
     "from_datasets",
+    "generate_targets",
     "get_task",
     "list_tasks",
     "load_manifest",
@@ -25,6 +30,7 @@ __all__ = [
     "mix_datasets",
     "mixing_weights",
     "precompute_features",
+    "read_utterances",
     "register_task",
     "split_by_task",
 ]

@@ -76,7 +76,7 @@ def load_manifest(path: str | os.PathLike[str], check_files: bool = True) -> Dat
         FileNotFoundError: there is no such manifest.
     """
     path = Path(path)
-    return _build(_json_lines(path), path.parent.resolve(), check_files)
+    return _build(read_json_lines(path), path.parent.resolve(), check_files)
 
 
 def load_salmonn(
@@ -217,7 +217,13 @@ def extra_fields(row: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(row["extra"]) if row.get("extra") else {}
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """The objects of a JSONL file, each after its file and line.
+
+    Raises:
+        ManifestError: a line that is not JSON.
+        FileNotFoundError: there is no such file.
+    """
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():

@@ -1,0 +1,380 @@
+"""Targets of behavioural alignment: what the frozen LLM answers to the words, the voice shall get too.
+
+The LLM reads `<emotion> transcript` under the instruction of a task, and its answer becomes the response of the
+recording (SpeechEmotionLlama, arXiv 2410.01162, section 2). A folder of targets holds
+
+- `settings.json`: the LLM, how it decodes, the seed, the instructions, the versions;
+- `answers-*.jsonl`: every answer as soon as it is there, so that an interrupted run goes on and nothing is asked twice;
+- `<kind>.jsonl`: manifests that training reads, one for each of `KINDS`;
+- `dataset`: the same rows as a `datasets.DatasetDict`, a split for each kind, for `datasets.load_from_disk`;
+- `summary.json`: how many rows there are, and how many answers failed, were empty or were cut off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import soundfile
+from datasets import DatasetDict
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from .chat_models import Answer, ChatModel
+from .manifest import load_manifest
+from .processes import launched_processes
+from .tasks import get_task, tagged_text
+from .utterances import Utterance
+
+logger = logging.get_logger(__name__)
+
+SETTINGS_FILE = "settings.json"
+SUMMARY_FILE = "summary.json"
+DATASET_FOLDER = "dataset"
+
+
+class TargetError(ValueError):
+    """Targets that cannot be made, or a folder that holds others; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class TargetKind:
+    """One sort of targets.
+
+    Attributes:
+        task: task of its rows.
+        tagged: whether the LLM is told the emotion.
+        source: field of the utterance that is the response; `None` where the LLM writes it.
+    """
+
+    task: str
+    tagged: bool
+    source: str | None = None
+
+
+KINDS = {
+    "response": TargetKind("response", tagged=True),
+    "response_untagged": TargetKind("response", tagged=False),
+    "speech_caption": TargetKind("speech_caption", tagged=True),
+    "repeat": TargetKind("repeat", tagged=False, source="transcript"),
+    "ser": TargetKind("ser", tagged=True, source="emotion"),
+}
+"""Kinds of targets by the name of their manifest; `response_untagged` is that of the paper's second baseline."""
+
+
+@dataclass
+class TargetSummary:
+    """What is in a folder of targets.
+
+    Attributes:
+        rows: rows of each kind.
+        failed: utterances without a row because the request failed; the next run asks again.
+        empty: utterances without a row because the answer was empty.
+        unfinished: utterances without a row because the answer was cut off.
+        errors: how often each error was met in this run, by this process.
+    """
+
+    rows: dict[str, int] = field(default_factory=dict)
+    failed: dict[str, int] = field(default_factory=dict)
+    empty: dict[str, int] = field(default_factory=dict)
+    unfinished: dict[str, int] = field(default_factory=dict)
+    errors: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Request:
+    key: str
+    prompt: str
+
+
+def generate_targets(
+    utterances: Sequence[Utterance],
+    folder: str | os.PathLike[str],
+    llm: ChatModel | None = None,
+    kinds: Sequence[str] = tuple(KINDS),
+    options: Sequence[str] | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    share_answers: bool = True,
+    keep_unfinished: bool = False,
+    progress: bool = True,
+) -> TargetSummary:
+    """Write the targets of utterances into a folder, asking the LLM for what the folder lacks.
+
+    Batches are the same however many processes work and wherever a run was interrupted. Under `accelerate launch` each
+    process takes its share of them.
+
+    Args:
+        utterances: see `listen.data.utterances.read_utterances`.
+        folder: created, or gone on with.
+        llm: answers; needed for the kinds that it writes.
+        kinds: which of `KINDS` to write.
+        options: classes that rows of `ser` name; those of the task by default.
+        batch_size: conversations given to the LLM at once.
+        seed: of sampling; each batch has its own, which follows from this one.
+        share_answers: whether utterances of the same words and emotion share an answer. Turn it off when sampling, to
+            have as many answers as utterances.
+        keep_unfinished: whether answers that were cut off become targets; they teach to stop amid a sentence.
+        progress: whether the main process shows a progress bar.
+
+    Returns:
+        What the folder now holds.
+
+    Raises:
+        TargetError: an unknown kind, an utterance without the emotion that a kind needs, a folder of another LLM or
+            other settings, or an LLM that fails for a whole batch.
+    """
+    folder, state = Path(folder), launched_processes()
+    _check(utterances, kinds, llm, options)
+    settings = _settings(llm, seed, share_answers)
+    if state.is_main_process:
+        _claim(folder, settings)
+    state.wait_for_everyone()
+    requests = _requests(utterances, kinds, share_answers)
+    done = _read_answers(folder)
+    state.wait_for_everyone()  # nobody may write before all have read
+    errors: Counter[str] = Counter()
+    if llm is not None:
+        errors = _ask(llm, _batches(requests, batch_size), done, folder, seed, progress)
+    state.wait_for_everyone()
+    summary = TargetSummary(errors=dict(errors))
+    answers = _read_answers(folder)
+    for kind in kinds:
+        rows = _rows(utterances, kind, answers, folder, options, share_answers, keep_unfinished, summary)
+        if state.is_main_process:
+            _write_lines(folder / f"{kind}.jsonl", rows)
+    if state.is_main_process:
+        _finish(folder, summary)
+    state.wait_for_everyone()
+    return summary
+
+
+def _check(
+    utterances: Sequence[Utterance], kinds: Sequence[str], llm: ChatModel | None, options: Sequence[str] | None
+) -> None:
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown or not kinds:
+        raise TargetError(f"kinds {unknown or list(kinds)} cannot be made; choose some of {', '.join(KINDS)}")
+    written = [kind for kind in kinds if KINDS[kind].source is None]
+    if written and llm is None:
+        raise TargetError(f"the targets {', '.join(written)} need an LLM that writes them")
+    twice = [name for name, count in Counter(utterance.id for utterance in utterances).items() if count > 1]
+    if twice:
+        raise TargetError(f"{len(twice)} ids name several utterances, {twice[0]!r} for one; make them differ")
+    tagged = [kind for kind in kinds if KINDS[kind].tagged]
+    allowed = set(options or get_task("ser").labels)
+    for utterance in utterances:
+        if tagged and not utterance.emotion:
+            raise TargetError(
+                f"utterance {utterance.id!r} has no emotion, which {', '.join(tagged)} need; name the field of the "
+                f"emotions, or make only {', '.join(k for k in KINDS if not KINDS[k].tagged)}"
+            )
+        if "ser" in kinds and utterance.emotion not in allowed:
+            raise TargetError(
+                f"utterance {utterance.id!r}: the emotion {utterance.emotion!r} is not among the options "
+                f"{', '.join(sorted(allowed))}; give other options, or another name to the emotion"
+            )
+
+
+# ---------------------------------------------------------------------- the folder
+
+
+def _settings(llm: ChatModel | None, seed: int, share_answers: bool) -> dict[str, Any]:
+    """All that the answers follow from."""
+    if llm is None:
+        return {}
+    tasks = {KINDS[kind].task: get_task(KINDS[kind].task) for kind in KINDS if KINDS[kind].source is None}
+    instructions = {name: task.target_instruction or task.instruction() for name, task in tasks.items()}
+    return {"llm": llm.describe(), "seed": seed, "share_answers": share_answers, "instructions": instructions}
+
+
+def _claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Write the settings, or compare them with those of the folder, so that it never mixes LLMs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / SETTINGS_FILE
+    if not settings:
+        return
+    if not path.is_file():
+        versions = {name: metadata.version(name) for name in ("torch", "transformers")}
+        path.write_text(json.dumps({**settings, "versions": versions}, indent=2) + "\n", encoding="utf-8")
+        return
+    known, wanted = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(settings))
+    for name, value in wanted.items():
+        if known.get(name) != value:
+            raise TargetError(
+                f"the targets in {folder} were made with {name}={known.get(name)!r}, but here {name}={value!r}; make "
+                "them in another folder"
+            )
+
+
+def _read_answers(folder: Path) -> dict[str, dict[str, Any]]:
+    """Answers of all runs and processes by key; a line that an interruption cut off is not there."""
+    answers: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("answers-*.jsonl")):
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # cut off, and written on behind
+                continue
+            answers[record["key"]] = record
+    return answers
+
+
+def _write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    path.write_text(text, encoding="utf-8")
+
+
+def _finish(folder: Path, summary: TargetSummary) -> None:
+    """Write the summary, and all manifests of the folder as one data set."""
+    manifests = {kind: folder / f"{kind}.jsonl" for kind in KINDS if (folder / f"{kind}.jsonl").is_file()}
+    shutil.rmtree(folder / DATASET_FOLDER, ignore_errors=True)
+    splits = DatasetDict({kind: load_manifest(path, check_files=False) for kind, path in manifests.items()})
+    splits.save_to_disk(folder / DATASET_FOLDER)
+    (folder / SUMMARY_FILE).write_text(json.dumps(vars(summary), indent=2) + "\n", encoding="utf-8")
+    for reason in ("failed", "empty", "unfinished"):
+        missing = {kind: count for kind, count in getattr(summary, reason).items() if count}
+        if missing:
+            logger.warning(f"{folder}: utterances without a target because the answer was {reason}: {missing}")
+
+
+# ---------------------------------------------------------------------- asking
+
+
+def _prompt(utterance: Utterance, kind: str) -> str:
+    emotion = utterance.emotion if KINDS[kind].tagged else None
+    return get_task(KINDS[kind].task).text_prompt(utterance.transcript, emotion)
+
+
+def _key(utterance: Utterance, prompt: str, share_answers: bool) -> str:
+    text = prompt if share_answers else f"{utterance.id}\n{prompt}"
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _requests(utterances: Sequence[Utterance], kinds: Sequence[str], share_answers: bool) -> list[_Request]:
+    """All that the LLM is to be asked, each once, the shortest first so that batches hold little padding."""
+    found: dict[str, _Request] = {}
+    for kind in (kind for kind in kinds if KINDS[kind].source is None):
+        for utterance in utterances:
+            prompt = _prompt(utterance, kind)
+            key = _key(utterance, prompt, share_answers)
+            found.setdefault(key, _Request(key, prompt))
+    return sorted(found.values(), key=lambda request: (len(request.prompt), request.key))
+
+
+def _batches(requests: Sequence[_Request], batch_size: int) -> list[list[_Request]]:
+    if batch_size < 1:
+        raise TargetError(f"batch_size={batch_size} must be at least 1")
+    return [list(requests[start : start + batch_size]) for start in range(0, len(requests), batch_size)]
+
+
+def _ask(
+    llm: ChatModel,
+    batches: Sequence[Sequence[_Request]],
+    done: Mapping[str, Any],
+    folder: Path,
+    seed: int,
+    progress: bool,
+) -> Counter[str]:
+    """Ask for this process's share of what is not done; the errors met, by their text."""
+    state = launched_processes()
+    mine = list(batches[state.process_index :: state.num_processes])
+    errors: Counter[str] = Counter()
+    bar = tqdm(total=sum(map(len, mine)), desc="targets", disable=not (progress and state.is_main_process))
+    with bar, (folder / f"answers-{state.process_index:03d}.jsonl").open("a", encoding="utf-8") as file:
+        if file.tell():
+            file.write("\n")  # a line that was cut off must not swallow the next one
+        for batch in mine:
+            pending = [request for request in batch if request.key not in done]
+            if pending:
+                answers = llm.answer(
+                    [[{"role": "user", "content": request.prompt}] for request in pending],
+                    seed=_batch_seed(seed, batch),
+                )
+                file.write("".join(_as_line(r, a) for r, a in zip(pending, answers, strict=True) if a.text is not None))
+                file.flush()
+                errors.update(answer.error for answer in answers if answer.text is None)
+                if all(answer.text is None for answer in answers):
+                    raise TargetError(f"every answer of a batch failed, so the LLM is at fault: {answers[0].error}")
+            bar.update(len(batch))
+    return errors
+
+
+def _batch_seed(seed: int, batch: Sequence[_Request]) -> int:
+    """Follows from the seed and the batch alone, not from the process or the order of work."""
+    return int(hashlib.sha256(f"{seed}|{batch[0].key}".encode()).hexdigest()[:7], 16)
+
+
+def _as_line(request: _Request, answer: Answer) -> str:
+    record = {"key": request.key, "text": answer.text, "finished": answer.finished, "prompt": request.prompt}
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+# ---------------------------------------------------------------------- rows
+
+
+def _rows(
+    utterances: Sequence[Utterance],
+    kind: str,
+    answers: Mapping[str, Mapping[str, Any]],
+    folder: Path,
+    options: Sequence[str] | None,
+    share_answers: bool,
+    keep_unfinished: bool,
+    summary: TargetSummary,
+) -> list[dict[str, Any]]:
+    """Manifest lines of one kind; what has no target is counted in `summary`."""
+    rows = []
+    for reasons in (summary.failed, summary.empty, summary.unfinished):
+        reasons[kind] = 0
+    for utterance in utterances:
+        if KINDS[kind].source is not None:
+            text = getattr(utterance, KINDS[kind].source)
+        else:
+            answer = answers.get(_key(utterance, _prompt(utterance, kind), share_answers))
+            if answer is None or not answer["text"] or not (answer["finished"] or keep_unfinished):
+                reasons = summary.failed if answer is None else summary.unfinished if answer["text"] else summary.empty
+                reasons[kind] += 1
+                continue
+            text = answer["text"]
+        rows.append(_row(utterance, kind, text, folder, options))
+    summary.rows[kind] = len(rows)
+    return rows
+
+
+def _row(utterance: Utterance, kind: str, response: str, folder: Path, options: Sequence[str] | None) -> dict[str, Any]:
+    tagged = tagged_text(utterance.transcript, utterance.emotion if KINDS[kind].tagged else None)
+    row = {
+        **utterance.extra,
+        "id": f"{utterance.id}-{kind}",
+        "audio": [_place(clip, folder) for clip in utterance.audio],
+        "task": KINDS[kind].task,
+        "response": response,
+        "transcript": utterance.transcript,
+        "emotion": utterance.emotion,
+        "text_input": tagged,  # what stands for the recording when a text LLM reads it
+        "join": "concatenate" if len(utterance.audio) > 1 else None,
+        "options": list(options) if options and kind == "ser" else None,
+    }
+    return {name: value for name, value in row.items() if value is not None}
+
+
+def _place(clip: Mapping[str, Any], folder: Path) -> str:
+    """Path of a clip as seen from the folder; clips without one are written into it."""
+    if clip["bytes"] is None:
+        return clip["path"] if "://" in clip["path"] else os.path.relpath(clip["path"], folder.resolve())
+    ending = soundfile.info(BytesIO(clip["bytes"])).format.lower()
+    path = Path("audio") / f"{hashlib.sha256(clip['bytes']).hexdigest()[:24]}.{ending}"
+    if not (folder / path).is_file():
+        (folder / "audio").mkdir(exist_ok=True)
+        (folder / path).write_bytes(clip["bytes"])
+    return path.as_posix()

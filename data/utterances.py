@@ -1,0 +1,169 @@
+"""Spoken sentences with their words and emotions, from manifests or any `datasets` data set.
+
+Whatever their tasks, rows of one recording are one utterance. Its words are the field `transcript` or `text`, or the
+response of a row whose task is to write them down; its emotion is the field `emotion`, or the response of a row whose
+task is to name it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Audio, ClassLabel, load_dataset
+from transformers.utils import logging
+
+from .manifest import FEATURES, ManifestError, extra_fields, read_json_lines, to_row
+from .tasks import tagged_text
+
+logger = logging.get_logger(__name__)
+
+COLUMNS = ("audio", "transcript", "emotion", "id")
+_TRANSCRIPT_FIELDS = ("transcript", "text")
+_ANSWERS = {"transcript": ("asr", "repeat"), "emotion": ("er", "ser")}
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One spoken sentence.
+
+    Attributes:
+        id: unique in its source.
+        audio: its clips, `{"path", "bytes"}` each, as in the manifest schema.
+        transcript: what is said.
+        emotion: how; `None` where nobody says.
+        extra: further fields of its rows, such as `speaker`.
+    """
+
+    id: str
+    audio: list[dict[str, Any]]
+    transcript: str
+    emotion: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def read_utterances(
+    path: str | os.PathLike[str],
+    columns: Mapping[str, str] | None = None,
+    emotion_names: Mapping[str, str] | None = None,
+    name: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    check_files: bool = True,
+) -> list[Utterance]:
+    """Read the utterances of a source, each recording once.
+
+    Args:
+        path: a JSONL manifest, or what `datasets.load_dataset` takes first.
+        columns: our column (`audio`, `transcript`, `emotion`, `id`) -> field of the source.
+        emotion_names: emotions of the source -> those to write, such as `{"disgust": "disgusted"}`.
+        name: configuration of a data set.
+        split: its part.
+        revision: its commit or tag.
+        check_files: whether a missing audio file of a manifest is an error.
+
+    Returns:
+        Utterances in the order of the source. Recordings without words are left out; how many is logged.
+
+    Raises:
+        ManifestError: a row that cannot be used, or no row has words.
+        FileNotFoundError: there is no such manifest.
+    """
+    unknown = set(columns or {}) - set(COLUMNS)
+    if unknown:
+        raise ManifestError(f"{path}: columns names {sorted(unknown)}, but there are {', '.join(COLUMNS)}")
+    is_manifest = str(path).endswith(".jsonl")
+    rows = read_json_lines(Path(path)) if is_manifest else _load_rows(str(path), columns or {}, name, split, revision)
+    folder = Path(path).parent.resolve() if is_manifest else Path.cwd()
+    recordings: dict[str, dict[str, Any]] = {}
+    for where, record in rows:
+        found = _read(where, record, columns or {}, folder, check_files and is_manifest)
+        key = _recording_key(found["audio"])
+        recordings[key] = {**found, **{k: v for k, v in recordings.get(key, {}).items() if v is not None}}
+    spoken = [found for found in recordings.values() if found["transcript"]]
+    if not spoken:
+        raise ManifestError(f"{path}: no row has words; name their field with columns={{'transcript': ...}}")
+    if len(spoken) < len(recordings):
+        logger.warning(
+            f"{path}: left out {len(recordings) - len(spoken)} of {len(recordings)} recordings without words"
+        )
+    names = emotion_names or {}
+    return [Utterance(**{**found, "emotion": names.get(found["emotion"], found["emotion"])}) for found in spoken]
+
+
+def text_input(row: Mapping[str, Any], tagged: bool) -> str:
+    """The text that stands for the recording of a row when a text LLM reads it.
+
+    Args:
+        row: a row of the manifest schema. Its field `text_input` is the text as it is; without it the words are found
+            as `read_utterances` finds them.
+        tagged: whether the emotion, where the row knows it, stands before the words.
+
+    Raises:
+        ValueError: the row does not tell the words.
+    """
+    fields = {**row, **extra_fields(row)}
+    if fields.get("text_input"):
+        return fields["text_input"]
+    words = _first_text(fields, _TRANSCRIPT_FIELDS, "transcript")
+    if words is None:
+        raise ValueError(f"row {row['id']!r} does not tell the words of its recording; give it a field 'transcript'")
+    return tagged_text(words, _first_text(fields, ("emotion",), "emotion") if tagged else None)
+
+
+def _read(
+    where: str, record: Mapping[str, Any], columns: Mapping[str, str], folder: Path, check_files: bool
+) -> dict[str, Any]:
+    """The fields of an `Utterance` that one row knows."""
+    fields = {**record, **{ours: record.get(theirs) for ours, theirs in columns.items()}}
+    # the schema reads and checks the audio; task and response need not be there
+    row = to_row(where, {"audio": fields.get("audio"), "id": fields.get("id"), **_ANY_TASK}, folder, check_files)
+    if record.get("join") is None and len(row["audio"]) > 1:
+        fields = {}  # several recordings, none of which the row describes
+    known = {*FEATURES, *COLUMNS, *_TRANSCRIPT_FIELDS, *columns.values()}
+    return {
+        "id": row["id"],
+        "audio": row["audio"],
+        "transcript": _first_text(fields, _TRANSCRIPT_FIELDS, "transcript"),
+        "emotion": _first_text(fields, ("emotion",), "emotion"),
+        "extra": {name: value for name, value in fields.items() if name not in known},
+    }
+
+
+_ANY_TASK = {"task": "asr", "response": ""}
+
+
+def _first_text(fields: Mapping[str, Any], names: tuple[str, ...], what: str) -> str | None:
+    candidates = [fields.get(name) for name in names]
+    if fields.get("task") in _ANSWERS[what]:
+        response = fields.get("response")
+        candidates.append(response[0] if isinstance(response, list) and response else response)
+    texts = [text.strip() for text in candidates if isinstance(text, str) and text.strip()]
+    return texts[0] if texts else None
+
+
+def _recording_key(audio: list[dict[str, Any]]) -> str:
+    parts = [hashlib.sha256(clip["bytes"]).hexdigest() if clip["bytes"] else clip["path"] for clip in audio]
+    return "+".join(parts)
+
+
+def _load_rows(
+    path: str, columns: Mapping[str, str], name: str | None, split: str, revision: str | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    source = load_dataset(path, name, split=split, revision=revision)
+    for ours, theirs in columns.items():
+        if theirs not in source.features:
+            raise ManifestError(
+                f"{path}:{split} has no column {theirs!r} for {ours!r}; it has {sorted(source.features)}"
+            )
+    labels = {column: kind for column, kind in source.features.items() if isinstance(kind, ClassLabel)}
+    for column, kind in source.features.items():
+        if isinstance(kind, Audio):
+            source = source.cast_column(column, Audio(decode=False))
+    for number, row in enumerate(source):
+        named = {column: kind.int2str(row[column]) for column, kind in labels.items() if row[column] is not None}
+        yield f"{path}:{split}: row {number}", {**row, **named}

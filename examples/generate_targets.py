@@ -1,0 +1,139 @@
+"""Write the targets of behavioural alignment: what the frozen LLM answers to the words is what the voice shall get.
+
+    python examples/generate_targets.py --data speech.jsonl --llm meta-llama/Meta-Llama-3-8B-Instruct --output targets
+    accelerate launch --num_processes 8 examples/generate_targets.py ...          # each process takes its share
+    python examples/generate_targets.py --data speech.jsonl --endpoint http://localhost:8000/v1 --llm NAME --output ...
+    python examples/generate_targets.py --data neutral.jsonl --kinds repeat response_untagged ...   # no emotions there
+
+Each line of the data holds `audio`, `transcript` (or `text`) and `emotion`; `--columns transcript=sentence` names other
+fields, and a data set of the Hub will do as well. The folder gets one manifest for each kind of target, which
+`examples/train.py` reads (`examples/configs/speech_emotion`). What was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from listen.data.chat_models import ChatModel, EndpointChatModel, LocalChatModel
+from listen.data.processes import launched_processes
+from listen.data.targets import KINDS, TargetSummary, generate_targets
+from listen.data.utterances import read_utterances
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="JSONL manifest, or a data set for datasets.load_dataset")
+    parser.add_argument("--name", help="configuration of a data set")
+    parser.add_argument("--split", default="train", help="part of a data set")
+    parser.add_argument("--data-revision", help="commit or tag of a data set")
+    parser.add_argument(
+        "--columns", nargs="*", default=[], metavar="OURS=THEIRS", help="audio, transcript, emotion, id"
+    )
+    parser.add_argument("--emotion-names", nargs="*", default=[], metavar="THEIRS=OURS", help="e.g. disgust=disgusted")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the targets")
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), help="targets to write")
+    parser.add_argument("--options", nargs="+", help="classes that rows of ser name; the paper's 15 by default")
+    parser.add_argument("--llm", help="folder or Hub id of the LLM, or its name at the endpoint")
+    parser.add_argument("--revision", help="commit or tag of the LLM")
+    parser.add_argument("--dtype", default="auto", help="of the LLM: auto, float32, bfloat16")
+    parser.add_argument("--attn-implementation", help="eager, sdpa, flash_attention_2")
+    parser.add_argument("--endpoint", help="OpenAI-compatible endpoint, up to /v1; the key comes from OPENAI_API_KEY")
+    parser.add_argument("--concurrency", type=int, default=16, help="requests to the endpoint at a time")
+    parser.add_argument("--max-retries", type=int, default=5, help="further attempts of a request")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds without an answer that end an attempt")
+    parser.add_argument("--batch-size", type=int, default=32, help="conversations at once, in each process")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer")
+    parser.add_argument(
+        "--decoding", nargs="*", default=[], metavar="NAME=VALUE", help="e.g. do_sample=true temperature=0.6; greedy"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    parser.add_argument("--no-share", action="store_true", help="ask again for the same words in the same emotion")
+    parser.add_argument("--keep-unfinished", action="store_true", help="keep answers that were cut off")
+    return parser.parse_args()
+
+
+def pairs(words: list[str]) -> dict[str, str]:
+    """`["a=b"]` as a mapping."""
+    for word in words:
+        if "=" not in word:
+            raise SystemExit(f"error: expected NAME=VALUE, found {word!r}")
+    return dict(word.split("=", 1) for word in words)
+
+
+def build_llm(arguments: argparse.Namespace) -> ChatModel | None:
+    """The LLM that the arguments name; `None` where no kind needs one."""
+    if all(KINDS[kind].source is not None for kind in arguments.kinds):
+        return None
+    if arguments.llm is None:
+        raise SystemExit("error: name the LLM that answers: --llm NAME, or --endpoint URL --llm NAME")
+    decoding: dict[str, Any] = {name: yaml.safe_load(value) for name, value in pairs(arguments.decoding).items()}
+    decoding["max_new_tokens"] = arguments.max_new_tokens
+    if arguments.endpoint:
+        return EndpointChatModel(
+            arguments.endpoint,
+            arguments.llm,
+            api_key=os.environ.get("OPENAI_API_KEY"),
+            concurrency=arguments.concurrency,
+            max_retries=arguments.max_retries,
+            timeout=arguments.timeout,
+            **decoding,
+        )
+    return LocalChatModel(
+        arguments.llm,
+        revision=arguments.revision,
+        dtype=arguments.dtype,
+        attn_implementation=arguments.attn_implementation,
+        device=launched_processes().device,
+        **decoding,
+    )
+
+
+def print_summary(summary: TargetSummary, folder: Path) -> None:
+    """Print how many rows each kind has, and why utterances have none."""
+    table = Table("kind", "rows", "failed", "empty", "cut off", title=f"Targets in {folder}")
+    for kind, rows in summary.rows.items():
+        counts = (rows, summary.failed[kind], summary.empty[kind], summary.unfinished[kind])
+        table.add_row(kind, *map(str, counts))
+    Console().print(table)
+    for error, count in summary.errors.items():
+        print(f"{count} x {error}")
+    if any(summary.failed.values()):
+        print("The same command asks again for what failed.")
+
+
+def main() -> None:
+    """Read the utterances, ask the LLM, and say what the folder holds."""
+    arguments = parse_arguments()
+    utterances = read_utterances(
+        arguments.data,
+        columns=pairs(arguments.columns),
+        emotion_names=pairs(arguments.emotion_names),
+        name=arguments.name,
+        split=arguments.split,
+        revision=arguments.data_revision,
+    )
+    summary = generate_targets(
+        utterances,
+        arguments.output,
+        build_llm(arguments),
+        kinds=arguments.kinds,
+        options=arguments.options,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        share_answers=not arguments.no_share,
+        keep_unfinished=arguments.keep_unfinished,
+    )
+    if launched_processes().is_main_process:
+        print_summary(summary, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
