@@ -1,4 +1,4 @@
-"""Named configurations: the paper's model, its small variant, and the miniature that the repository carries."""
+"""Named configurations: the models of the two papers, a small variant, and the miniatures."""
 
 from typing import Any
 
@@ -90,10 +90,28 @@ def _listen_tiny() -> dict[str, Any]:
     }
 
 
+def _speech_emotion_tiny() -> dict[str, Any]:
+    """SpeechEmotionLlama in miniature: speech encoder and LLM of `listen-tiny`, an embedding for each 0.32 s."""
+    tiny = _listen_tiny()
+    return {
+        "speech_config": tiny["speech_config"],
+        "connector_config": {
+            "type": "conv_rotary",
+            "embedding_seconds": 0.32,
+            "hidden_size": 192,
+            "num_attention_heads": 4,
+            "intermediate_size": 768,
+        },
+        "text_config": tiny["text_config"],
+        "trainable": ["speech_encoder", "connector"],
+    }
+
+
 PRESETS = {
     "listen-llama3-8b": _listen_llama3_8b,
     "listen-0.4m": _listen_0_4m,
     "listen-tiny": _listen_tiny,
+    "speech-emotion-tiny": _speech_emotion_tiny,
 }
 
 __all__ = ["PRESETS"]

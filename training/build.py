@@ -85,9 +85,10 @@ def build_config(arguments: ModelArguments) -> PreTrainedConfig:
         raise ArgumentError(f"model.preset={arguments.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
     preset = PRESETS[arguments.preset]() if arguments.preset else {}
     pool = {**(preset.get("prompt_pool_config") or {}), **arguments.prompt_pool}
+    without_pool = pool.get("pool_size") == 0 or (preset and not pool)
     settings: dict[str, Any] = {
         "connector_config": {**(preset.get("connector_config") or {}), **arguments.connector},
-        "prompt_pool_config": None if pool.get("pool_size") == 0 else pool,
+        "prompt_pool_config": None if without_pool else pool,
         "trainable": arguments.trainable or preset.get("trainable"),
     }
     if arguments.pad_to_30s is not None:
