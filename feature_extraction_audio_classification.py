@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from transformers import BatchFeature
+from transformers import BatchFeature, PreTrainedConfig
 from transformers.utils import TensorType
 
 from .audio_listen import is_one_clip
@@ -27,6 +27,16 @@ class ListenAudioClassificationFeatureExtractor(ListenFeatureExtractor):
         if num_fbank_bins:
             raise ValueError(f"num_fbank_bins={num_fbank_bins}, but the classifier hears no filter bank; leave it out")
         super().__init__(num_fbank_bins=None, **kwargs)
+
+    @classmethod
+    def from_config(cls, config: PreTrainedConfig) -> ListenAudioClassificationFeatureExtractor:
+        """The extractor that fits a `ListenAudioClassificationConfig`."""
+        speech = config.speech_config
+        return cls(
+            feature_size=speech.num_mel_bins,
+            chunk_seconds=speech.max_source_positions / 50,  # the encoder has a position for every 20 ms
+            pad_to_30s=config.pad_to_30s,
+        )
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 def map_rows(
     step: Callable[[Sequence[int], dict[str, Any]], Sequence[Result]],
     model: PreTrainedModel,
-    collator: ListenCollator,
+    collator: ListenCollator | Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]],
     dataset: Dataset,
     batch_size: int,
     num_workers: int = 0,
@@ -41,7 +41,7 @@ def map_rows(
         step: takes the numbers of the rows of a batch and the model inputs that `collator` makes of them; gives one
             result a row.
         model: its mode is restored afterwards.
-        collator: of prompts, with the store of encoder features if there is one.
+        collator: of prompts, with the store of encoder features if there is one; or of other inputs.
         dataset: rows of `listen.data.manifest`.
         batch_size: rows of a batch, in each process.
         num_workers: processes that read audio ahead, for each process.
@@ -53,7 +53,7 @@ def map_rows(
         FeatureStoreError: the features were computed by other encoders or settings, or lack a recording.
     """
     state = launched_processes()
-    if collator.features is not None:
+    if getattr(collator, "features", None) is not None:
         extractor = collator.processor.feature_extractor
         collator.features.check(store_info(model, extractor, collator.join_silence_seconds))
     batches = plan_batches(dataset, batch_size)[state.process_index :: state.num_processes]

@@ -21,7 +21,7 @@ from typing import Any
 if str(Path(__file__).resolve().parent) in sys.path:
     sys.path.remove(str(Path(__file__).resolve().parent))
 
-from datasets import concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 from rich.console import Console
 from rich.table import Table
 from transformers.utils import cached_file
@@ -29,6 +29,9 @@ from transformers.utils import cached_file
 from listen.analysis import default_counts, sweep_num_prompts
 from listen.data.manifest import load_manifest
 from listen.evaluation import EvaluationResult, evaluate_model, launched_processes, metrics_table
+from listen.evaluation.cascade import classify_rows, tag_rows
+from listen.feature_extraction_audio_classification import ListenAudioClassificationFeatureExtractor
+from listen.modeling_audio_classification import ListenForAudioClassification
 from listen.modeling_listen import ListenForConditionalGeneration
 from listen.processing_listen import ListenProcessor
 
@@ -47,6 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num-workers", type=int, default=0, help="processes that read audio ahead")
     parser.add_argument("--dtype", default="auto", help="of the backbones: auto, float32, bfloat16")
     parser.add_argument("--spelling-from", help="Whisper checkpoint whose table of British spellings the WER uses")
+    parser.add_argument("--cascade", help="classifier whose label is written before the speech, as in <happy>")
     parser.add_argument("--sweep", type=int, nargs="*", metavar="K", help="also evaluate with so many prompts each")
     parser.add_argument("--output", type=Path, default=Path("runs/eval"), help="folder of the results")
     return parser.parse_args()
@@ -57,6 +61,13 @@ def spelling_mapping(checkpoint: str | None) -> dict[str, str] | None:
     if checkpoint is None:
         return None
     return json.loads(Path(cached_file(checkpoint, "normalizer.json")).read_text(encoding="utf-8"))
+
+
+def with_labels(dataset: Dataset, checkpoint: str, batch_size: int) -> Dataset:
+    """Rows with the label that a classifier gives them before their speech."""
+    classifier = ListenForAudioClassification.from_pretrained(checkpoint).to(launched_processes().device)
+    extractor = ListenAudioClassificationFeatureExtractor.from_pretrained(checkpoint)
+    return tag_rows(dataset, classify_rows(classifier, extractor, dataset, batch_size=batch_size))
 
 
 def print_metrics(result: EvaluationResult) -> None:
@@ -82,6 +93,8 @@ def main() -> None:
         "max_new_tokens": arguments.max_new_tokens,
     }
     dataset = concatenate_datasets([load_manifest(path) for path in arguments.data])
+    if arguments.cascade:
+        dataset = with_labels(dataset, arguments.cascade, arguments.batch_size)
     evaluate = partial(evaluate_model, model, processor, dataset, **options)
     result = evaluate(num_prompts=arguments.num_prompts)
     sweep = None

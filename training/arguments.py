@@ -180,8 +180,7 @@ class DataArguments:
         Raises:
             ArgumentError: an unknown mixing strategy or field of a source.
         """
-        self.train = [_source("data.train", item) for item in _as_list(self.train)]
-        self.eval = [_source("data.eval", item) for item in _as_list(self.eval)]
+        self.train, self.eval = parse_sources("data.train", self.train), parse_sources("data.eval", self.eval)
         if self.mixing not in STRATEGIES:
             raise ArgumentError(f"data.mixing={self.mixing!r} is unknown; choose one of {', '.join(STRATEGIES)}")
 
@@ -269,11 +268,12 @@ class RunArguments:
     raw: dict[str, Any]
 
 
-def parse_arguments(argv: Sequence[str]) -> RunArguments:
+def parse_arguments(argv: Sequence[str], sections: Mapping[str, type] = SECTIONS) -> RunArguments:
     """Read `--config FILE` and overrides.
 
     Args:
         argv: command line without the program's name.
+        sections: dataclass of each section, for runs of another kind.
 
     Returns:
         The checked arguments.
@@ -289,23 +289,23 @@ def parse_arguments(argv: Sequence[str]) -> RunArguments:
         _merge(raw, read_config(file))
     for name, value in overrides:
         if name != "config":
-            _set(raw, resolve_name(name), _parse_value(value))
-    return build_arguments(raw)
+            _set(raw, resolve_name(name, sections), _parse_value(value))
+    return build_arguments(raw, sections)
 
 
-def build_arguments(raw: Mapping[str, Any]) -> RunArguments:
-    """Arguments from nested mappings, as a file would hold them.
+def build_arguments(raw: Mapping[str, Any], sections: Mapping[str, type] = SECTIONS) -> RunArguments:
+    """Arguments from nested mappings, as a file would hold them, with a dataclass for each section.
 
     Raises:
         ArgumentError: see `parse_arguments`.
     """
-    _refuse_unknown(raw, list(SECTIONS), "")
+    _refuse_unknown(raw, list(sections), "")
     built = {}
-    for section, kind in SECTIONS.items():
+    for section, kind in sections.items():
         values = raw.get(section) or {}
         _refuse_unknown(values, _field_names(kind), f"{section}.")
         built[section] = kind(**values)
-    return RunArguments(**built, raw={section: dict(raw.get(section) or {}) for section in SECTIONS})
+    return RunArguments(**built, raw={section: dict(raw.get(section) or {}) for section in sections})
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -324,20 +324,20 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
-def resolve_name(name: str) -> str:
+def resolve_name(name: str, sections: Mapping[str, type] = SECTIONS) -> str:
     """Dotted name of an argument given with or without its section.
 
     Raises:
         ArgumentError: no section has it, or several have.
     """
-    if name.split(".")[0] in SECTIONS:
+    if name.split(".")[0] in sections:
         return name
-    homes = [section for section, kind in SECTIONS.items() if name.split(".")[0] in _field_names(kind)]
+    homes = [section for section, kind in sections.items() if name.split(".")[0] in _field_names(kind)]
     if len(homes) == 1:
         return f"{homes[0]}.{name}"
     if homes:
         raise ArgumentError(f"--{name} is in the sections {', '.join(homes)}; write --{homes[0]}.{name}")
-    everything = [f"{section}.{known}" for section, kind in SECTIONS.items() for known in _field_names(kind)]
+    everything = [f"{section}.{known}" for section, kind in sections.items() for known in _field_names(kind)]
     raise ArgumentError(f"unknown argument --{name}{_closest(name, everything)}")
 
 
@@ -393,6 +393,15 @@ def _merge(base: dict[str, Any], other: Mapping[str, Any]) -> None:
             _merge(base[name], value)
         else:
             base[name] = value
+
+
+def parse_sources(where: str, value: Any) -> list[DataSource]:
+    """Sources from what a file holds: a path, a mapping with the fields of `DataSource`, or a list of these.
+
+    Raises:
+        ArgumentError: neither, or an unknown field.
+    """
+    return [_source(where, item) for item in _as_list(value)]
 
 
 def _source(where: str, item: Any) -> DataSource:

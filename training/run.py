@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..data.collator import ListenCollator
@@ -154,7 +154,7 @@ def run_trainer(trainer: ListenTrainer) -> TrainResult:
         The trained model and the run's figures.
     """
     arguments = trainer.args
-    output = trainer.train(resume_from_checkpoint=_checkpoint(arguments))
+    output = trainer.train(resume_from_checkpoint=checkpoint_to_resume(arguments))
     trainer.save_state()
     trainer.save_metrics("train", output.metrics)
     folder = Path(arguments.output_dir) / MODEL_FOLDER
@@ -184,7 +184,8 @@ def _evaluate(trainer: ListenTrainer) -> dict[str, float]:
     return metrics
 
 
-def _checkpoint(arguments: ListenTrainingArguments) -> str | None:
+def checkpoint_to_resume(arguments: TrainingArguments) -> str | None:
+    """The checkpoint that the fields `resume` and `resume_from_checkpoint` ask for."""
     wanted = arguments.resume_from_checkpoint or arguments.resume
     if wanted is True or wanted == "true":
         return get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None

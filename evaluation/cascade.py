@@ -1,0 +1,82 @@
+"""Cascades: a classifier names the emotion, and the model reads it before the speech (arXiv 2410.01162, sec. 3).
+
+>>> from listen.evaluation.cascade import classify_rows, tag_rows
+>>> tagged = tag_rows(dataset, classify_rows(classifier, feature_extractor, dataset))  # doctest: +SKIP
+>>> evaluate_model(model, processor, tagged)  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from accelerate.utils import extract_model_from_parallel
+from datasets import Dataset
+from transformers import FeatureExtractionMixin, PreTrainedModel
+
+from listen.chat_listen import INPUT_FIELD, place_input
+from listen.data.manifest import FEATURES, extra_fields
+from listen.data.tasks import get_task, tagged_text
+from listen.training.classifier import ClipCollator
+
+from .batches import map_rows
+
+
+def classify_rows(
+    model: PreTrainedModel,
+    feature_extractor: FeatureExtractionMixin,
+    dataset: Dataset,
+    batch_size: int = 16,
+    num_workers: int = 0,
+    progress: bool = True,
+) -> list[str]:
+    """The class of each row's recording, in the data set's order.
+
+    Batches are planned and shared by processes as in `map_rows`.
+
+    Args:
+        model: a `ListenForAudioClassification`.
+        feature_extractor: its feature extractor.
+        dataset: rows of `listen.data.manifest`.
+        batch_size: rows of a batch, in each process.
+        num_workers: processes that read audio ahead, for each process.
+        progress: whether the main process shows a progress bar.
+
+    Raises:
+        ValueError: a row that cannot be read, or with several recordings; the message names it.
+    """
+    model = extract_model_from_parallel(model)
+
+    def classify(_: Sequence[int], inputs: dict[str, Any]) -> list[str]:
+        logits = model(**{name: value.to(model.device) for name, value in inputs.items()}).logits  # (batch, labels)
+        return [model.config.id2label[index] for index in logits.argmax(-1).tolist()]
+
+    collator = ClipCollator(feature_extractor)
+    return map_rows(classify, model, collator, dataset, batch_size, num_workers, progress, "classifying")
+
+
+def tag_rows(dataset: Dataset, labels: Sequence[str]) -> Dataset:
+    """Rows whose instruction names the class before the recording: `<happy>` and the speech.
+
+    Each row gets its own instruction, the test wording of its task where it has none. The recording stays where the
+    wording wants it, with the tag in front of it.
+
+    Args:
+        dataset: rows of `listen.data.manifest`.
+        labels: class of each row.
+
+    Raises:
+        ValueError: another number of labels than rows.
+    """
+    if len(labels) != len(dataset):
+        raise ValueError(f"{len(labels)} labels for {len(dataset)} rows; give each row one")
+
+    def tag(row: dict[str, Any], index: int) -> dict[str, str]:
+        options = extra_fields(row).get("options")
+        wording = row["instruction"] or get_task(row["task"]).instruction(row["question"], options=options)
+        return {"instruction": place_input(wording, tagged_text(INPUT_FIELD, labels[index]))}
+
+    return dataset.map(tag, with_indices=True, features=FEATURES)
+
+
+__all__ = ["classify_rows", "tag_rows"]

@@ -1,0 +1,44 @@
+"""Train a classifier of speech over a frozen encoder, such as the emotion classifier of a cascade.
+
+    python examples/train_classifier.py --config examples/configs/speech_emotion/classifier.yaml
+    python examples/train_classifier.py ... --data.train my.jsonl --data.label_field label --training.seed 1
+
+Arguments are those of `listen.training.classifier_arguments`. The run's folder (`--training.output_dir`) gets the
+logs, what is needed to repeat the run, and the classifier under `model/`, ready for `pipeline("audio-classification")`
+and for `examples/evaluate.py --cascade`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from transformers.utils import logging
+
+from listen.training import ArgumentError, parse_arguments
+from listen.training.classifier import train_classifier
+from listen.training.classifier_arguments import CLASSIFIER_SECTIONS
+
+
+def main() -> None:
+    """Parse the command line, train, and say how well held-out rows are told."""
+    if "--help" in sys.argv or "-h" in sys.argv:
+        print(__doc__)
+        return
+    # evaluation builds on the library `evaluate`, which the script of that name beside this one must not hide
+    sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
+    logging.set_verbosity_info()
+    try:
+        run = parse_arguments(sys.argv[1:], CLASSIFIER_SECTIONS)
+        result = train_classifier(run.model, run.data, run.training, raw=run.raw)
+    except (ArgumentError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    for name in ("accuracy", "uar"):
+        if f"eval_{name}" in result.eval_metrics:
+            print(f"{name}: {result.eval_metrics[f'eval_{name}']:.3f}")
+    if run.training.should_save:
+        print(f"model saved to {result.model_folder}")
+
+
+if __name__ == "__main__":
+    main()
