@@ -41,4 +41,4 @@ def test_emotions_of_unheard_actors_are_told_far_better_than_by_chance(tmp_path:
         CLASSIFIER_SECTIONS,
     )  # fmt: skip
     found = train_classifier(run.model, run.data, run.training, raw=run.raw).eval_metrics
-    assert found["eval_uar"] > 0.3, found  # 8 classes: chance is 0.125
+    assert found["eval_uar"] > 0.35, found  # 8 classes: chance is 0.125; 0.52 was measured
