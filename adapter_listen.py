@@ -4,7 +4,7 @@ import copy
 import hashlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,18 +15,18 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file, logging
 
 from .configuration_listen import BACKBONES, ListenConnectorConfig, ListenPromptPoolConfig
+from .encoder_listen import load_speech_encoder
 from .modeling_beats import BeatsModel
-from .modeling_speech_encoder import ListenWhisperEncoder
 
 logger = logging.get_logger(__name__)
 
 WEIGHTS_FILE = "model.safetensors"
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 _BACKBONE_KWARGS = ("attn_implementation", "cache_dir", "token", "local_files_only", "max_memory", "offload_folder")
-_LOADERS: dict[str, type] = {
-    "speech_encoder": ListenWhisperEncoder,
-    "audio_encoder": BeatsModel,
-    "language_model": AutoModelForCausalLM,
+_LOADERS: dict[str, Callable[..., nn.Module]] = {
+    "speech_encoder": load_speech_encoder,
+    "audio_encoder": BeatsModel.from_pretrained,
+    "language_model": AutoModelForCausalLM.from_pretrained,
 }
 _SHAPE_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 _LORA_FIELDS = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora")
@@ -132,7 +132,7 @@ class FrozenBackbonesMixin:
             if getattr(self, name, None) is not None:
                 continue
             chosen = _options_of(name, options, device_map, learned=name in _learned(self.config))
-            backbone = _LOADERS[name].from_pretrained(spec["base_model_name_or_path"], **chosen, **_spec_kwargs(spec))
+            backbone = _LOADERS[name](spec["base_model_name_or_path"], **chosen, **_spec_kwargs(spec))
             _check_backbone(name, spec, getattr(self.config, BACKBONES[name]), backbone)
             backbone.config.name_or_path = ""  # base_models alone says where it lies
             setattr(self, name, backbone)

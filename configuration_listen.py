@@ -1,6 +1,7 @@
 """Configuration of LiSTEN: which frozen backbones listen and speak, and what is learned between them."""
 
 import difflib
+from fractions import Fraction
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -8,12 +9,12 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.generation import GenerationConfig
 
 from .configuration_beats import BeatsConfig
+from .geometry_listen import audio_step, speech_geometry, speech_width
 
 STRATEGIES = ("similarity", "attention", "residual", "fixed", "random", "task")
 QUERY_STRATEGIES = ("similarity", "attention", "residual")
 KEY_LOSSES = ("distance", "similarity")
 CONNECTORS = ("window_qformer", "conv_rotary")
-SPEECH_ENCODERS = ("whisper",)
 BACKBONES = {"speech_encoder": "speech_config", "audio_encoder": "audio_config", "language_model": "text_config"}
 TRAINABLE = ("adapter", "connector", "prompt_pool", "speech_encoder", "audio_encoder")
 
@@ -230,7 +231,8 @@ class ListenConfig(PreTrainedConfig):
     """A whole LiSTEN model: two frozen encoders, a connector, a prompt pool and a frozen causal LLM.
 
     Args:
-        speech_config: Config of the speech encoder, Whisper's by default; only its encoder is built.
+        speech_config: Config of the speech encoder, Whisper's by default; any other that `geometry_listen` knows
+            (Wav2Vec2-BERT, HuBERT, WavLM, AST, Moonshine ...). Only the encoder is built.
         audio_config: Config of the BEATs audio encoder; `None` leaves it out.
         connector_config: Config of the connector, see `ListenConnectorConfig`.
         prompt_pool_config: Config of the pool, see `ListenPromptPoolConfig`; `None` leaves it out.
@@ -319,7 +321,7 @@ class ListenConfig(PreTrainedConfig):
         """A config for backbones named by Hub id or folder; only their `config.json` files are read.
 
         Args:
-            speech_encoder: A Whisper checkpoint.
+            speech_encoder: A Whisper checkpoint, or one of any other audio encoder that is known, with a head or not.
             language_model: Any causal language model.
             audio_encoder: A BEATs checkpoint in our format; `None` for no second stream.
             revisions: Revision of each backbone, by the name of its argument; `"main"` where absent.
@@ -339,7 +341,20 @@ class ListenConfig(PreTrainedConfig):
     @property
     def frame_seconds(self) -> float:
         """Time from one frame of the speech encoder to the next."""
-        return speech_frame_seconds(self.speech_config)
+        return speech_geometry(self.speech_config).frame_seconds
+
+    @property
+    def audio_step(self) -> Fraction:
+        """Frames of the audio encoder that go by during one frame of the speech encoder; 1 without one."""
+        if self.audio_config is None:
+            return Fraction(1)
+        patches = self.audio_config.patch_size, self.audio_config.num_mel_bins
+        return audio_step(speech_geometry(self.speech_config), *patches)
+
+    @property
+    def speech_width(self) -> int:
+        """Width of the speech encoder's frames."""
+        return speech_width(self.speech_config)
 
     @property
     def learned_backbones(self) -> list[str]:
@@ -350,10 +365,10 @@ class ListenConfig(PreTrainedConfig):
     def encoder_width(self) -> int:
         """Width of the fused encoder frames."""
         audio_width = self.audio_config.hidden_size if self.audio_config is not None else 0
-        return self.speech_config.hidden_size + audio_width
+        return self.speech_width + audio_width
 
     def _check(self) -> None:
-        _check_choice("speech_config model_type", self.speech_config.model_type, SPEECH_ENCODERS)
+        self._check_speech()
         unknown = [name for name in self.trainable if name not in TRAINABLE]
         if "language_model" in unknown:
             raise ValueError("trainable=['language_model']: the LLM stays frozen; use add_adapter(LoraConfig(...))")
@@ -369,6 +384,17 @@ class ListenConfig(PreTrainedConfig):
             raise ValueError(f"chunks_at_once={self.chunks_at_once} must be at least 1")
         self._check_base_models()
 
+    def _check_speech(self) -> None:
+        speech = self.speech_config
+        speech_geometry(speech)  # raises where it is no audio encoder
+        if self.pad_to_30s and speech.model_type != "whisper":
+            raise ValueError(f"pad_to_30s=True is Whisper's; {speech.model_type} hears clips at their true length")
+        if "speech_encoder" in self.trainable and getattr(speech, "add_adapter", False) and speech.layerdrop:
+            raise ValueError(
+                f"a trainable speech encoder with add_adapter and layerdrop={speech.layerdrop} drops layers that "
+                "shorten its output, so that frames cannot be counted; set layerdrop=0 in speech_config"
+            )
+
     def _check_base_models(self) -> None:
         if self.base_models is None:
             return
@@ -383,12 +409,6 @@ class ListenConfig(PreTrainedConfig):
                 raise ValueError(
                     f"base_models[{name!r}]={spec!r} needs 'base_model_name_or_path', a Hub id or a folder"
                 )
-
-
-def speech_frame_seconds(speech_config: PreTrainedConfig) -> float:
-    """Time from one frame of the speech encoder to the next: Whisper of any size halves 100 log-mel frames a second."""
-    _check_choice("speech_config model_type", speech_config.model_type, SPEECH_ENCODERS)
-    return 0.02
 
 
 def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:

@@ -1,5 +1,7 @@
 """Both inputs of LiSTEN from 16 kHz waveforms, batched in torch: Whisper's log-mel and the Kaldi filter bank of BEATs.
 
+Other speech encoders read what their own transformers feature extractors make, in place of log-mel.
+
 Log-mel (Radford et al. 2022; `transformers.WhisperFeatureExtractor`): reflected edges, periodic Hann window, power
 spectrum, Slaney mel filters, log10 with a floor of 1e-10, then at most 8 below the clip's own maximum, `(x + 4) / 4`.
 
@@ -15,13 +17,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from fractions import Fraction
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import BatchFeature, SequenceFeatureExtractor
 from transformers.audio_utils import mel_filter_bank
 from transformers.utils import TensorType, logging
+
+from .geometry_listen import SAMPLING_RATE, EncoderGeometry, audio_step, num_resampled
+from .speech_features_listen import check_settings, extract_speech
 
 logger = logging.get_logger(__name__)
 
@@ -167,6 +174,9 @@ class ListenFeatureExtractor(SequenceFeatureExtractor):
             tells the frames of the clip.
         speech_downsampling (`int`): Log-mel frames for one frame of the speech encoder.
         patch_size (`int`): Side of a BEATs patch, in bins and frames.
+        speech_features (`dict`, *optional*): Settings of the transformers feature extractor that a speech encoder other
+            than Whisper was trained with, see `speech_features_listen`; it makes `input_features` in place of log-mel.
+        speech_geometry (`dict`, *optional*): Steps from samples to frames of that encoder, see `geometry_listen`.
 
     Raises:
         ValueError: a value is out of range, or two values cannot work together.
@@ -188,6 +198,8 @@ class ListenFeatureExtractor(SequenceFeatureExtractor):
         pad_to_30s: bool = False,
         speech_downsampling: int = 2,
         patch_size: int = 16,
+        speech_features: dict[str, Any] | None = None,
+        speech_geometry: dict[str, Any] | None = None,
         **kwargs: object,
     ) -> None:
         unknown = sorted(name for name in kwargs if name not in _INHERITED_ARGUMENTS and not name.startswith("_"))
@@ -204,12 +216,15 @@ class ListenFeatureExtractor(SequenceFeatureExtractor):
         self.pad_to_30s = pad_to_30s
         self.speech_downsampling = speech_downsampling
         self.patch_size = patch_size
+        self.speech_features = speech_features
+        self.speech_geometry = speech_geometry
         self._check_values()
 
     def _check_values(self) -> None:
         for name in ("feature_size", "sampling_rate", "hop_length", "n_fft", "speech_downsampling", "patch_size"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"ListenFeatureExtractor: {name}={getattr(self, name)!r} must be a positive integer.")
+        self._check_speech()
         if self.sampling_rate < 2 * _HIGHEST_WHISPER_HERTZ:
             raise ValueError(
                 f"ListenFeatureExtractor: sampling_rate={self.sampling_rate} is too low for Whisper, whose mel "
@@ -228,6 +243,36 @@ class ListenFeatureExtractor(SequenceFeatureExtractor):
                 f"{self.min_samples / self.sampling_rate} s that one token of each encoder takes."
             )
 
+    def _check_speech(self) -> None:
+        if (self.speech_features is None) != (self.speech_geometry is None):
+            raise ValueError("ListenFeatureExtractor: speech_features and speech_geometry belong together; give both.")
+        if self.speech_features is None:
+            return
+        check_settings(self.speech_features)
+        if self.pad_to_30s or self.sampling_rate != SAMPLING_RATE:
+            raise ValueError(
+                f"ListenFeatureExtractor: speech_features make clips of true length at {SAMPLING_RATE} Hz, not with "
+                f"pad_to_30s={self.pad_to_30s} and sampling_rate={self.sampling_rate}."
+            )
+
+    @property
+    def geometry(self) -> EncoderGeometry:
+        """The way from samples to the frames of the speech encoder."""
+        if self.speech_geometry is not None:
+            return EncoderGeometry.from_dict(self.speech_geometry)
+        hop, step = self.hop_length, self.speech_downsampling
+        return EncoderGeometry(((hop, hop, 0),), ((1, step, 0),), chunk_seconds=self.chunk_seconds)
+
+    @property
+    def time_axis(self) -> int:
+        """Axis of `input_features` along which time runs: 2 in log-mel, 1 in all others."""
+        return 2 if self.speech_features is None else 1
+
+    @property
+    def is_fixed_length(self) -> bool:
+        """Whether `input_features` are of one length whatever the clips."""
+        return self.pad_to_30s or "max_length" in (self.speech_features or {})
+
     @property
     def chunk_samples(self) -> int:
         """Samples in a full chunk."""
@@ -235,11 +280,13 @@ class ListenFeatureExtractor(SequenceFeatureExtractor):
 
     @property
     def min_samples(self) -> int:
-        """Samples below which a chunk is followed by silence: one log-mel window, and one row of BEATs patches."""
+        """Samples below which a chunk is followed by silence: one frame of speech, and one row of BEATs patches."""
+        whisper = self.speech_features is None
+        speech = max(self.n_fft, self.hop_length) if whisper else self.geometry.min_samples
         if not self.num_fbank_bins:
-            return max(self.n_fft, self.hop_length)
+            return speech
         window, shift = kaldi_framing(self.sampling_rate)
-        return max(self.n_fft, self.hop_length, window + (self.patch_size - 1) * shift)
+        return max(speech, window + (self.patch_size - 1) * shift)
 
     def num_chunks(self, num_samples: int) -> int:
         """Rows that a clip of `num_samples` samples takes in the batch."""
@@ -255,16 +302,16 @@ class ListenFeatureExtractor(SequenceFeatureExtractor):
     @property
     def frame_seconds(self) -> float:
         """Time from one frame of the speech encoder to the next."""
-        return self.hop_length * self.speech_downsampling / self.sampling_rate
+        return self.geometry.frame_seconds
 
     def num_encoder_frames(self, num_samples: int) -> list[int]:
-        """Real frames of each chunk of a clip after both encoders, the longer one of the two streams."""
+        """Frames of each chunk of a clip after both encoders at the speech encoder's rate, the longer of the two."""
+        geometry = self.geometry
+        step = audio_step(geometry, self.patch_size, self.num_fbank_bins) if self.num_fbank_bins else Fraction(1)
         return [
-            max(self._speech_frames(length), self._audio_tokens(length)) for length in self.chunk_lengths(num_samples)
+            max(geometry.num_frames(length), num_resampled(self._audio_tokens(length), step))
+            for length in self.chunk_lengths(num_samples)
         ]
-
-    def _speech_frames(self, length: int) -> int:
-        return -(-(length // self.hop_length) // self.speech_downsampling)
 
     def _audio_tokens(self, length: int) -> int:
         """Patches in whole time steps of a chunk; none without the BEATs stream."""
@@ -291,9 +338,10 @@ class ListenFeatureExtractor(SequenceFeatureExtractor):
             return_tensors: "pt" or "np".
 
         Returns:
-            `BatchFeature` over C chunks: `input_features` `(C, feature_size, T)` float32, `input_features_mask`
-            `(C, T)` int64 and, with the BEATs stream, `input_values` `(C, F, num_fbank_bins)` float32 and
-            `input_values_mask` `(C, F)` int64. Padding is zero in features and masks.
+            `BatchFeature` over C chunks: `input_features` `(C, feature_size, T)` float32, with `speech_features`
+            `(C, samples)` or `(C, T, bins)`; `input_features_mask` `(C, T)` int64; with the BEATs stream `input_values`
+            `(C, F, num_fbank_bins)` float32 and `input_values_mask` `(C, F)` int64. Padding is zero in features and
+            masks.
 
         Raises:
             ValueError: another sampling rate; a clip that is empty, not one-dimensional, not finite or not float.
@@ -322,6 +370,16 @@ class ListenFeatureExtractor(SequenceFeatureExtractor):
         return [clip[start : start + self.chunk_samples] for start in range(0, len(clip), self.chunk_samples)]
 
     def _speech_features(self, chunks: list[np.ndarray], lengths: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self.speech_features is None:
+            return self._log_mel_features(chunks, lengths)
+        silent = [
+            np.pad(chunk, (0, length - len(chunk))) for chunk, length in zip(chunks, lengths.tolist(), strict=True)
+        ]
+        features = extract_speech(self.speech_features, silent)  # (chunks, samples) or (chunks, frames, bins)
+        counts = torch.tensor([self.geometry.num_inputs(len(chunk)) for chunk in silent])
+        return {"input_features": features, "input_features_mask": _prefix_mask(counts, features.shape[1]).long()}
+
+    def _log_mel_features(self, chunks: list[np.ndarray], lengths: torch.Tensor) -> dict[str, torch.Tensor]:
         counts = lengths // self.hop_length
         spans = torch.full_like(lengths, self.chunk_samples) if self.pad_to_30s else lengths
         total = int(spans.max()) // self.hop_length

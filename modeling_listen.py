@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Collection, Iterator
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -16,13 +17,14 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from .adapter_listen import AdapterMixin, additive_attention
 from .configuration_listen import BACKBONES, ListenConfig
 from .context_listen import check_context, context_limit
+from .encoder_listen import build_speech_encoder
 from .feature_extraction_listen import ListenFeatureExtractor
 from .generation_listen import PlaceholderBlindProcessors
+from .geometry_listen import num_resampled
 from .modeling_beats import BeatsModel
 from .modeling_connector import WindowQFormer
 from .modeling_conv_rotary import ConvRotary
 from .modeling_prompt_pool import ListenPromptPool, PromptSelection
-from .modeling_speech_encoder import ListenWhisperEncoder
 from .outputs_listen import AudioEmbeddings, EncodedAudio, ListenModelOutput, ListenOutput, PromptOutput
 from .pipeline_listen import ListenPipeline  # noqa: F401 (checkpoints carry the files that are imported here)
 
@@ -45,7 +47,7 @@ class ListenAdapter(nn.Module):
         audio_width = config.audio_config.hidden_size if config.audio_config is not None else 0
         text_width = config.text_config.hidden_size
         self.connector = _CONNECTORS[connector.type](
-            connector, config.speech_config.hidden_size, audio_width, text_width, config.frame_seconds
+            connector, config.speech_width, audio_width, text_width, config.frame_seconds
         )
         self.prompt_pool = ListenPromptPool(pool, text_width) if pool is not None else None
 
@@ -142,7 +144,7 @@ class ListenModel(ListenPreTrainedModel):
         self.audio_encoder: nn.Module | None = None
         self.language_model: nn.Module | None = None
         if "speech_encoder" in init_backbones:
-            self.speech_encoder = ListenWhisperEncoder._from_config(config.speech_config)
+            self.speech_encoder = build_speech_encoder(config.speech_config)
         if "audio_encoder" in init_backbones and config.audio_config is not None:
             attention = additive_attention(config.audio_config._attn_implementation)
             self.audio_encoder = BeatsModel._from_config(config.audio_config, attn_implementation=attention)
@@ -183,17 +185,21 @@ class ListenModel(ListenPreTrainedModel):
         """Run the encoders; frozen ones without autograd, and `config.chunks_at_once` chunks at a time.
 
         Args:
-            input_features: `(chunks, mel bins, frames)` log-mel of Whisper, 100 frames a second.
-            input_features_mask: `(chunks, frames)`, 1 on real frames.
+            input_features: `(chunks, mel bins, frames)` log-mel of Whisper, 100 frames a second; other speech encoders
+                take `(chunks, samples)` or `(chunks, frames, bins)` of their own feature extractors.
+            input_features_mask: `(chunks, time)`, 1 on real positions.
             input_values: `(chunks, frames, mel bins)` filter-bank of BEATs, 100 frames a second.
             input_values_mask: `(chunks, frames)`.
+
+        Returns:
+            Frames of both encoders at the rate of the speech encoder.
 
         Raises:
             ValueError: the filter-bank is missing, or given to a model without an audio encoder.
         """
         _check_streams(self.config.audio_config is not None, input_values is not None, "input_values")
         if input_features_mask is None:
-            input_features_mask = torch.ones_like(input_features[:, 0], dtype=torch.long)
+            input_features_mask = self.speech_encoder.full_mask(input_features)
         speech = self._encode("speech_encoder", input_features, None if self.config.pad_to_30s else input_features_mask)
         encoded = EncodedAudio(
             speech_hidden_states=speech, speech_hidden_states_mask=self.speech_encoder.output_mask(input_features_mask)
@@ -201,8 +207,11 @@ class ListenModel(ListenPreTrainedModel):
         if input_values is not None:
             if input_values_mask is None:
                 input_values_mask = torch.ones_like(input_values[..., 0], dtype=torch.long)
-            encoded.audio_hidden_states = self._encode("audio_encoder", input_values, input_values_mask)
-            encoded.audio_hidden_states_mask = self.audio_encoder.output_mask(input_values_mask)
+            encoded.audio_hidden_states, encoded.audio_hidden_states_mask = resample_frames(
+                self._encode("audio_encoder", input_values, input_values_mask),
+                self.audio_encoder.output_mask(input_values_mask),
+                self.config.audio_step,
+            )
         return encoded
 
     def _encode(self, name: str, inputs: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -763,6 +772,32 @@ def chunk_rows(lengths: torch.Tensor, is_audio: torch.Tensor) -> torch.Tensor:
             f"{lengths.tolist()} embeddings, in order; process text and audio together with ListenProcessor"
         )
     return torch.searchsorted(row_ends, chunk_ends)
+
+
+def resample_frames(states: torch.Tensor, mask: torch.Tensor, step: Fraction) -> tuple[torch.Tensor, torch.Tensor]:
+    """Frames of one encoder at the rate of another: each new one is the mean over its time of those that it covers.
+
+    Args:
+        states: `(chunks, frames, width)`.
+        mask: `(chunks, frames)`, real frames first.
+        step: Old frames that go by during a new one.
+
+    Returns:
+        `(chunks, new frames, width)` and its mask; what was given where `step` is 1.
+    """
+    if step == 1:
+        return states, mask
+    counts = mask.sum(-1)  # (chunks,)
+    length = num_resampled(states.shape[1], step)
+    edges = torch.arange(length + 1, device=states.device, dtype=torch.float64) * float(step)  # (new frames + 1,)
+    edges = torch.minimum(edges[None], counts[:, None].double())  # (chunks, new frames + 1)
+    whole = edges.floor().long().clamp_max(states.shape[1] - 1)[..., None].expand(-1, -1, states.shape[2])
+    real = states.double() * mask[..., None]  # (chunks, frames, width)
+    area = F.pad(real.cumsum(1), (0, 0, 1, 0)).gather(1, whole) + (edges[..., None] - whole) * real.gather(1, whole)
+    real_counts = [num_resampled(count, step) for count in counts.tolist()]
+    new_mask = torch.arange(length, device=states.device) < torch.tensor(real_counts, device=states.device)[:, None]
+    span = edges.diff(dim=1).masked_fill(~new_mask, 1.0)  # (chunks, new frames)
+    return (area.diff(dim=1) / span[..., None]).to(states.dtype), new_mask
 
 
 def _take(encoded: EncodedAudio, chunks: list[int]) -> EncodedAudio:

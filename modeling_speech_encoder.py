@@ -17,6 +17,8 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .geometry_listen import speech_geometry
+
 
 class ListenWhisperEncoder(WhisperEncoder):
     """Whisper's encoder at the true length of its input.
@@ -40,6 +42,15 @@ class ListenWhisperEncoder(WhisperEncoder):
         # Forget the renaming: `save_pretrained` would undo it, but the folder it writes is this class's own.
         model._weight_conversions = None
         return loaded
+
+    @property
+    def frame_seconds(self) -> float:
+        """Time from one frame to the next."""
+        return speech_geometry(self.config).frame_seconds
+
+    def full_mask(self, input_features: torch.Tensor) -> torch.Tensor:
+        """The mask of `(batch, mel bins, frames)` without padding, `(batch, frames)`."""
+        return torch.ones_like(input_features[:, 0], dtype=torch.long)
 
     def output_mask(self, input_features_mask: torch.Tensor) -> torch.Tensor:
         """Real output frames: `(batch, frames)` of 0/1, real ones first -> `(batch, ceil(frames / 2))` boolean.

@@ -173,8 +173,11 @@ class ListenCollator:
         rate = self.processor.feature_extractor.sampling_rate
         waves = [self._read(row, rate) for row in rows]
         inputs = dict(self.processor(texts, audio=waves, sampling_rate=rate, **options))
-        fixed = getattr(self.processor.feature_extractor, "pad_to_30s", False)
-        return {**inputs, **_round_frames(inputs, ("input_values",) if fixed else ("input_features", "input_values"))}
+        extractor = self.processor.feature_extractor
+        time_axes = {"input_features": extractor.time_axis, "input_values": 1}
+        if extractor.is_fixed_length:
+            del time_axes["input_features"]
+        return {**inputs, **_round_frames(inputs, time_axes)}
 
     def _read(self, row: Mapping[str, Any], sampling_rate: int) -> list[np.ndarray]:
         try:
@@ -215,15 +218,14 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, tail: str) -> str:
     return tail[:position] + token
 
 
-def _round_frames(inputs: Mapping[str, Any], names: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Audio features padded to few lengths; their masks tell what is real."""
+def _round_frames(inputs: Mapping[str, Any], time_axes: Mapping[str, int]) -> dict[str, torch.Tensor]:
+    """Audio features padded along time to few lengths; their masks tell what is real."""
     rounded: dict[str, torch.Tensor] = {}
-    for name in names:
+    for name, axis in time_axes.items():
         if name not in inputs:
             continue
         missing = -inputs[f"{name}_mask"].shape[1] % _FRAME_MULTIPLE
-        # (chunks, bins, frames) for Whisper, (chunks, frames, bins) for BEATs
-        padding = (0, missing) if name == "input_features" else (0, 0, 0, missing)
+        padding = (0, 0) * (inputs[name].dim() - 1 - axis) + (0, missing)
         rounded[name] = torch.nn.functional.pad(inputs[name], padding)
         rounded[f"{name}_mask"] = torch.nn.functional.pad(inputs[f"{name}_mask"], (0, missing))  # (chunks, frames)
     return rounded

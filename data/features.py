@@ -161,9 +161,11 @@ def store_info(model: Any, feature_extractor: Any, join_silence_seconds: float =
     if learning:
         raise FeatureStoreError(f"the features of {learning} cannot be stored: trainable={config.trainable}")
     encoders = {"speech_encoder": model.speech_encoder, "audio_encoder": model.audio_encoder}
-    settings = {k: v for k, v in feature_extractor.to_dict().items() if isinstance(v, (bool, int, float))}
+    settings = feature_extractor.to_dict()
+    settings |= {f"speech_{name}": value for name, value in (settings.get("speech_features") or {}).items()}
+    settings = {name: value for name, value in settings.items() if isinstance(value, (bool, int, float))}
     return StoreInfo(
-        speech_width=config.speech_config.hidden_size,
+        speech_width=config.speech_width,
         audio_width=config.audio_config.hidden_size if config.audio_config is not None else 0,
         encoders={name: _digest(encoder) for name, encoder in encoders.items() if encoder is not None},
         feature_extractor=settings,

@@ -80,7 +80,14 @@ def test_the_tiny_preset_describes_the_model_in_the_repository() -> None:
         (lambda: tiny_config(trainable=["audio_encoder"], audio_config=None), "audio_config is None"),
         (lambda: tiny_config(audio_token_id=7, prompt_token_id=7), "both 7"),
         (lambda: tiny_config(base_models={"speech_encoder": {"base_model_name_or_path": "x"}}), "this config needs"),
-        (lambda: tiny_config(speech_config={"model_type": "hubert"}), "speech_config.*hubert"),
+        (lambda: tiny_config(speech_config={"model_type": "bert"}), "speech_config model_type='bert' is no speech enc"),
+        (lambda: tiny_config(speech_config={"model_type": "hubert"}, pad_to_30s=True), "pad_to_30s=True is Whisper's"),
+        (
+            lambda: tiny_config(
+                speech_config={"model_type": "wav2vec2", "add_adapter": True}, trainable=["speech_encoder"]
+            ),
+            "set layerdrop=0 in speech_config",
+        ),
         (lambda: ListenConfig.from_preset("listen-70b"), "preset='listen-70b' is unknown; choose one of listen-llama3"),
     ],
 )

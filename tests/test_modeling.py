@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import math
+from fractions import Fraction
 
 import pytest
 import torch
 from conftest import AUDIO_ID, PROMPT_ID, clip, make_inputs, tiny_config, tiny_model
+from fixtures_encoders import ENCODERS
+from fixtures_training import tiny_processor
 from transformers import AutoModelForCausalLM
 
 from listen import ListenModel
-from listen.modeling_listen import ListenForConditionalGeneration
+from listen.modeling_listen import ListenForConditionalGeneration, resample_frames
 
 ROWS = [[clip(1.3, 1)], [], [clip(0.9, 2), clip(2.1, 3)], [clip(0.35, 4)]]
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
@@ -318,3 +322,62 @@ def test_a_self_contained_checkpoint_round_trips(tmp_path: object) -> None:
     inputs = make_inputs(model, ROWS)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
+def test_frames_of_one_encoder_at_the_rate_of_another_keep_their_mean() -> None:
+    states = torch.randn(2, 12, 3, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1] * 12, [1] * 7 + [0] * 5])
+    same, same_mask = resample_frames(states, mask, Fraction(1))
+    assert same is states and same_mask is mask
+    slower, slower_mask = resample_frames(states, mask, Fraction(3))
+    assert slower_mask.sum(-1).tolist() == [4, 3]
+    torch.testing.assert_close(slower[0], states[0].unflatten(0, (4, 3)).mean(1))
+    torch.testing.assert_close(slower[1, 2], states[1, 6])  # the last one has a single real frame under it
+    faster, faster_mask = resample_frames(states, mask, Fraction(1, 2))
+    assert faster_mask.sum(-1).tolist() == [24, 14]
+    torch.testing.assert_close(faster[0], states[0].repeat_interleave(2, 0))
+
+
+@pytest.mark.parametrize("step", [Fraction(6, 5), Fraction(5, 12), Fraction(7, 3)])
+def test_resampled_frames_do_not_depend_on_batch_mates(step: Fraction) -> None:
+    states = torch.randn(2, 50, 3, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1] * 50, [1] * 23 + [0] * 27])
+    batch, batch_mask = resample_frames(states, mask, step)
+    alone, alone_mask = resample_frames(states[1:, :23], mask[1:, :23], step)
+    assert alone_mask.all() and alone.shape[1] == int(batch_mask[1].sum()) == math.ceil(23 / step)
+    torch.testing.assert_close(batch[1][batch_mask[1]], alone[0], atol=1e-6, rtol=0)
+    assert alone.min() >= states[1, :23].min() and alone.max() <= states[1, :23].max()
+
+
+@pytest.mark.parametrize("kind", ["wav2vec2-base", "w2v-bert", "ast", "moonshine"])
+def test_a_model_with_another_speech_encoder_hears(kind: str, tmp_path: object) -> None:
+    model = tiny_model(speech_config=ENCODERS[kind])
+    processor = tiny_processor(model.config)
+    texts, clips = ["<|audio|>one", "<|audio|><|audio|>two"], [clip(1.3), clip(11.0, 1), clip(0.1, 2)]
+    inputs = processor(texts, [c.numpy() for c in clips], 16000)
+    with torch.no_grad():
+        logits = model(**inputs).logits[0, -1]
+        alone = model(**processor(texts[:1], clips[0].numpy(), 16000)).logits[0, -1]
+        other = model(**processor(texts[:1], clip(1.3, 7).numpy(), 16000)).logits[0, -1]
+    torch.testing.assert_close(logits, alone, atol=2e-4, rtol=1e-4)
+    assert (alone - other).abs().max() > 1e-4
+    model.save_pretrained(tmp_path)
+    loaded = ListenForConditionalGeneration.from_pretrained(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**inputs).logits[0, -1], logits, atol=1e-5, rtol=0)
+
+
+def test_another_speech_encoder_is_frozen_or_learns_as_a_whole() -> None:
+    inputs = None
+    for trainable in (["adapter"], ["adapter", "speech_encoder"]):
+        model = tiny_model(speech_config={**ENCODERS["w2v-bert"], "layerdrop": 0.5}, trainable=trainable).train()
+        processor = tiny_processor(model.config)
+        inputs = processor("<|audio|>one", clip(2.0).numpy(), 16000)
+        torch.manual_seed(0)
+        heard = [model.encode_audio(inputs["input_features"], None, inputs["input_values"]) for _ in range(5)]
+        first, *others = [frames.speech_hidden_states for frames in heard]
+        learns = "speech_encoder" in trainable
+        assert any(not torch.equal(first, other) for other in others) == learns  # layers dropped, positions masked
+        assert first.requires_grad == learns == model.speech_encoder.training
+    model(**inputs, labels=_labels(inputs["input_ids"])).loss.backward()
+    assert any(parameter.grad is not None for parameter in model.speech_encoder.parameters())

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from conftest import tiny_config, tiny_model
+from fixtures_encoders import ENCODERS
 from fixtures_tokenizers import LLAMA_3_TEMPLATE, build_tokenizer
 from safetensors.torch import load_file, save_file
 
@@ -62,11 +63,13 @@ def clip() -> np.ndarray:
     return (0.1 * np.random.default_rng(0).standard_normal(20000)).astype(np.float32)
 
 
-def build(folder: Path, adapter_only: bool) -> tuple[ListenForConditionalGeneration, ListenProcessor]:
+def build(
+    folder: Path, adapter_only: bool, **overrides: object
+) -> tuple[ListenForConditionalGeneration, ListenProcessor]:
     """A model and its processor, saved in `folder`; adapter-only ones with the backbones in folders inside."""
-    config = tiny_config(audio_token_id=None, prompt_token_id=None)
+    config = tiny_config(audio_token_id=None, prompt_token_id=None, **overrides)
     processor = ListenProcessor.from_backbones(config, build_tokenizer(template=LLAMA_3_TEMPLATE))
-    model = tiny_model(audio_token_id=config.audio_token_id, prompt_token_id=config.prompt_token_id)
+    model = tiny_model(audio_token_id=config.audio_token_id, prompt_token_id=config.prompt_token_id, **overrides)
     if adapter_only:
         bases = {
             name: str(folder / "backbones" / name) for name in ("speech_encoder", "audio_encoder", "language_model")
@@ -91,8 +94,13 @@ def run_fresh(tmp_path: Path, folders: list[Path]) -> list[dict[str, torch.Tenso
 
 
 def test_a_fresh_process_without_the_package_gives_the_same_numbers(tmp_path: Path) -> None:
-    kinds = {"full": False, "adapter-only": True}
-    made = [build(tmp_path / "made" / kind, adapter_only) for kind, adapter_only in kinds.items()]
+    kinds = {
+        "full": (False, {}),
+        "adapter-only": (True, {}),
+        "moonshine": (True, {"speech_config": ENCODERS["moonshine"]}),
+        "ast": (False, {"speech_config": ENCODERS["ast"]}),
+    }
+    made = [build(tmp_path / "made" / kind, alone, **overrides) for kind, (alone, overrides) in kinds.items()]
     moved = (tmp_path / "made").rename(tmp_path / "moved")  # nothing may hang on where it was made
     for (model, processor), results in zip(made, run_fresh(tmp_path, [moved / kind for kind in kinds]), strict=True):
         inputs = processor([QUESTION, "the fox"], clip(), 16000)

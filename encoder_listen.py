@@ -1,0 +1,265 @@
+"""Any audio encoder of transformers in the place of Whisper's: Wav2Vec2-BERT, HuBERT, WavLM, AST, Moonshine and others.
+
+A wrapper gives each of them the interface of `ListenWhisperEncoder`: real frames come out for real input, a row of a
+batch equals the clip alone, and the decoder or head of a checkpoint is never built.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from .geometry_listen import EncoderGeometry, speech_geometry, speech_width
+from .modeling_speech_encoder import ListenWhisperEncoder
+
+# Rows of a padded batch equal the clips alone under an attention mask, given what `_pads_safely` asks besides.
+_PADS_SAFELY = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat", "wav2vec2-bert")
+_SPECTROGRAM = "audio-spectrogram-transformer"
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+_ENCODER_OF_WHOLE = {r"^(model\.)?encoder\.": ""}
+_DECODER_KEYS = (r"^(model\.)?decoder\.", r"^proj_out\.", r"^lm_head\.")
+
+
+class ListenSpeechEncoder(nn.Module):
+    """An audio encoder of transformers that takes `input_features` with their mask and tells which frames are real.
+
+    `input_features` are what the encoder's own feature extractor makes: `(batch, samples)` for waveform encoders,
+    `(batch, frames, bins)` for the others.
+
+    Many of these encoders let the padding of a batch reach real frames: a group norm over time (wav2vec2-base and
+    other base sizes, Moonshine), unmasked convolutions between layers (Wav2Vec2-Conformer, data2vec, SEW, length
+    adapters). Their rows are encoded at their true lengths, those of one length together, so that no row depends on
+    its batch mates; the others run as one masked batch.
+
+    Args:
+        encoder: A model of transformers whose config `geometry_listen` knows.
+    """
+
+    def __init__(self, encoder: PreTrainedModel) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.geometry: EncoderGeometry = speech_geometry(encoder.config)
+
+    @classmethod
+    def from_config(cls, config: PreTrainedConfig) -> ListenSpeechEncoder:
+        """The encoder with random weights.
+
+        Raises:
+            ValueError: the config is not one of an audio encoder known here.
+        """
+        speech_geometry(config)
+        encoder_class = _encoder_class(config)
+        attention = _supported_attention(encoder_class, config._attn_implementation)
+        return cls(encoder_class._from_config(config, attn_implementation=attention))
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | os.PathLike, config: PreTrainedConfig, **options: Any
+    ) -> ListenSpeechEncoder:
+        """Load the encoder of a checkpoint that may hold a decoder or a head besides, neither of which is read.
+
+        Args:
+            source: Folder or Hub id.
+            config: The checkpoint's config.
+            **options: As in `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ValueError: a weight of the encoder is missing, or the checkpoint holds more of it than its config tells.
+        """
+        encoder_class = _encoder_class(config)
+        if options.get("attn_implementation"):
+            options["attn_implementation"] = _supported_attention(encoder_class, options["attn_implementation"])
+        if config.is_encoder_decoder:
+            options["key_mapping"] = _ENCODER_OF_WHOLE
+        encoder, info = encoder_class.from_pretrained(source, config=config, output_loading_info=True, **options)
+        if config.is_encoder_decoder:
+            encoder._weight_conversions = None  # what it saves is the encoder alone, not to be renamed again
+        _check_loaded(os.fspath(source), encoder, info)
+        return cls(encoder)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **options: Any) -> None:
+        """Write the encoder as its own class does; arguments as in `PreTrainedModel.save_pretrained`."""
+        self.encoder.save_pretrained(save_directory, **options)
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The encoder's config."""
+        return self.encoder.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of its weights."""
+        return self.encoder.dtype
+
+    @property
+    def frame_seconds(self) -> float:
+        """Time from one frame to the next."""
+        return self.geometry.frame_seconds
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        return list(self.encoder._no_split_modules or ())
+
+    def full_mask(self, input_features: torch.Tensor) -> torch.Tensor:
+        """The mask of input without padding, `(batch, time)`."""
+        return torch.ones(input_features.shape[:2], dtype=torch.long, device=input_features.device)
+
+    def output_mask(self, input_features_mask: torch.Tensor) -> torch.Tensor:
+        """Real output frames: `(batch, time)` of 0/1, real ones first -> `(batch, frames)` boolean."""
+        frames = self.geometry.num_outputs(input_features_mask.shape[1])
+        counts = [self.geometry.num_outputs(length) for length in input_features_mask.sum(-1).tolist()]
+        real = torch.tensor(counts, device=input_features_mask.device)  # (batch,)
+        return torch.arange(frames, device=real.device) < real[:, None]
+
+    def forward(self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None) -> BaseModelOutput:
+        """Encode what the feature extractor made.
+
+        Args:
+            input_features: `(batch, samples)` or `(batch, frames, bins)`.
+            input_features_mask: `(batch, time)`, 1 at real positions, which come first; none means that all are real.
+
+        Returns:
+            `BaseModelOutput` with `last_hidden_state` `(batch, frames, width)`, as long as `output_mask`. Rows equal
+            those of the clip alone at real frames; padded frames hold finite numbers without meaning.
+
+        Raises:
+            ValueError: shapes do not fit.
+        """
+        if input_features_mask is None:
+            input_features_mask = self.full_mask(input_features)
+        self._check_input(input_features, input_features_mask)
+        frames = self.geometry.num_outputs(input_features.shape[1])
+        if self.config.model_type == _SPECTROGRAM:
+            hidden = self._encode_spectrogram(input_features)
+        elif self._pads_safely() and self.output_mask(input_features_mask).any(-1).all():
+            hidden = self.encoder(input_features, attention_mask=input_features_mask).last_hidden_state
+        else:
+            hidden = self._encode_by_length(input_features, input_features_mask)
+        padded = nn.functional.pad(hidden, (0, 0, 0, frames - hidden.shape[1]))  # (batch, frames, width)
+        return BaseModelOutput(last_hidden_state=padded)
+
+    def _pads_safely(self) -> bool:
+        config = self.config
+        unmasked = getattr(config, "add_adapter", False) or getattr(config, "conv_pos_batch_norm", False)
+        over_time = getattr(config, "feat_extract_norm", "layer") == "group"
+        return config.model_type in _PADS_SAFELY and not unmasked and not over_time
+
+    def _encode_spectrogram(self, input_features: torch.Tensor) -> torch.Tensor:
+        """AST reads a fixed number of frames, padding included, as it was trained: `(batch, steps * bands, width)`."""
+        patches = self.encoder(input_features).last_hidden_state[:, 2:]  # without the two classification tokens
+        bands = self.geometry.frames_per_step
+        return patches.unflatten(1, (bands, -1)).transpose(1, 2).flatten(1, 2)  # all bands of one moment together
+
+    def _encode_by_length(self, input_features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Rows at their true lengths, those of one length together: `(batch, longest, width)`."""
+        lengths = mask.sum(-1)  # (batch,)
+        rows: list[torch.Tensor] = [input_features.new_zeros(0, speech_width(self.config))] * len(lengths)
+        for length in lengths.unique().tolist():
+            if not self.geometry.num_outputs(length):
+                continue
+            members = (lengths == length).nonzero()[:, 0]
+            hidden = self.encoder(input_features[members, :length]).last_hidden_state
+            hidden = hidden[:, : self.geometry.num_outputs(length)]  # (members, frames, width)
+            for row, states in zip(members.tolist(), hidden, strict=True):
+                rows[row] = states
+        return pad_sequence(rows, batch_first=True)
+
+    def _check_input(self, input_features: torch.Tensor, mask: torch.Tensor) -> None:
+        config, shape = self.config, tuple(input_features.shape)
+        bins = _input_bins(config)
+        if len(shape) != (2 if bins is None else 3) or (bins is not None and shape[2] != bins):
+            wanted = "(batch, samples)" if bins is None else f"(batch, frames, {bins})"
+            raise ValueError(
+                f"{config.model_type} needs input_features {wanted}, got {shape}; use the model's own processor"
+            )
+        if config.model_type == _SPECTROGRAM and shape[1] != config.max_length:
+            raise ValueError(f"{config.model_type} reads {config.max_length} frames, got {shape[1]}; pad or cut them")
+        if tuple(mask.shape) != shape[:2]:
+            raise ValueError(f"input_features_mask must have shape {shape[:2]}, got {tuple(mask.shape)}")
+
+
+def build_speech_encoder(config: PreTrainedConfig) -> ListenWhisperEncoder | ListenSpeechEncoder:
+    """A speech encoder with random weights.
+
+    Raises:
+        ValueError: the config is not one of an audio encoder known here.
+    """
+    if config.model_type == "whisper":
+        return ListenWhisperEncoder._from_config(config)
+    return ListenSpeechEncoder.from_config(config)
+
+
+def load_speech_encoder(source: str | os.PathLike, **options: Any) -> ListenWhisperEncoder | ListenSpeechEncoder:
+    """The speech encoder of any checkpoint, without the decoder or head that stands beside it.
+
+    Args:
+        source: Folder or Hub id.
+        **options: As in `PreTrainedModel.from_pretrained`.
+
+    Raises:
+        ValueError: it is no audio encoder known here, or its weights are not all there.
+    """
+    config = AutoConfig.from_pretrained(source, **{name: options[name] for name in _HUB_OPTIONS if name in options})
+    speech_geometry(config)
+    if config.model_type == "whisper":
+        encoder, info = ListenWhisperEncoder.from_pretrained(source, output_loading_info=True, **options)
+        _check_loaded(os.fspath(source), encoder, info)
+        return encoder
+    return ListenSpeechEncoder.from_pretrained(source, config=config, **options)
+
+
+def _input_bins(config: PreTrainedConfig) -> int | None:
+    """Bins of one input frame; `None` where the encoder reads samples."""
+    if config.model_type == _SPECTROGRAM:
+        return config.num_mel_bins
+    return getattr(config, "feature_projection_input_dim", None)
+
+
+def _encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class of transformers that holds the encoder and nothing else."""
+    whole = MODEL_MAPPING[type(config)]
+    if not config.is_encoder_decoder:
+        return whole
+    with torch.device("meta"):
+        encoder = type(whole(copy.deepcopy(config)).get_encoder())
+    # the same class, which does not report the decoder's weights as odd
+    return type(
+        encoder.__name__,
+        (encoder,),
+        {"__module__": encoder.__module__, "_keys_to_ignore_on_load_unexpected": list(_DECODER_KEYS)},
+    )
+
+
+def _supported_attention(encoder_class: type[PreTrainedModel], requested: str | None) -> str | None:
+    """`requested`, or the best that the encoder has where it lacks that kernel."""
+    if requested and requested.startswith("flash_attention") and not encoder_class._supports_flash_attn:
+        requested = "sdpa"
+    return "eager" if requested == "sdpa" and not encoder_class._supports_sdpa else requested
+
+
+def _check_loaded(source: str, encoder: PreTrainedModel, info: dict[str, Any]) -> None:
+    missing = sorted(key for key in info["missing_keys"] if not key.endswith("masked_spec_embed"))
+    if missing:
+        raise ValueError(f"{source!r} lacks weights of the speech encoder: {missing[:5]} ({len(missing)} in all)")
+    prefix = f"{encoder.base_model_prefix}."
+    surplus = sorted(
+        key for key in info["unexpected_keys"] if key.removeprefix(prefix).split(".")[0] in encoder._modules
+    )
+    if surplus:
+        raise ValueError(
+            f"{source!r} holds weights of the speech encoder that its config does not tell of: {surplus[:5]} "
+            f"({len(surplus)} in all); give the config that belongs to it"
+        )
+    if any(key.endswith("masked_spec_embed") for key in info["missing_keys"]):
+        # Fine-tuned checkpoints often lack what SpecAugment alone reads. A random one would differ at each loading.
+        nn.init.zeros_(encoder.masked_spec_embed)
+
+
+__all__ = ["ListenSpeechEncoder", "build_speech_encoder", "load_speech_encoder"]
