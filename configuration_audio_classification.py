@@ -22,7 +22,7 @@ class ListenAudioClassificationConfig(_StrictConfig):
     The defaults are the paper's TL-TR-512 for Whisper large. Labels are given as `id2label`, `label2id` follows.
 
     Args:
-        speech_config: Config of the speech encoder, Whisper's by default.
+        speech_config: Config of the speech encoder, a Whisper of any size.
         base_models: Where the encoder comes from, `{"speech_encoder": {"base_model_name_or_path": ...,
             "revision": ...}}`. Set, checkpoints hold the head alone; `None`, they are self-contained.
         hidden_size: Width of the head; the encoder's states are projected to it.
@@ -93,6 +93,11 @@ class ListenAudioClassificationConfig(_StrictConfig):
         return max(1, round(self.step_seconds / frame_seconds))
 
     def _check_head(self) -> None:
+        if self.speech_config.model_type != "whisper":
+            raise ValueError(
+                f"speech_config model_type={self.speech_config.model_type!r}: the classifier reads the layers of "
+                "Whisper encoders; name a Whisper checkpoint"
+            )
         for name in ("hidden_size", "num_time_heads", "num_layer_heads", "intermediate_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
