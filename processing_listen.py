@@ -158,7 +158,7 @@ class ListenProcessor(ProcessorMixin):
             "connector": config.connector_config.settings(),
             "context_length": context_limit(config.text_config),
         }
-        extractor = _feature_extractor_for(config)
+        extractor = feature_extractor_for(config)
         processor = cls(extractor, tokenizer or _tokenizer_for(config), **{**settings, **kwargs})
         config.audio_token_id, config.prompt_token_id = processor.audio_token_id, processor.prompt_token_id
         return processor
@@ -511,7 +511,8 @@ class ListenProcessor(ProcessorMixin):
 # ---------------------------------------------------------------------- parts of a processor
 
 
-def _feature_extractor_for(config: PreTrainedConfig) -> ListenFeatureExtractor:
+def feature_extractor_for(config: PreTrainedConfig) -> ListenFeatureExtractor:
+    """The feature extractor that the encoders of a config need."""
     speech, audio = config.speech_config, config.audio_config
     geometry = speech_geometry(speech)
     settings = {"chunk_seconds": geometry.chunk_seconds, "num_fbank_bins": None}
@@ -619,4 +620,4 @@ def _padded_widths(
 
 ListenProcessor.register_for_auto_class()
 
-__all__ = ["TASK_INSTRUCTIONS", "ListenProcessor"]
+__all__ = ["TASK_INSTRUCTIONS", "ListenProcessor", "feature_extractor_for"]

@@ -1,0 +1,452 @@
+"""What a model costs before it is built: parameters, memory and FLOPs, by module.
+
+    python -m listen.analysis.sizes listen-llama3-8b
+    python -m listen.analysis.sizes examples/configs/demo.yaml --audio-seconds 10 --batch-size 8
+    python -m listen.analysis.sizes model_cards/listen-tiny --json
+
+Takes the name of a preset, a training recipe or a saved model's folder. Backbones are built of fake tensors, which have
+shapes and no memory; nothing is downloaded. The adapter, whose shapes depend on masks, runs on zeros. One sample is run
+through every part and multiplied by the batch.
+
+Parameters: each counted once, tied ones too; Whisper without its decoder. Learned ones take float32, frozen ones
+`dtype`. While training, each learned parameter has a gradient and the two moments of AdamW beside it, 12 bytes.
+
+FLOPs: those of matrix products and convolutions as `torch.utils.flop_counter` counts them, 2 for a multiply-add.
+
+Cache: for each layer `2 * kv heads * head width * min(positions, window) * bytes of a number`, taken from the cache
+that the LLM itself fills.
+
+Activations: bytes of the tensors that autograd keeps for the backward pass from the answer to the adapter, parameters
+left out. Attention runs in its plain form; fused kernels keep less, and gradient checkpointing far less.
+
+A LoRA is counted among the parameters, not in FLOPs and activations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from ..configuration_listen import BACKBONES, ListenConfig
+from ..modeling_listen import ListenAdapter, ListenForConditionalGeneration
+from ..presets_listen import PRESETS
+from ..processing_listen import feature_extractor_for
+
+_TRAINING_BYTES = 12  # of a learned parameter: gradient and two moments of AdamW, float32
+
+
+@dataclass
+class Cost:
+    """What one part costs in one pass over one sample.
+
+    Attributes:
+        forward_flops: of the forward pass.
+        training_flops: of forward and backward pass.
+        kept_bytes: what autograd keeps in between.
+    """
+
+    forward_flops: int = 0
+    training_flops: int = 0
+    kept_bytes: int = 0
+
+
+@dataclass
+class ModuleSizes:
+    """Parameters of one part of the model.
+
+    Attributes:
+        parameters: how many.
+        learned: how many of them learn.
+        bytes: memory of all.
+    """
+
+    parameters: int = 0
+    learned: int = 0
+    bytes: int = 0
+
+
+@dataclass
+class Sizes:
+    """Sizes of a model for a batch.
+
+    Attributes:
+        modules: parameters of each part.
+        batch_size: samples.
+        audio_seconds: audio of each.
+        positions: of each in the LLM: prompts, audio embeddings and text.
+        num_prompts: prompts among them.
+        num_audio: audio embeddings among them.
+        weight_bytes: parameters of all parts.
+        training_state_bytes: gradients and moments of what learns.
+        cache_bytes: the LLM's cache for all positions of the batch.
+        activation_bytes: kept for the backward pass of the batch.
+        flops_per_audio_second: of each encoder and the adapter, for a second of audio.
+        flops_per_position: of the LLM over the whole input, for each of its positions.
+        flops_per_new_token: of the LLM for one more token after the input.
+        forward_flops: of the batch.
+        training_flops: of the batch, forward and backward.
+    """
+
+    modules: dict[str, ModuleSizes]
+    batch_size: int
+    audio_seconds: float
+    positions: int
+    num_prompts: int
+    num_audio: int
+    weight_bytes: int = 0
+    training_state_bytes: int = 0
+    cache_bytes: int = 0
+    activation_bytes: int = 0
+    flops_per_audio_second: dict[str, float] = field(default_factory=dict)
+    flops_per_position: float = 0.0
+    flops_per_new_token: float = 0.0
+    forward_flops: int = 0
+    training_flops: int = 0
+
+
+def measure_sizes(
+    config: PreTrainedConfig,
+    batch_size: int = 1,
+    audio_seconds: float = 30.0,
+    text_tokens: int = 64,
+    dtype: torch.dtype | None = None,
+    lora: dict[str, Any] | None = None,
+) -> Sizes:
+    """Count a model's parameters, memory and FLOPs.
+
+    Args:
+        config: a `ListenConfig`.
+        batch_size: samples of a batch.
+        audio_seconds: audio of each sample, one clip.
+        text_tokens: tokens of its text, question and answer.
+        dtype: type of the backbones; that of the LLM's config by default.
+        lora: arguments of `peft.LoraConfig` for a LoRA on the LLM; the config's by default.
+
+    Raises:
+        ValueError: a size that is not positive.
+    """
+    for name, value in (("batch_size", batch_size), ("audio_seconds", audio_seconds), ("text_tokens", text_tokens)):
+        if not value > 0:
+            raise ValueError(f"{name}={value} must be above 0")
+    dtype = dtype or getattr(config.text_config, "dtype", None) or torch.float32
+    fake = FakeTensorMode()
+    with fake:
+        model = _build(config, dtype)
+    chunks, frames = _encode(model, config, audio_seconds, fake)
+    adapter, num_audio = _adapt(config, frames)
+    num_prompts = config.prompt_pool_config.num_prompts if config.prompt_pool_config is not None else 0
+    sizes = Sizes(count_parameters(model), batch_size, audio_seconds, 0, num_prompts, num_audio)
+    if lora or config.lora_config:
+        sizes.modules["lora"] = _count_lora(config, lora or config.lora_config)
+    sizes.positions = num_prompts + num_audio + text_tokens
+    with fake:
+        text = _cost(model, lambda: _logits(model, sizes.positions), learns=True)
+        sizes.cache_bytes, sizes.flops_per_new_token = _continue(model, sizes.positions)
+    parts = {**chunks, "adapter": adapter, "language_model": text}
+    _fill(sizes, parts)
+    return sizes
+
+
+def count_parameters(model: nn.Module) -> dict[str, ModuleSizes]:
+    """Parameters of the backbones, connectors, pools and LoRA of a model, each one once."""
+    modules: dict[str, ModuleSizes] = {}
+    for name, parameter in model.named_parameters():
+        root, *rest = name.split(".")
+        part = "lora" if "lora_" in name else rest[1] if root == "adapters" else root
+        entry = modules.setdefault(part, ModuleSizes())
+        entry.parameters += parameter.numel()
+        entry.learned += parameter.numel() * parameter.requires_grad
+        entry.bytes += parameter.numel() * parameter.element_size()
+    return modules
+
+
+def _count_lora(config: PreTrainedConfig, lora: dict[str, Any]) -> ModuleSizes:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    with torch.device("meta"), no_init_weights():
+        model = inject_adapter_in_model(LoraConfig(**lora), AutoModelForCausalLM.from_config(config.text_config))
+    number = sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" in name)
+    return ModuleSizes(number, number, number * torch.float32.itemsize)
+
+
+# ---------------------------------------------------------------------- running the parts
+
+
+def _build(config: PreTrainedConfig, dtype: torch.dtype) -> ListenForConditionalGeneration:
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager"
+    for backbone in map(config.__getattribute__, BACKBONES.values()):
+        if backbone is not None:
+            backbone.dtype = dtype
+    with no_init_weights():
+        model = ListenForConditionalGeneration(config)
+    model.language_model.tie_weights()  # left out together with the initial values
+    return model.eval()
+
+
+def _encode(
+    model: ListenForConditionalGeneration, config: PreTrainedConfig, seconds: float, fake: FakeTensorMode
+) -> tuple[dict[str, Cost], list[tuple[int, dict[str, tuple[int, ...]]]]]:
+    """Costs of the encoders; how often each length of chunk occurs, and the shapes of its frames."""
+    extractor = feature_extractor_for(config)
+    lengths = extractor.chunk_lengths(max(round(seconds * extractor.sampling_rate), 1))
+    costs = {name: Cost() for name in ("speech_encoder", "audio_encoder") if getattr(model, name) is not None}
+    frames = []
+    for length in dict.fromkeys(lengths):
+        features = extractor(torch.zeros(length).numpy(), sampling_rate=extractor.sampling_rate)
+        inputs = dict(zip(costs, (features["input_features"], features.get("input_values")), strict=False))
+        shapes = {}
+        with fake:
+            for name, cost in costs.items():
+                encoder = getattr(model, name)
+                given = torch.zeros(inputs[name].shape, dtype=encoder.dtype)
+                run = partial(_states, encoder, given)
+                _add(cost, _cost(model, run, learns=name in config.trainable), lengths.count(length))
+                with torch.no_grad():
+                    shapes[name] = tuple(run().shape)
+        frames.append((lengths.count(length), shapes))
+    return costs, frames
+
+
+def _states(encoder: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    return encoder(inputs, None).last_hidden_state
+
+
+def _adapt(config: PreTrainedConfig, frames: list[tuple[int, dict[str, tuple[int, ...]]]]) -> tuple[Cost, int]:
+    """Cost of connector and pool, and the audio embeddings that come out."""
+    total, embeddings = Cost(), 0
+    with no_init_weights():
+        adapter = ListenAdapter(config, config.connector_config, config.prompt_pool_config).float().eval()
+    for part in adapter.modules():
+        if isinstance(part, PreTrainedModel):
+            part.set_attn_implementation("eager")
+    for parameter in adapter.parameters():
+        nn.init.zeros_(parameter)
+    for times, shapes in frames:
+        streams = [value for shape in shapes.values() for value in (torch.zeros(shape), torch.ones(shape[:2]))]
+        with torch.no_grad():
+            embeddings += times * len(adapter.connector(*streams)[0])
+        _add(total, _cost(adapter, lambda s=streams: adapter.connector(*s)[0], learns=True), times)
+    pool = adapter.prompt_pool
+    if pool is not None:
+        query = torch.zeros(1, config.text_config.hidden_size)
+        counts, tasks = torch.tensor([pool.config.num_prompts]), torch.zeros(1, dtype=torch.long)
+        tasks = tasks if pool.config.strategy == "task" else None
+        _add(total, _cost(adapter, lambda: pool(query, counts, tasks)[0], learns=True), 1)
+    return total, embeddings
+
+
+def _logits(model: ListenForConditionalGeneration, positions: int) -> torch.Tensor:
+    """Logits of the LLM over embeddings that ask for a gradient, as prompts and audio do."""
+    width = model.config.get_text_config().hidden_size
+    embeds = torch.zeros(1, positions, width, dtype=model.language_model.dtype, requires_grad=True)
+    return model.language_model(inputs_embeds=embeds, use_cache=False).logits
+
+
+@torch.no_grad()
+def _continue(model: ListenForConditionalGeneration, positions: int) -> tuple[int, int]:
+    """Bytes of the cache after so many positions, and FLOPs of the token that follows."""
+    width, dtype = model.config.get_text_config().hidden_size, model.language_model.dtype
+    outputs = model.language_model(inputs_embeds=torch.zeros(1, positions, width, dtype=dtype), use_cache=True)
+    cache = outputs.past_key_values
+    held = cache_bytes(cache)
+    with FlopCounterMode(display=False) as counter:
+        model.language_model(inputs_embeds=torch.zeros(1, 1, width, dtype=dtype), past_key_values=cache)
+    return held, counter.get_total_flops()
+
+
+def cache_bytes(cache: Any) -> int:
+    """Memory of all tensors in the layers of a transformers `Cache`."""
+    tensors = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _cost(module: nn.Module, run: Callable[[], torch.Tensor], learns: bool) -> Cost:
+    """Cost of `run`, whose tensors come from `module`; its backward pass too where a gradient goes through it."""
+    parameters = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters:
+            kept[storage._cdata] = tensor  # held, so that no other storage gets its address
+        return tensor
+
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(learns):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            result = run()
+        forward = counter.get_total_flops()
+        if learns:
+            result.float().sum().backward()
+    module.zero_grad()
+    return Cost(forward, counter.get_total_flops(), sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
+
+
+def _add(total: Cost, part: Cost, times: int) -> None:
+    total.forward_flops += times * part.forward_flops
+    total.training_flops += times * part.training_flops
+    total.kept_bytes += times * part.kept_bytes
+
+
+def _fill(sizes: Sizes, parts: dict[str, Cost]) -> None:
+    """Sums over modules and parts, for the batch."""
+    batch, modules = sizes.batch_size, sizes.modules.values()
+    sizes.weight_bytes = sum(entry.bytes for entry in modules)
+    sizes.training_state_bytes = _TRAINING_BYTES * sum(entry.learned for entry in modules)
+    sizes.cache_bytes *= batch
+    sizes.activation_bytes = batch * sum(cost.kept_bytes for cost in parts.values())
+    sizes.forward_flops = batch * sum(cost.forward_flops for cost in parts.values())
+    sizes.training_flops = batch * sum(cost.training_flops for cost in parts.values())
+    sizes.flops_per_position = parts["language_model"].forward_flops / sizes.positions
+    hearing = {name: cost for name, cost in parts.items() if name != "language_model"}
+    sizes.flops_per_audio_second = {n: cost.forward_flops / sizes.audio_seconds for n, cost in hearing.items()}
+
+
+# ---------------------------------------------------------------------- the command
+
+
+def read_model(source: str) -> tuple[PreTrainedConfig, dict[str, Any] | None]:
+    """Config and LoRA settings of a preset, a training recipe (`.yaml`) or a saved model's folder.
+
+    A recipe whose backbones are not on this machine is measured with the shapes of its preset.
+
+    Raises:
+        ValueError: none of the three, or a recipe without preset whose backbones are not on this machine.
+    """
+    if source in PRESETS:
+        return ListenConfig.from_preset(source), None
+    if Path(source).suffix in (".yaml", ".yml"):
+        return _read_recipe(source)
+    if not Path(source).is_dir():
+        raise ValueError(
+            f"{source!r} is neither a preset ({', '.join(PRESETS)}), nor a recipe (.yaml), nor the folder of a model"
+        )
+    return ListenConfig.from_pretrained(source), None
+
+
+def _read_recipe(path: str) -> tuple[PreTrainedConfig, dict[str, Any] | None]:
+    from ..training.arguments import ModelArguments, read_config
+    from ..training.build import build_config
+
+    arguments = ModelArguments(**read_config(path).get("model", {}))
+    if arguments.checkpoint:
+        return ListenConfig.from_pretrained(arguments.checkpoint), arguments.lora
+    sources = [getattr(arguments, name) for name in BACKBONES if getattr(arguments, name)]
+    if all(_is_here(source) for source in sources):
+        return build_config(arguments), arguments.lora
+    if not arguments.preset:
+        raise ValueError(f"{path} names no preset and not all of {', '.join(sources)} are on this machine")
+    preset = PRESETS[arguments.preset]()
+    given = {"connector_config": arguments.connector, "prompt_pool_config": arguments.prompt_pool}
+    fields = {name: {**(preset.get(name) or {}), **settings} for name, settings in given.items()}
+    if fields["prompt_pool_config"].get("pool_size") == 0 or preset.get("prompt_pool_config", {}) is None:
+        fields["prompt_pool_config"] = None
+    trainable = arguments.trainable or preset.get("trainable")
+    return ListenConfig(**{**preset, **fields, "trainable": trainable}), arguments.lora
+
+
+def _is_here(source: str) -> bool:
+    return Path(source).is_dir() or isinstance(try_to_load_from_cache(source, "config.json"), str)
+
+
+def parameter_rows(sizes: Sizes) -> list[tuple[str, str, str, str]]:
+    """Rows of the table of parameters: part, all, learned, memory."""
+    rows = [(name, f"{m.parameters:,}", f"{m.learned:,}", _bytes(m.bytes)) for name, m in sizes.modules.items()]
+    entries = sizes.modules.values()
+    totals = (sum(m.parameters for m in entries), sum(m.learned for m in entries))
+    return [*rows, ("all", *(f"{total:,}" for total in totals), _bytes(sizes.weight_bytes))]
+
+
+def cost_rows(sizes: Sizes) -> list[tuple[str, str]]:
+    """Rows of the table of memory and FLOPs: what, how much."""
+    hearing = sizes.flops_per_audio_second.items()
+    return [
+        ("weights", _bytes(sizes.weight_bytes)),
+        ("cache", _bytes(sizes.cache_bytes)),
+        ("training: gradients and AdamW", _bytes(sizes.training_state_bytes)),
+        ("training: activations", _bytes(sizes.activation_bytes)),
+        *((f"{name}, a second of audio", _flops(flops)) for name, flops in hearing),
+        ("language_model, a position", _flops(sizes.flops_per_position)),
+        ("language_model, a new token", _flops(sizes.flops_per_new_token)),
+        ("forward pass", _flops(sizes.forward_flops)),
+        ("training step", _flops(sizes.training_flops)),
+    ]
+
+
+def describe(sizes: Sizes) -> str:
+    """The batch that the figures are for."""
+    text = sizes.positions - sizes.num_prompts - sizes.num_audio
+    return (
+        f"batch {sizes.batch_size}, {sizes.audio_seconds:g} s of audio each, {sizes.positions} positions: "
+        f"{sizes.num_prompts} prompts, {sizes.num_audio} audio embeddings, {text} of text"
+    )
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:.4g} {unit}"
+        number /= 1024
+    return f"{number:.2f} GiB"
+
+
+def _flops(number: float) -> str:
+    for unit in ("", "K", "M", "G"):
+        if number < 1000:
+            return f"{number:.3g} {unit}FLOP"
+        number /= 1000
+    return f"{number:.2f} TFLOP"
+
+
+def _parse(given: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="listen.analysis.sizes", description=__doc__.split("\n\n")[0])
+    parser.add_argument("model", help=f"{', '.join(PRESETS)}, a recipe (.yaml), or the folder of a model")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--audio-seconds", type=float, default=30.0, help="audio of each sample (default 30)")
+    parser.add_argument("--text-tokens", type=int, default=64, help="tokens of its text (default 64)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the backbones")
+    parser.add_argument("--json", action="store_true", help="write JSON")
+    return parser.parse_args(given)
+
+
+def main(given: list[str] | None = None) -> Sizes:
+    """Measure what the command line names and write it out."""
+    options = _parse(given)
+    try:
+        config, lora = read_model(options.model)
+        dtype = getattr(torch, options.dtype) if options.dtype else None
+        sizes = measure_sizes(config, options.batch_size, options.audio_seconds, options.text_tokens, dtype, lora)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    if options.json:
+        sys.stdout.write(json.dumps(asdict(sizes), indent=2) + "\n")
+        return sizes
+    parameters, costs = Table("part", title=options.model), Table("memory and FLOPs", "", title=describe(sizes))
+    for heading in ("parameters", "learned", "memory"):
+        parameters.add_column(heading, justify="right")
+    for table, rows in ((parameters, parameter_rows(sizes)), (costs, cost_rows(sizes))):
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+    return sizes
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""What `listen.analysis.sizes` computes is what really built models have, hold and do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import clip, make_inputs, tiny_config, tiny_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
+
+from listen import ListenConfig
+from listen.analysis.sizes import Sizes, cache_bytes, cost_rows, main, measure_sizes, parameter_rows, read_model
+from listen.presets_listen import PRESETS
+
+ROOT = Path(__file__).resolve().parents[1]
+SECONDS, TEXT = 1.5, 9
+
+
+@pytest.fixture(scope="module")
+def sizes() -> Sizes:
+    return measure_sizes(tiny_config(), batch_size=2, audio_seconds=SECONDS, text_tokens=TEXT)
+
+
+def real_inputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The batch that `sizes` is for."""
+    count = model.config.prompt_pool_config.num_prompts
+    rows = [[clip(SECONDS, seed)] for seed in range(2)]
+    return make_inputs(model, rows, num_prompts=count, text=[[7] * (TEXT - 1)] * 2)
+
+
+@pytest.mark.parametrize(
+    "overrides", [{}, {"audio_config": None}, {"prompt_pool_config": None}, {"trainable": ["prompt_pool"]}, {"tied": 1}]
+)
+def test_counts_are_those_of_a_real_model(overrides: dict) -> None:
+    if overrides.pop("tied", None):
+        overrides["text_config"] = {**tiny_config().text_config.to_dict(), "tie_word_embeddings": True}
+    model = tiny_model(**overrides)
+    found = measure_sizes(tiny_config(**overrides), audio_seconds=0.5, text_tokens=2)
+    parameters = list(model.parameters())
+    assert sum(m.parameters for m in found.modules.values()) == sum(p.numel() for p in parameters)
+    assert sum(m.learned for m in found.modules.values()) == sum(p.numel() for p in parameters if p.requires_grad)
+    assert found.weight_bytes == sum(p.nbytes for p in parameters)
+    for name in ("speech_encoder", "audio_encoder", "language_model"):
+        part = getattr(model, name)
+        assert (part is None) == (name not in found.modules)
+        assert part is None or found.modules[name].parameters == sum(p.numel() for p in part.parameters())
+
+
+def test_positions_and_flops_are_those_of_a_real_forward_pass(sizes: Sizes) -> None:
+    model = tiny_model()
+    model.set_attn_implementation("eager")
+    inputs = real_inputs(model)
+    assert inputs["input_ids"].shape == (2, sizes.positions)
+    with FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    assert counter.get_total_flops() == sizes.forward_flops
+
+
+def test_flops_of_a_training_step_are_near_those_of_a_real_one(sizes: Sizes) -> None:
+    """They differ by what the first layers need not pass on and the key loss adds: a few per cent."""
+    model = tiny_model().eval()
+    model.set_attn_implementation("eager")
+    inputs = real_inputs(model)
+    with FlopCounterMode(display=False) as counter:
+        model(**inputs, labels=inputs["input_ids"].clamp_max(98)).loss.backward()
+    assert sizes.forward_flops < sizes.training_flops
+    assert counter.get_total_flops() == pytest.approx(sizes.training_flops, rel=0.05)
+
+
+def test_cache_is_that_of_a_real_one(sizes: Sizes) -> None:
+    model = tiny_model()
+    cache = DynamicCache(config=model.config.text_config)
+    model(**real_inputs(model), past_key_values=cache, use_cache=True)
+    text = model.config.text_config
+    formula = 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * sizes.positions * 4
+    assert cache_bytes(cache) == sizes.cache_bytes == formula
+
+
+def test_kept_activations_are_those_that_autograd_keeps(sizes: Sizes) -> None:
+    model = tiny_model()
+    model.set_attn_implementation("eager")
+    inputs, parameters = real_inputs(model), {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(**inputs)
+    real = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    assert sizes.activation_bytes == pytest.approx(real, rel=0.15)  # placing the embeddings keeps masks besides
+
+
+def test_sizes_grow_as_they_should(sizes: Sizes) -> None:
+    one = measure_sizes(tiny_config(), batch_size=1, audio_seconds=SECONDS, text_tokens=TEXT)
+    assert sizes.forward_flops == 2 * one.forward_flops and sizes.cache_bytes == 2 * one.cache_bytes
+    half = measure_sizes(tiny_config(), 1, SECONDS, TEXT, dtype=torch.bfloat16)
+    assert half.modules["language_model"].bytes * 2 == one.modules["language_model"].bytes
+    assert half.modules["connector"].bytes == one.modules["connector"].bytes and half.cache_bytes * 2 == one.cache_bytes
+    lora = measure_sizes(tiny_config(), 1, SECONDS, TEXT, lora={"r": 2, "target_modules": ["q_proj"]})
+    assert lora.modules["lora"].learned == lora.modules["lora"].parameters == 2 * 2 * (48 + 48)
+
+
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"audio_seconds": -1.0}, {"text_tokens": 0}])
+def test_sizes_of_nothing_are_refused(wrong: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        measure_sizes(tiny_config(), **wrong)
+
+
+def test_command_reads_folders_recipes_and_presets(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    tiny_config().save_pretrained(tmp_path)
+    small = ["--audio-seconds", "0.5", "--text-tokens", "3"]
+    found = main([str(tmp_path), *small, "--json"])
+    assert json.loads(capsys.readouterr().out)["forward_flops"] == found.forward_flops
+    assert found == measure_sizes(tiny_config(), audio_seconds=0.5, text_tokens=3)
+    config, lora = read_model(str(ROOT / "examples" / "configs" / "lora-baseline.yaml"))
+    assert config.text_config.hidden_size == 4096 and lora
+    with pytest.raises(SystemExit, match="neither a preset"):
+        main(["no-such-model"])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_read(name: str) -> None:
+    config, lora = read_model(name)
+    assert config.to_diff_dict() == ListenConfig.from_preset(name).to_diff_dict() and lora is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["listen-llama3-8b"])
+def test_readme_shows_what_the_command_says(name: str) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    sizes = measure_sizes(ListenConfig.from_preset(name))
+    rows = [*parameter_rows(sizes), *cost_rows(sizes)]
+    missing = [row for row in rows if f"| {' | '.join(row)} |" not in readme]
+    assert missing == []
