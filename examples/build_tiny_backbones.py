@@ -40,6 +40,7 @@ def main() -> None:
     for part in options.parts:
         started = cpu_seconds()
         scores = BUILDERS[part](options)
+        scores = {name: round(score, 4) for name, score in scores.items()}
         record[part] = {"seed": options.seed, "cpu_seconds": round(cpu_seconds() - started), "dev_scores": scores}
         record_path.write_text(json.dumps(record, indent=2) + "\n")
         print(f"{part}: {record[part]}")
@@ -89,7 +90,7 @@ def build_audio_encoder(options: argparse.Namespace) -> dict[str, float]:
     encoder = eager(make_audio_encoder())
     speech = speech_clips("train", scaled(9000, options), options), speech_clips("dev", 160, options)
     scenes = scene_clips("train", scaled(5000, options), options), scene_clips("dev", 160, options)
-    scores = train_audio_encoder(encoder, speech, scenes, options.seed, steps=scaled(1600, options))
+    scores = train_audio_encoder(encoder, speech, scenes, options.seed, steps=scaled(2600, options))
     save(encoder, options.output / "audio_encoder")
     return scores
 

@@ -62,7 +62,7 @@ def event_labels(spans: list[tuple[str, float, float]], length: int) -> torch.Te
 
 def train_audio_encoder(
     encoder: BeatsModel, speech: tuple[SpeechClips, SpeechClips], scenes: tuple[SceneClips, SceneClips], seed: int,
-    steps: int = 1600, batch_size: int = 24, learning_rate: float = 1.5e-3, report_every: int = 200,
+    steps: int = 2600, batch_size: int = 24, learning_rate: float = 1.5e-3, report_every: int = 200,
 ) -> dict[str, float]:  # fmt: skip
     """Train `encoder` in place; of `speech` and `scenes` the first part is learned, the second scored and returned."""
     torch.manual_seed(seed)
@@ -89,8 +89,7 @@ def train_audio_encoder(
             scores = score_audio_encoder(encoder, heads, speech[1], scenes[1])
             bar.write(f"step {step + 1} loss {loss.item():.3f} " + " ".join(f"{k} {v:.3f}" for k, v in scores.items()))
     encoder.eval()
-    scores = score_audio_encoder(encoder, heads, speech[1], scenes[1])
-    return {name: round(value, 4) for name, value in scores.items()}
+    return score_audio_encoder(encoder, heads, speech[1], scenes[1])
 
 
 def encode(encoder: BeatsModel, rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -69,7 +69,7 @@ def train_speech_encoder(
                 f"step {step + 1} loss {loss.item():.3f} WER {frame_word_error_rate(encoder, head, held_out):.3f}"
             )
     encoder.eval()
-    return {"frame_wer": round(frame_word_error_rate(encoder, head, held_out), 4)}
+    return {"frame_wer": frame_word_error_rate(encoder, head, held_out)}
 
 
 def frame_loss(encoder: ListenWhisperEncoder, head: nn.Linear, clips: SpeechClips, indices: np.ndarray) -> torch.Tensor:
