@@ -230,6 +230,11 @@ class ListenProcessor(ProcessorMixin):
         _check_counts(texts, audio if waveforms else num_samples, len(waveforms or num_samples or ()))
         k = self._checked_num_prompts(self.num_prompts if num_prompts is None else num_prompts)
         lengths = [len(waveform) for waveform in waveforms] if num_samples is None else num_samples
+        limit = options.get("max_audio_seconds") or self.max_audio_seconds
+        if limit is not None and max(lengths, default=0) > limit * self.feature_extractor.sampling_rate:
+            raise ValueError(
+                f"clips were encoded before and are longer than max_audio_seconds={limit:g}; encode them cut"
+            )
         padded = self._padded(self._encode(texts, lengths, k, options), k, options)
         data = {**padded, **(self._features(waveforms) if waveforms else {})}
         task_ids = self._task_ids(task, len(texts))

@@ -23,6 +23,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--task", help="name of a task in place of a question: asr, er, sv, en2zh, acap ...")
     parser.add_argument("--num-prompts", type=int, help="prompts to pick from the pool (default: the model's)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer, in tokens")
+    parser.add_argument("--max-audio-seconds", type=float, help="cut longer files to it (default: hear all)")
+    parser.add_argument("--number-clips", action="store_true", help="write `Clip 1:`, `Clip 2:` ... before the files")
     parser.add_argument("--show-prompts", action="store_true", help="also print which prompts were picked")
     return parser.parse_args()
 
@@ -41,6 +43,8 @@ def main() -> None:
     (answer,) = listen(
         {"audio": clips, "text": question, "task": arguments.task},
         num_prompts=arguments.num_prompts,
+        max_audio_seconds=arguments.max_audio_seconds,
+        number_clips=arguments.number_clips,
         return_prompts=arguments.show_prompts,
         max_new_tokens=arguments.max_new_tokens,
     )

@@ -45,6 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-examples", type=int, help="at most so many rows of each task")
     parser.add_argument("--batch-size", type=int, default=8, help="rows of a batch, in each process")
     parser.add_argument("--num-prompts", type=int, help="prompts k; by default the processor's")
+    parser.add_argument("--max-audio-seconds", type=float, help="cut longer clips to it (default: hear all)")
     parser.add_argument("--num-beams", type=int, default=1, help="1 for greedy answers")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="longest answer")
     parser.add_argument("--num-workers", type=int, default=0, help="processes that read audio ahead")
@@ -83,6 +84,8 @@ def main() -> None:
     arguments, state = parse_arguments(), launched_processes()
     model = ListenForConditionalGeneration.from_pretrained(arguments.model, dtype=arguments.dtype).to(state.device)
     processor = ListenProcessor.from_pretrained(arguments.model)
+    if arguments.max_audio_seconds is not None:
+        processor.max_audio_seconds = arguments.max_audio_seconds
     options: dict[str, Any] = {
         "tasks": arguments.tasks,
         "max_examples": arguments.max_examples,

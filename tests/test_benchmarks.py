@@ -25,6 +25,20 @@ SMALLEST = {
         "64",
     ],
     "cached_features": ["--seconds", "1", "--batch", "2"],
+    "full_size": [
+        "--preset",
+        "listen-tiny",
+        "--dtype",
+        "float32",
+        "--batch",
+        "2",
+        "--seconds",
+        "0.5",
+        "--text",
+        "4",
+        "--new-tokens",
+        "2",
+    ],
 }
 MIB = 2**20
 
