@@ -14,12 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
+from ..audio_listen import cut_waveform
 from ..chat_listen import place_audio
 from .audio import read_clips
 from .features import EncodedRecording, FeatureStore, collate_features, recordings_of
 from .manifest import extra_fields
 from .tasks import get_task
+
+logger = logging.get_logger(__name__)
 
 IGNORED = -100
 _FRAME_MULTIPLE = 32  # frames of 10 ms that audio features are rounded up to; few shapes are faster
@@ -181,9 +185,14 @@ class ListenCollator:
 
     def _read(self, row: Mapping[str, Any], sampling_rate: int) -> list[np.ndarray]:
         try:
-            return read_clips(row["audio"], sampling_rate, bool(row.get("join")), self.join_silence_seconds)
+            waves = read_clips(row["audio"], sampling_rate, bool(row.get("join")), self.join_silence_seconds)
         except (OSError, ValueError) as error:
             raise ValueError(f"row {row['id']!r}: {error}") from error
+        limit = getattr(self.processor, "max_audio_seconds", None)
+        cut = [cut_waveform(wave, limit, sampling_rate) for wave in waves]
+        if sum(map(len, cut)) < sum(map(len, waves)):  # once: the processor would say it of every batch
+            logger.warning_once(f"recordings of the data are cut to max_audio_seconds={limit:g}")
+        return cut
 
     def _with_answers(self, inputs: dict[str, Any], examples: Sequence[Example]) -> dict[str, Any]:
         tokenizer = self.processor.tokenizer

@@ -308,6 +308,19 @@ def test_mixed_precision_and_activation_checkpointing_train(backbones: dict, man
     assert all(weight.dtype == torch.float32 for weight in learned(tmp_path).values())
 
 
+def test_rows_that_are_too_long_are_cut_where_that_is_asked(backbones: dict, manifest: Path, tmp_path: Path) -> None:
+    settings = sections(backbones, manifest, tmp_path)
+    settings["data"].update(max_audio_seconds=0.55, long_audio="cut")
+    arguments = build_arguments(settings)
+    trainer = build_trainer(*build_model(arguments.model), arguments.data, arguments.training)
+    assert len(trainer.train_dataset) == 8 and trainer.processing_class.max_audio_seconds == 0.55
+    features = trainer.data_collator([trainer.train_dataset[row] for row in range(8)])
+    assert features["input_features_mask"].sum(-1).max() == 55  # frames of 10 ms
+    settings["data"].update(max_audio_seconds=None)
+    with pytest.raises(ArgumentError, match="long_audio=cut needs"):
+        build_arguments(settings)
+
+
 def test_streams_train(backbones: dict, manifest: Path, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in manifest.read_text().splitlines()]
     rows = [{"sound": str(manifest.parent / row["audio"]), "text": row["response"]} for row in lines]

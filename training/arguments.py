@@ -158,6 +158,8 @@ class DataArguments:
         join_tasks: tasks whose clips are put into one recording; LiSTEN as published joins the two of `sv`.
         join_silence_seconds: silence between joined clips; SALMONN's data has 0.1.
         max_audio_seconds: leave out training rows with more audio; how many is logged.
+        long_audio: `leave_out`, or `cut`: every recording, of evaluation too, is cut to `max_audio_seconds`, and the
+            saved processor goes on cutting.
         max_eval_rows: evaluate on so many rows of each task.
         check_files: whether a missing audio file is an error before training starts.
     """
@@ -171,6 +173,7 @@ class DataArguments:
     join_tasks: list[str] = field(default_factory=list)
     join_silence_seconds: float = 0.0
     max_audio_seconds: float | None = None
+    long_audio: str = "leave_out"
     max_eval_rows: int | None = None
     check_files: bool = True
 
@@ -183,6 +186,10 @@ class DataArguments:
         self.train, self.eval = parse_sources("data.train", self.train), parse_sources("data.eval", self.eval)
         if self.mixing not in STRATEGIES:
             raise ArgumentError(f"data.mixing={self.mixing!r} is unknown; choose one of {', '.join(STRATEGIES)}")
+        if self.long_audio not in ("leave_out", "cut"):
+            raise ArgumentError(f"data.long_audio={self.long_audio!r} is unknown; choose leave_out or cut")
+        if self.long_audio == "cut" and self.max_audio_seconds is None:
+            raise ArgumentError("data.long_audio=cut needs data.max_audio_seconds, the length to cut to")
 
 
 @dataclass

@@ -37,10 +37,11 @@ def build_train_dataset(arguments: DataArguments, seed: int, with_lengths: bool 
     """
     if not arguments.train:
         raise ArgumentError("data.train names no source; give a manifest, an annotation file or a data set")
+    longest = None if arguments.long_audio == "cut" else arguments.max_audio_seconds
     parts: dict[str, list[Dataset | IterableDataset]] = {}
     for source in arguments.train:
         for task, part in _tasks_of(load(source, arguments, seed), source).items():
-            parts.setdefault(task, []).append(_short_enough(part, arguments.max_audio_seconds, task))
+            parts.setdefault(task, []).append(_short_enough(part, longest, task))
     by_task = {task: _concatenate(task, group) for task, group in parts.items()}
     mixed = mix_datasets(
         by_task,

@@ -107,6 +107,8 @@ def build_trainer(
     train_dataset = build_train_dataset(data_arguments, seed, with_lengths=grouped)
     eval_dataset = build_eval_dataset(data_arguments, seed, with_lengths=grouped)
     features = _open_features(model, processor, data_arguments)
+    if data_arguments.long_audio == "cut":
+        processor.max_audio_seconds = data_arguments.max_audio_seconds
     common = {
         "features": features,
         "join_silence_seconds": data_arguments.join_silence_seconds,
