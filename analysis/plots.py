@@ -67,16 +67,21 @@ def plot_query_keys(tasks: Sequence[str], similarity: np.ndarray) -> Figure:
 
 def plot_query_map(points: np.ndarray, tasks: Sequence[str], clusters: QueryClusters) -> Figure:
     """Scatter of projected queries `(examples, 2)`, one colour and marker a task."""
-    figure, axes = _panel(width=7.0, height=5.2)
-    of_task = np.asarray(tasks)
-    for place, name in enumerate(task_names(tasks)):
-        x, y = points[of_task == name].T
-        axes.scatter(x, y, s=14, alpha=0.8, linewidths=0, label=name, **_style(place))
-    axes.set_title(
+    title = (
         f"Queries (t-SNE): silhouette {clusters.silhouette:.2f}, "
-        f"nearest neighbour of the same task {clusters.neighbour_accuracy:.0%}",
-        loc="left",
+        f"nearest neighbour of the same task {clusters.neighbour_accuracy:.0%}"
     )
+    return plot_map(points, tasks, task_names(tasks), title)
+
+
+def plot_map(points: np.ndarray, labels: Sequence[str], names: Sequence[str], title: str) -> Figure:
+    """Scatter of points `(examples, 2)`, one colour and marker a label, the legend in the order of `names`."""
+    figure, axes = _panel(width=7.0, height=5.2)
+    of_label = np.asarray(labels)
+    for place, name in enumerate(names):
+        x, y = points[of_label == name].T
+        axes.scatter(x, y, s=14, alpha=0.8, linewidths=0, label=name, **_style(place))
+    axes.set_title(title, loc="left", fontsize=10)
     axes.set(xticks=[], yticks=[])
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
@@ -117,7 +122,9 @@ def _panel(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _style(place: int) -> Mapping[str, str]:
-    return {"color": _COLOURS[place % len(_COLOURS)], "marker": _MARKERS[place % len(_MARKERS)]}
+    """Colour and marker of the entry at `place`; no two of the first 64 share both."""
+    shift = place // len(_COLOURS)
+    return {"color": _COLOURS[place % len(_COLOURS)], "marker": _MARKERS[(place + shift) % len(_MARKERS)]}
 
 
 def _heat_map(

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 
-from .metrics import RowMetric
+
+class Aggregates(Protocol):
+    """What gives values for any set of examples, such as a `RowMetric`."""
+
+    def aggregate(self, rows: np.ndarray) -> dict[str, float]:
+        """Values of the examples with these rows of numbers."""
+        ...
 
 
 def bootstrap_intervals(
-    metric: RowMetric, rows: np.ndarray, num_resamples: int = 1000, level: float = 0.95, seed: int = 0
+    metric: Aggregates, rows: np.ndarray, num_resamples: int = 1000, level: float = 0.95, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
     """Interval of every value of a metric under resampling of the examples.
 

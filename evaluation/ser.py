@@ -79,8 +79,27 @@ def recognise_emotions(
     """
     rows = emotion_rows(dataset, classes)
     names = extra_fields(rows[0])["options"]
-    truths = [names[_place(response[0], names)] for response in rows["response"]]
-    scores = EmotionScores(names, truths, score_answers(model, processor, rows, names, **options))
+    return _scored(rows, score_answers(model, processor, rows, names, **options), num_resamples)
+
+
+def scores_of(rows: Dataset, answers: Sequence[str], num_resamples: int = 1000) -> EmotionScores:
+    """Scores of classes that something else gave to rows of `emotion_rows`, such as the classifier of a cascade.
+
+    Raises:
+        ValueError: an answer that is none of the classes, or not one answer a row.
+    """
+    names = extra_fields(rows[0])["options"]
+    places = [_place(answer, names) for answer in answers]
+    if None in places or len(places) != len(rows):
+        foreign = sorted({a for a, place in zip(answers, places, strict=True) if place is None})
+        raise ValueError(f"got {len(places)} answers for {len(rows)} rows, {foreign} none of the classes {names}")
+    certain = np.where(np.arange(len(names)) == np.array(places)[:, None], 0.0, -np.inf)  # (rows, classes)
+    return _scored(rows, certain, num_resamples)
+
+
+def _scored(rows: Dataset, log_likelihoods: np.ndarray, num_resamples: int) -> EmotionScores:
+    names = extra_fields(rows[0])["options"]
+    scores = EmotionScores(names, [response[0] for response in rows["response"]], log_likelihoods)
     metric = Classification()
     statistics = metric.row_statistics(scores.answers, scores.truths, labels=names)
     scores.values = {name: metric.aggregate(statistics)[name] for name in metric.names}
@@ -95,7 +114,7 @@ def emotion_rows(dataset: Dataset, classes: Sequence[str] | None = None) -> Data
 
     Args:
         dataset: rows of `listen.data.manifest`. The emotion is the response of the tasks `ser` and `er`, else the
-            field `emotion`; rows without one are left out.
+            field `emotion`; rows without one are left out. Of a recording in several rows that of `ser` is taken.
         classes: the classes to choose from, which the instruction lists. By default the `options` of the rows where
             they bring any, else the classes of the task.
 
@@ -103,7 +122,11 @@ def emotion_rows(dataset: Dataset, classes: Sequence[str] | None = None) -> Data
         ValueError: no row knows its emotion, rows bring different `options`, or an emotion is none of the classes.
     """
     emotions = [row_emotion(row) for row in dataset]
-    first = {_recording(row["audio"]): i for i, row in reversed(list(enumerate(dataset))) if emotions[i]}
+    tasks = dataset["task"]
+    first: dict[tuple, int] = {}
+    for place in sorted(range(len(dataset)), key=lambda place: tasks[place] != "ser"):  # its rows bring options
+        if emotions[place]:
+            first.setdefault(_recording(dataset[place]["audio"]), place)
     kept = sorted(first.values())
     if not kept:
         raise ValueError("no row has an emotion: give rows of the task 'ser' or 'er', or a field 'emotion'")
@@ -120,6 +143,7 @@ def emotion_rows(dataset: Dataset, classes: Sequence[str] | None = None) -> Data
 def _ask(row: dict[str, Any], emotion: str, classes: list[str]) -> dict[str, Any]:
     """The row with the question for its emotion in place of its own task."""
     extra = json.dumps({**extra_fields(row), "options": classes}, ensure_ascii=False)
+    emotion = classes[_place(emotion, classes)]  # in the spelling of the classes
     return {**row, "task": "ser", "response": [emotion], "question": None, "instruction": None, "extra": extra}
 
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from fixtures_training import tiny_processor, write_clip, write_manifest
 
 from listen.data.collator import ListenCollator
 from listen.data.manifest import extra_fields, load_manifest
 from listen.data.tasks import get_task
-from listen.evaluation.ser import EmotionScores, emotion_rows, recognise_emotions, score_answers
+from listen.evaluation.ser import EmotionScores, emotion_rows, recognise_emotions, score_answers, scores_of
 
 CLASSES = ["sad", "happy", "sadly amused", "calm"]  # one begins with another
 
@@ -51,7 +51,7 @@ def scores(setup: tuple, dataset: Dataset) -> EmotionScores:
 def test_rows_ask_for_each_emotion_once_with_the_classes_as_options(dataset: Dataset) -> None:
     rows = emotion_rows(dataset, CLASSES)
     assert [Path(row["audio"][0]["path"]).name for row in rows] == ["0.wav", "1.wav", "2.wav", "3.wav"]
-    assert rows["response"] == [["happy"], ["Sad"], ["sadly amused"], ["calm"]] and set(rows["task"]) == {"ser"}
+    assert rows["response"] == [["happy"], ["sad"], ["sadly amused"], ["calm"]] and set(rows["task"]) == {"ser"}
     assert extra_fields(rows[2]) == {"emotion": "sadly amused", "speaker": 7, "options": CLASSES}
 
 
@@ -60,6 +60,9 @@ def test_classes_are_those_of_the_rows_or_of_the_task(dataset: Dataset) -> None:
     assert extra_fields(emotion_rows(known)[0])["options"] == list(get_task("ser").labels)
     again = emotion_rows(emotion_rows(known, ["sad", "happy"]))
     assert extra_fields(again[0])["options"] == ["sad", "happy"]
+    other = dataset.select([0, 1])  # rows of other tasks, for the same recording
+    both = concatenate_datasets([other, emotion_rows(other, ["sad", "happy"])])
+    assert [extra_fields(row)["options"] for row in emotion_rows(both)] == [["sad", "happy"]]
 
 
 def test_rows_that_cannot_be_asked_are_refused(dataset: Dataset) -> None:
@@ -133,6 +136,17 @@ def test_the_instruction_lists_the_classes(setup: tuple, dataset: Dataset) -> No
     fewer = score_answers(*setup, emotion_rows(dataset.select([2]), ["sad", "happy"]), ["sad", "happy"], progress=False)
     more = score_answers(*setup, emotion_rows(dataset.select([2]), CLASSES), ["sad", "happy"], progress=False)
     assert not np.allclose(fewer, more, atol=1e-3)
+
+
+def test_answers_of_a_classifier_are_scored_alike(dataset: Dataset) -> None:
+    rows = emotion_rows(dataset, CLASSES)
+    found = scores_of(rows, ["Happy", "calm", "sadly amused", "sad"], num_resamples=0)
+    assert found.answers == ["happy", "calm", "sadly amused", "sad"] and found.values["accuracy"] == 0.5
+    assert found.probabilities.max(axis=1).tolist() == [1.0] * 4
+    with pytest.raises(ValueError, match="4 answers for 4 rows, \\['glad'\\] none of the classes"):
+        scores_of(rows, ["glad", "sad", "sad", "sad"])
+    with pytest.raises(ValueError, match="1 answers for 4 rows"):
+        scores_of(rows, ["sad"])
 
 
 @pytest.mark.parametrize("answers", [["sad"], ["sad", "sad"], []])

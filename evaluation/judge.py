@@ -1,0 +1,212 @@
+"""An LLM as judge of spoken dialogue: two scores from 1 to 10, one for the answer and one for its feeling.
+
+The rubrics below are all that a judge is told. It reads what was said, not what was heard; each answer is judged for
+one thing at a time, in a request of its own, the requests in an order drawn by a seed, so that neither the place of an
+answer nor its other score sways a judge. A verdict that names no score, or several, is counted and left out: no score
+is ever guessed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from listen.data.chat_models import ChatModel
+
+from .confidence import bootstrap_intervals
+
+RUBRICS = {
+    "quality": """\
+You judge one turn of a spoken conversation. Somebody said:
+
+"{transcript}"
+
+and was answered:
+
+"{response}"
+
+Judge the answer alone: does it take up what was said, does it make sense as a reply, is it helpful or at least good \
+company, and is it well put? Do not judge how it treats feelings, nor its length as such. Use the whole scale:
+
+1-2: no reply at all, gibberish, or beside the point
+3-4: touches the subject, but does not answer what was said or contradicts it
+5-6: a fitting reply that is vague, generic or clumsy
+7-8: a good reply: to the point, sensible and clear
+9-10: could hardly be better: as attentive and useful as from a thoughtful person
+
+Give one sentence of reasons. Then write, on a last line of its own, the score as a whole number: Score: N""",
+    "emotion": """\
+You judge one turn of a spoken conversation. Somebody said, in a voice that sounded {emotion}:
+
+"{transcript}"
+
+and was answered:
+
+"{response}"
+
+Judge only whether the answer suits that voice: would it fit somebody who sounds {emotion}, in tone and in content, \
+even where the words by themselves tell of another feeling or of none? Do not judge knowledge or style. Use the whole \
+scale:
+
+1-2: goes against the feeling, as good cheer to somebody in grief
+3-4: overlooks the feeling: the same answer would go to anybody
+5-6: hints at the feeling, or takes it for a similar one
+7-8: clearly answers the feeling, in tone or in words
+9-10: could hardly suit the feeling better, and overdoes nothing
+
+Give one sentence of reasons. Then write, on a last line of its own, the score as a whole number: Score: N""",
+}
+"""What a judge is told for each of the two scores."""
+
+LOWEST, HIGHEST = 1, 10
+_SCORE = re.compile(
+    r"^[\s*_#>]*(?:final )?score[\s*_]*[:=][\s*_]*(-?\d+(?:[.,]\d+)?)(?:\s*/\s*10)?[\s*_.]*$",
+    re.IGNORECASE | re.MULTILINE,
+)
+
+
+@dataclass(frozen=True)
+class JudgeItem:
+    """One answer to be judged.
+
+    Attributes:
+        transcript: what was said.
+        emotion: how it was said.
+        response: what was answered.
+    """
+
+    transcript: str
+    emotion: str
+    response: str
+
+
+@dataclass
+class Judgement:
+    """Scores of a set of answers.
+
+    Attributes:
+        scores: `(items, 2)` quality and emotion, 1 to 10; `nan` where there is no score.
+        values: mean `quality` and `emotion` of the answers that have a score; `nan` where none has.
+        intervals: their 95 % bootstrap intervals.
+        unparsable: verdicts without a score, of each of the two.
+        failed: requests that got no verdict, of each of the two.
+        verdicts: `{"quality", "emotion"}` of each item: what the judge wrote; `None` where the request failed.
+        settings: who judged, and how.
+    """
+
+    scores: np.ndarray
+    values: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    unparsable: dict[str, int] = field(default_factory=dict)
+    failed: dict[str, int] = field(default_factory=dict)
+    verdicts: list[dict[str, str | None]] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+class _Means:
+    """Means of the columns of `scores`, whatever is missing left out."""
+
+    def aggregate(self, rows: np.ndarray) -> dict[str, float]:
+        """Mean of each column by its name; `nan` for a column without any score."""
+        columns = [column[~np.isnan(column)] for column in rows.T]
+        means = [float(column.mean()) if len(column) else float("nan") for column in columns]
+        return dict(zip(RUBRICS, means, strict=True))
+
+
+def parse_score(verdict: str) -> int | None:
+    """The score that a verdict names, or `None`.
+
+    A verdict must be a whole number from 1 to 10, or hold exactly one line `Score: N`, also `Score: N/10` or in bold.
+    What stands before `</think>` is not part of it. Anything else, such as 7.5, 11, or two lines that differ, has no
+    score.
+    """
+    text = verdict.rpartition("</think>")[2].strip()
+    found = {text} if re.fullmatch(r"-?\d+", text) else set(_SCORE.findall(text))
+    if len(found) != 1:
+        return None
+    (number,) = found
+    if not number.isdigit() or not LOWEST <= int(number) <= HIGHEST:
+        return None
+    return int(number)
+
+
+def judge_responses(
+    judge: ChatModel,
+    items: Sequence[JudgeItem],
+    seed: int = 0,
+    batch_size: int = 16,
+    num_resamples: int = 1000,
+    progress: bool = True,
+) -> Judgement:
+    """Let an LLM score answers.
+
+    Args:
+        judge: a `LocalChatModel` or an `EndpointChatModel`, best one that decodes greedily.
+        items: what is to be judged.
+        seed: of the order of the requests.
+        batch_size: requests handed to the judge at once.
+        num_resamples: bootstrap resamples behind the intervals; 0 for none.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: nothing to judge, or `batch_size` below 1.
+    """
+    if not items or batch_size < 1:
+        raise ValueError(
+            f"{len(items)} items to judge in batches of batch_size={batch_size}; give at least one of each"
+        )
+    requests = [(place, name) for place in range(len(items)) for name in RUBRICS]
+    order = np.random.default_rng(seed).permutation(len(requests))
+    verdicts: list[dict[str, str | None]] = [{} for _ in items]
+    with tqdm(total=len(requests), desc="judging", disable=not progress) as bar:
+        for start in range(0, len(order), batch_size):
+            some = [requests[i] for i in order[start : start + batch_size]]
+            answers = judge.answer([_conversation(items[place], name) for place, name in some], seed=seed + start)
+            for (place, name), answer in zip(some, answers, strict=True):
+                verdicts[place][name] = answer.text
+            bar.update(len(some))
+    settings = {"judge": judge.describe(), "seed": seed, "rubrics": RUBRICS}
+    return _summarise(verdicts, settings, num_resamples)
+
+
+def scored(scores: np.ndarray, settings: dict[str, Any], num_resamples: int = 1000) -> Judgement:
+    """A judgement from scores `(items, 2)` of quality and emotion that are known already."""
+    judgement = Judgement(scores, values=_Means().aggregate(scores), settings=settings)
+    if num_resamples:
+        judgement.intervals = bootstrap_intervals(_Means(), scores, num_resamples)
+    return judgement
+
+
+def judge_by_rules(items: Sequence[JudgeItem], num_resamples: int = 1000) -> Judgement:
+    """Score answers to the built-in corpus by the rules that its targets follow: exact, and no LLM is asked.
+
+    Raises:
+        ValueError: a transcript that is no sentence of the corpus.
+    """
+    from listen.data.corpus.responses import rate_response
+
+    rated = [rate_response(item.response, item.transcript, item.emotion) for item in items]
+    return scored(np.array(rated, dtype=np.float64), {"judge": "rules of the built-in corpus"}, num_resamples)
+
+
+def _conversation(item: JudgeItem, name: str) -> list[dict[str, str]]:
+    fields = {"transcript": item.transcript, "emotion": item.emotion, "response": item.response}
+    # one pass over the rubric, so that braces in what was said are left alone
+    text = re.sub(r"\{(transcript|emotion|response)\}", lambda match: fields[match[1]], RUBRICS[name])
+    return [{"role": "user", "content": text}]
+
+
+def _summarise(verdicts: list[dict[str, str | None]], settings: dict[str, Any], num_resamples: int) -> Judgement:
+    parsed = [[None if row[name] is None else parse_score(row[name]) for name in RUBRICS] for row in verdicts]
+    scores = np.array([[np.nan if score is None else score for score in row] for row in parsed], dtype=np.float64)
+    judgement = scored(scores, settings, num_resamples)
+    judgement.verdicts = verdicts
+    judgement.failed = {name: sum(row[name] is None for row in verdicts) for name in RUBRICS}
+    missing = dict(zip(RUBRICS, np.isnan(scores).sum(axis=0).tolist(), strict=True))
+    judgement.unparsable = {name: missing[name] - judgement.failed[name] for name in RUBRICS}
+    return judgement

@@ -1,0 +1,249 @@
+"""Evaluation of a model that answers voices: its answers, the emotions it hears, and what its embeddings hold."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedModel, ProcessorMixin
+
+from listen.analysis.probe import Probe, plot_embeddings, probe_groups, probe_split
+from listen.data.manifest import extra_fields
+from listen.data.processes import launched_processes
+
+from .bert_score import BertScore
+from .cascade import tag_rows
+from .confidence import bootstrap_intervals
+from .embeddings import pooled_embeddings
+from .generate import generate_predictions
+from .judge import JudgeItem, Judgement
+from .metrics import Classification, Rouge, RowMetric
+from .ser import EmotionScores, emotion_rows, recognise_emotions, row_emotion, scores_of
+
+logger = logging.getLogger(__name__)
+
+Recogniser = Callable[[Dataset], Sequence[str]]
+"""Names the emotion of every row, as `listen.evaluation.cascade.classify_rows` does."""
+
+LEAST_MAPPED = 4
+
+
+@dataclass
+class ResponseEvaluation:
+    """What an evaluation of responses found.
+
+    Attributes:
+        system: name of the system in tables.
+        values: `rouge_1`, `rouge_2`, `rouge_l`, `bertscore` and its parts as fractions; `quality` and `emotion` from 1
+            to 10; `ser_accuracy`, `ser_uar`, `probe_accuracy`, `probe_uar`, `probe_chance` as fractions. What was not
+            measured is missing.
+        intervals: 95 % bootstrap intervals of the values that have one.
+        responses: one record an answer, with its scores.
+        emotions: one record a recording, with the class given to it.
+        settings: how it was done, with the numbers of examples and of verdicts without a score.
+        embeddings: `(recordings, width)`, in the order of `emotions`; `None` where they were not asked for.
+    """
+
+    system: str
+    values: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    responses: list[dict[str, Any]] = field(default_factory=list)
+    emotions: list[dict[str, Any]] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    embeddings: np.ndarray | None = None
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `metrics.json`, `responses.jsonl`, `emotions.jsonl` and, of four recordings or more, `embeddings.png`.
+
+        Returns:
+            The folder, made if needed.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        values = {name: None if math.isnan(value) else value for name, value in self.values.items()}
+        details = {"confidence_95": self.intervals, "settings": self.settings}
+        text = json.dumps({"system": self.system, **values, "details": details}, ensure_ascii=False, indent=2)
+        (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
+        for name in ("responses", "emotions"):
+            lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in getattr(self, name)]
+            (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        if self.embeddings is not None and len(self.embeddings) >= LEAST_MAPPED:
+            truths = [record["emotion"] for record in self.emotions]
+            plot_embeddings(self.embeddings, truths).savefig(folder / "embeddings.png", dpi=120)
+        return folder
+
+    def add(self, metric: RowMetric, rows: np.ndarray, names: dict[str, str], num_resamples: int) -> None:
+        """Take over values of a metric, `names` giving ours for each of its own, with their intervals."""
+        found = metric.aggregate(rows)
+        self.values |= {ours: found[name] for name, ours in names.items()}
+        if num_resamples:
+            intervals = bootstrap_intervals(metric, rows, num_resamples)
+            self.intervals |= {ours: intervals[name] for name, ours in names.items() if name in intervals}
+
+
+def evaluate_responses(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    dataset: Dataset,
+    system: str = "model",
+    references: Dataset | None = None,
+    classes: Sequence[str] | None = None,
+    probe_train: Dataset | None = None,
+    recognise: Recogniser | None = None,
+    bert_score: BertScore | None = None,
+    judge: Callable[[Sequence[JudgeItem]], Judgement] | None = None,
+    batch_size: int = 8,
+    num_prompts: int | None = None,
+    num_resamples: int = 1000,
+    progress: bool = True,
+    **generate_kwargs: Any,
+) -> ResponseEvaluation:
+    """Evaluate as SpeechEmotionLlama does (arXiv 2410.01162, section 4).
+
+    Answers are taken to the rows of the task `response` and scored against their responses by ROUGE, by BERTScore and
+    by a judge. Emotions are asked for, among the classes, for every recording that has one, see `recognise_emotions`.
+    A linear probe reads them from the mean-pooled embeddings of the same recordings.
+
+    Args:
+        model: a LiSTEN model.
+        processor: its processor.
+        dataset: rows of `listen.data.manifest`, of any tasks, with fields `emotion`, `transcript` and `speaker`.
+        system: name of the system in tables.
+        references: rows to be answered, in place of those of the task `response` in `dataset`.
+        classes: emotions to choose from, see `emotion_rows`.
+        probe_train: rows that the probe learns from. Without, the probe holds out speakers of `dataset`, and there is
+            no probe where the rows name fewer than two.
+        recognise: names emotions, for a cascade: its tag is written before the speech, its accuracy is that of the
+            system, and embeddings, which it does not use, are not probed.
+        bert_score: the metric over some text model; no BERTScore without.
+        judge: scores answers, such as `functools.partial(judge_responses, LocalChatModel(...))`; it needs the fields
+            `transcript` and `emotion` in the rows. No such scores without.
+        batch_size: rows of a batch, in each process.
+        num_prompts: prompts k of each row; by default the processor's.
+        num_resamples: bootstrap resamples behind the intervals; 0 for none.
+        progress: whether to show progress bars.
+        **generate_kwargs: passed to `model.generate`; greedy and at most 200 new tokens by default.
+
+    Raises:
+        ValueError: neither rows to answer nor emotions, a row that a judge needs more of, or emotions that are none of
+            the classes.
+    """
+    generate_kwargs = {"do_sample": False, "max_new_tokens": 200, **generate_kwargs}
+    asked = _responses(dataset if references is None else references)
+    result = ResponseEvaluation(system, settings={"generation": generate_kwargs, "num_responses": len(asked)})
+    has_emotions = any(row_emotion(row) for row in dataset)
+    if not len(asked) and not has_emotions:
+        raise ValueError("nothing to evaluate: no rows of the task 'response', and none with an emotion")
+    options = {"batch_size": batch_size, "progress": progress}
+    if len(asked):
+        rows = asked if recognise is None else tag_rows(asked, recognise(asked))
+        predictions = generate_predictions(
+            model, processor, rows, num_prompts=num_prompts, **options, **generate_kwargs
+        )
+        _score_responses(result, asked, [p.text for p in predictions], bert_score, num_resamples)
+        if judge is not None and launched_processes().is_main_process:
+            _judge(result, judge)
+    if has_emotions:
+        rows = emotion_rows(dataset, classes)
+        if recognise is None:
+            scores = recognise_emotions(
+                model, processor, rows, num_resamples=num_resamples, num_prompts=num_prompts, **options
+            )
+            _probe(result, model, processor, rows, probe_train, num_resamples, options)
+        else:
+            scores = scores_of(rows, recognise(rows), num_resamples)
+        _add_emotions(result, rows, scores)
+    return result
+
+
+def _responses(rows: Dataset) -> Dataset:
+    return rows.select([place for place, task in enumerate(rows["task"]) if task == "response"])
+
+
+def _score_responses(
+    result: ResponseEvaluation, rows: Dataset, texts: Sequence[str], bert_score: BertScore | None, num_resamples: int
+) -> None:
+    """Scores against the references, and a record of each answer."""
+    references = rows["response"]
+    for row, text in zip(rows, texts, strict=True):
+        extra = extra_fields(row)
+        known = {name: extra[name] for name in ("emotion", "transcript", "speaker") if name in extra}
+        result.responses.append({"id": row["id"], **known, "references": row["response"], "prediction": text})
+    for metric in (Rouge(), bert_score):
+        if metric is None:
+            continue
+        statistics = metric.row_statistics(texts, references)
+        result.add(metric, statistics, {name: name for name in metric.names}, num_resamples)
+        for place, record in enumerate(result.responses):
+            single = metric.aggregate(statistics[place : place + 1])
+            record |= {name: round(value, 6) for name, value in single.items()}
+    if bert_score is not None:
+        layer = "last" if bert_score.layer is None else bert_score.layer
+        result.settings["bertscore"] = {"model": bert_score.model.config.name_or_path, "layer": layer}
+
+
+def _judge(result: ResponseEvaluation, judge: Callable[[Sequence[JudgeItem]], Judgement]) -> None:
+    items = []
+    for record in result.responses:
+        missing = [name for name in ("transcript", "emotion") if not record.get(name)]
+        if missing:
+            raise ValueError(f"row {record['id']!r} has no {missing[0]!r}, which a judge has to know; add the field")
+        items.append(JudgeItem(record["transcript"], record["emotion"], record["prediction"]))
+    found = judge(items)
+    result.values |= found.values
+    result.intervals |= found.intervals
+    result.settings["judge"] = {**found.settings, "unparsable": found.unparsable, "failed": found.failed}
+    for place, record in enumerate(result.responses):
+        scores = zip(found.values, found.scores[place].tolist(), strict=True)
+        record["judge"] = {name: None if math.isnan(score) else score for name, score in scores}
+        if found.verdicts:
+            record["verdicts"] = found.verdicts[place]
+
+
+def _add_emotions(result: ResponseEvaluation, rows: Dataset, scores: EmotionScores) -> None:
+    result.values |= {f"ser_{name}": value for name, value in scores.values.items()}
+    result.intervals |= {f"ser_{name}": ends for name, ends in scores.intervals.items()}
+    result.settings |= {"num_emotions": len(rows), "classes": scores.classes}
+    for row, truth, answer in zip(rows, scores.truths, scores.answers, strict=True):
+        result.emotions.append({"id": row["id"], "emotion": truth, "answer": answer})
+
+
+def _probe(
+    result: ResponseEvaluation,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    rows: Dataset,
+    probe_train: Dataset | None,
+    num_resamples: int,
+    options: dict[str, Any],
+) -> None:
+    """Probe the embeddings, trained on other rows or on other speakers."""
+    embeddings = pooled_embeddings(model, processor, rows, **options)
+    labels = [row["response"][0] for row in rows]
+    result.embeddings = embeddings
+    speakers = [str(extra_fields(row).get("speaker")) for row in rows]
+    if probe_train is not None:
+        learned = emotion_rows(probe_train, extra_fields(rows[0])["options"])
+        heard = pooled_embeddings(model, processor, learned, **options)
+        probe, how = probe_split(heard, [row["response"][0] for row in learned], embeddings, labels), "other rows"
+    elif len(set(speakers)) > 1:
+        probe, how = probe_groups(embeddings, labels, speakers), "other speakers of the same rows"
+    else:
+        logger.warning("no linear probe: the rows name fewer than two speakers; give rows to learn from")
+        return
+    _add_probe(result, probe, num_resamples)
+    result.settings["probe"] = {"learned_from": how, "num_train": probe.num_train}
+
+
+def _add_probe(result: ResponseEvaluation, probe: Probe, num_resamples: int) -> None:
+    metric = Classification()
+    statistics = metric.row_statistics(probe.predictions, probe.truths)
+    result.add(metric, statistics, {"accuracy": "probe_accuracy", "uar": "probe_uar"}, num_resamples)
+    result.values["probe_chance"] = probe.chance
