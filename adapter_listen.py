@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file, logging
 
-from .configuration_listen import BACKBONES, ListenConnectorConfig, ListenPromptPoolConfig
+from .configuration_listen import BACKBONES, ListenConnectorConfig, ListenPromptPoolConfig, check_padding
 from .encoder_listen import load_speech_encoder
 from .modeling_beats import BeatsModel
 
@@ -347,6 +347,7 @@ class AdapterMixin(FrozenBackbonesMixin):
     def _add_listen_adapter(self, name: str, connector: PreTrainedConfig, pool: PreTrainedConfig | None) -> None:
         if name in self.adapters:
             raise ValueError(f"adapter {name!r} exists already; choose another name or delete it first")
+        check_padding(connector, self.config.pad_to_30s)
         module = type(self.adapters["default"])(self.config, connector, pool)
         self.adapters[name] = module.to(self.adapters["default"].connector.projection.weight.device)
         described = {"connector_config": connector.to_dict(), "prompt_pool_config": pool.to_dict() if pool else None}

@@ -22,6 +22,8 @@ TRAINABLE = ("adapter", "connector", "prompt_pool", "speech_encoder", "audio_enc
 _FIELDS_OF_CONNECTORS = {
     "window_seconds": "window_qformer",
     "num_queries": "window_qformer",
+    "salmonn_compat": "window_qformer",
+    "stride_seconds": "window_qformer",
     "embedding_seconds": "conv_rotary",
     "kernel_size": "conv_rotary",
 }
@@ -60,6 +62,11 @@ class ListenConnectorConfig(_StrictConfig):
         window_seconds: Of the Q-Former: time that one window holds, rounded to whole frames of the speech encoder: a
             third of a second is 17 frames of 20 ms, SALMONN's `round(1500 * 0.333333 / 30)`.
         num_queries: Of the Q-Former: learned queries, hence audio embeddings, of each window.
+        salmonn_compat: Of the Q-Former: whether clips are read exactly as SALMONN reads them, for its checkpoints:
+            padded to 30 s with the padding attended to, and without the last partial window. Every 30 s, silent or not,
+            give 88 embeddings. Needs `ListenConfig.pad_to_30s`.
+        stride_seconds: Of the Q-Former with `salmonn_compat`: time from one window to the next, where windows may
+            overlap; `window_seconds` by default.
         embedding_seconds: Of `conv_rotary`: time from one audio embedding to the next, a whole number of encoder
             frames. The paper's 80 ms are a stride of 2 over its frames of 40 ms, and of 4 over frames of 20 ms.
         kernel_size: Of `conv_rotary`: encoder frames that the convolution sees for one embedding; `2 * stride - 1` by
@@ -72,8 +79,8 @@ class ListenConnectorConfig(_StrictConfig):
         dropout: Dropout on its hidden states and attention weights while training.
 
     Raises:
-        ValueError: an unknown field, an unknown `type`, a field that the type does not read, a size below 1, or heads
-            that do not divide the width.
+        ValueError: an unknown field, an unknown `type`, a field that the type does not read, a size below 1, heads
+            that do not divide the width, or a stride without `salmonn_compat`.
     """
 
     model_type = "listen_connector"
@@ -81,6 +88,8 @@ class ListenConnectorConfig(_StrictConfig):
     type: str = "window_qformer"
     window_seconds: float = 1 / 3
     num_queries: int = 1
+    salmonn_compat: bool = False
+    stride_seconds: float | None = None
     embedding_seconds: float = 0.08
     kernel_size: int | None = None
     hidden_size: int = 768
@@ -107,6 +116,16 @@ class ListenConnectorConfig(_StrictConfig):
                 f"connector hidden_size={self.hidden_size} is not a multiple of "
                 f"num_attention_heads={self.num_attention_heads}; change one of them"
             )
+        self._check_stride()
+
+    def _check_stride(self) -> None:
+        if self.stride_seconds is not None and not self.salmonn_compat:
+            raise ValueError(
+                f"connector stride_seconds={self.stride_seconds} needs salmonn_compat=True; other windows follow "
+                "one after the other"
+            )
+        if self.stride_seconds is not None and self.stride_seconds <= 0:
+            raise ValueError(f"connector stride_seconds={self.stride_seconds} must be above 0")
 
     def settings(self) -> dict[str, Any]:
         """The fields above, without those that transformers adds to every config."""
@@ -114,7 +133,16 @@ class ListenConnectorConfig(_StrictConfig):
 
     def window_frames(self, frame_seconds: float) -> int:
         """Encoder frames of `frame_seconds` that one window holds, at least 1."""
-        return max(1, round(self.window_seconds / frame_seconds))
+        return self._frames(self.window_seconds, frame_seconds)
+
+    def stride_frames(self, frame_seconds: float) -> int:
+        """Encoder frames of `frame_seconds` from one window to the next, at least 1."""
+        return self._frames(self.stride_seconds or self.window_seconds, frame_seconds)
+
+    def _frames(self, seconds: float, frame_seconds: float) -> int:
+        if self.salmonn_compat:  # in SALMONN's order of operations, so that halves round alike
+            return max(1, round(round(30.0 / frame_seconds) * seconds / 30.0))
+        return max(1, round(seconds / frame_seconds))
 
     def embedding_frames(self, frame_seconds: float) -> int:
         """Encoder frames of `frame_seconds` from one embedding of `conv_rotary` to the next, the convolution's stride.
@@ -134,12 +162,13 @@ class ListenConnectorConfig(_StrictConfig):
         """Audio embeddings that this connector makes of one chunk.
 
         Args:
-            frames: Real frames of the chunk, after the encoders.
+            frames: Real frames of the chunk, after the encoders; with `salmonn_compat` those of its padding too.
             frame_seconds: Time from one frame to the next.
         """
         if self.type == "conv_rotary":
             return -(-frames // self.embedding_frames(frame_seconds))
-        windows = -(-frames // self.window_frames(frame_seconds))
+        size, stride = self.window_frames(frame_seconds), self.stride_frames(frame_seconds)
+        windows = max(0, (frames - size) // stride + 1) if self.salmonn_compat else -(-frames // size)
         return windows * self.num_queries
 
     def _check_fields(self) -> None:
@@ -382,6 +411,7 @@ class ListenConfig(PreTrainedConfig):
             raise ValueError(f"audio_token_id and prompt_token_id are both {self.audio_token_id}; they must differ")
         if self.chunks_at_once < 1:
             raise ValueError(f"chunks_at_once={self.chunks_at_once} must be at least 1")
+        check_padding(self.connector_config, self.pad_to_30s)
         self._check_base_models()
 
     def _check_speech(self) -> None:
@@ -409,6 +439,19 @@ class ListenConfig(PreTrainedConfig):
                 raise ValueError(
                     f"base_models[{name!r}]={spec!r} needs 'base_model_name_or_path', a Hub id or a folder"
                 )
+
+
+def check_padding(connector_config: PreTrainedConfig, pad_to_30s: bool) -> None:
+    """Refuse a connector that listens to padding where clips are not padded.
+
+    Raises:
+        ValueError: `salmonn_compat` without `pad_to_30s`.
+    """
+    if connector_config.salmonn_compat and not pad_to_30s:
+        raise ValueError(
+            "a connector with salmonn_compat=True listens to 30 s whatever the clip, but pad_to_30s=False; set "
+            "pad_to_30s=True, or salmonn_compat=False"
+        )
 
 
 def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:

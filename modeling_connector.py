@@ -55,7 +55,8 @@ class WindowQFormer(FusingConnector):
 
     Each stream is normalised, the shorter one is padded in time, both are concatenated on the feature axis; learned
     queries then read one window of frames after the other. The last, partial window is kept and masked, and only
-    windows with real frames give embeddings.
+    windows with real frames give embeddings. With `config.salmonn_compat` all is as in SALMONN: every frame of a padded
+    chunk is attended to, and the last, partial window is dropped.
 
     Args:
         config: A `ListenConnectorConfig`.
@@ -89,18 +90,24 @@ class WindowQFormer(FusingConnector):
 
         Args:
             speech_hidden_states: `(chunks, speech frames, speech width)`.
-            speech_mask: `(chunks, speech frames)`, 1 on real frames.
+            speech_mask: `(chunks, speech frames)`, 1 on real frames; not read with `salmonn_compat`.
             audio_hidden_states: `(chunks, audio frames, audio width)`, or `None` without an audio encoder.
             audio_mask: `(chunks, audio frames)`.
 
         Returns:
             The embeddings of all chunks one after the other, `(total, text width)`, and how many each chunk has,
             `(chunks,)`.
+
+        Raises:
+            ValueError: with `salmonn_compat`, fewer frames than one window holds.
         """
+        if self.config.salmonn_compat:
+            speech_mask = torch.ones_like(speech_mask)  # silence is heard
         frames, mask = self.fuse(speech_hidden_states, speech_mask, audio_hidden_states, audio_mask)
-        windows, window_mask = self._windows(
-            frames, mask
-        )  # (chunks, windows, frames, width), (chunks, windows, frames)
+        # (chunks, windows, frames, width), (chunks, windows, frames)
+        windows, window_mask = (
+            self._salmonn_windows(frames) if self.config.salmonn_compat else self._windows(frames, mask)
+        )
         real = window_mask.any(-1)  # (chunks, windows)
         windows, window_mask = windows[real], window_mask[real]  # (real windows, frames, width), (.., frames)
         queries = self.query_tokens.expand(len(windows), -1, -1)  # (real windows, queries, hidden)
@@ -115,6 +122,17 @@ class WindowQFormer(FusingConnector):
         tail = -frames.shape[1] % size
         frames, mask = F.pad(frames, (0, 0, 0, tail)), F.pad(mask, (0, tail))
         return frames.unflatten(1, (-1, size)), mask.unflatten(1, (-1, size))
+
+    def _salmonn_windows(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Whole windows alone, which may overlap; of T frames, `(T - size) // stride + 1`, all of them to be read."""
+        size, stride = (f(self.frame_seconds) for f in (self.config.window_frames, self.config.stride_frames))
+        if frames.shape[1] < size:
+            raise ValueError(
+                f"salmonn_compat reads whole windows of {size} frames, but the chunks have {frames.shape[1]}; give "
+                "chunks padded to 30 s"
+            )
+        windows = frames.unfold(1, size, stride).transpose(2, 3)  # (chunks, windows, frames, width)
+        return windows, windows.new_ones(windows.shape[:3], dtype=torch.bool)
 
 
 def _qformer_config(config: PreTrainedConfig, encoder_width: int) -> Blip2QFormerConfig:

@@ -398,8 +398,10 @@ class ListenModel(ListenPreTrainedModel):
         frames = encoded.speech_hidden_states_mask.sum(-1)
         if encoded.audio_hidden_states_mask is not None:
             frames = torch.maximum(frames, encoded.audio_hidden_states_mask.sum(-1))
+        streams = (encoded.speech_hidden_states, encoded.audio_hidden_states)
+        padded = torch.full_like(frames, max(states.shape[1] for states in streams if states is not None))
         connectors = {n: self._adapter(n).connector for n in dict.fromkeys(names) if n not in (None, BASE_ADAPTER)}
-        counts = {name: connector.lengths(frames) for name, connector in connectors.items()}
+        counts = {name: c.lengths(padded if c.config.salmonn_compat else frames) for name, c in connectors.items()}
         if not counts:
             self._adapter(None)
         first, *others = counts.values()

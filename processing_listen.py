@@ -24,7 +24,7 @@ from transformers.utils.chat_template_utils import _get_template_variables, rend
 
 from .audio_listen import cut_waveform, is_one_clip, load_waveform
 from .chat_listen import DEFAULT_CHAT_TEMPLATE, as_conversations, clips_or_none, numbered_messages, plain_message
-from .configuration_listen import ListenConnectorConfig
+from .configuration_listen import ListenConnectorConfig, check_padding
 from .context_listen import check_context, context_limit
 from .feature_extraction_listen import ListenFeatureExtractor
 from .geometry_listen import speech_geometry
@@ -124,6 +124,7 @@ class ListenProcessor(ProcessorMixin):
         self.pool_size = pool_size
         self.num_prompts = self._checked_num_prompts(num_prompts)
         self._connector_config = ListenConnectorConfig(**(connector or {}))
+        check_padding(self._connector_config, feature_extractor.pad_to_30s)
         self.connector = self._connector_config.settings()
         self.tasks = list(tasks) if tasks is not None else None
         self.task_instructions = dict(TASK_INSTRUCTIONS if task_instructions is None else task_instructions)
@@ -316,6 +317,8 @@ class ListenProcessor(ProcessorMixin):
         Raises:
             ValueError: `num_samples` is below 1.
         """
+        if self._connector_config.salmonn_compat:  # silence is heard
+            num_samples = self.feature_extractor.num_chunks(num_samples) * self.feature_extractor.chunk_samples
         frames, seconds = self.feature_extractor.num_encoder_frames(num_samples), self.feature_extractor.frame_seconds
         return sum(self._connector_config.num_embeddings(count, seconds) for count in frames)
 

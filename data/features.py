@@ -49,6 +49,7 @@ class StoreInfo:
         encoders: digest of the weights of each encoder.
         feature_extractor: settings of the feature extractor.
         pad_to_30s: whether Whisper saw clips padded to 30 s.
+        keeps_padding: whether its frames of the padding are stored, for a connector that reads them.
         join_silence_seconds: silence between the clips of a joined recording.
     """
 
@@ -57,6 +58,7 @@ class StoreInfo:
     encoders: dict[str, str] = field(default_factory=dict)
     feature_extractor: dict[str, Any] = field(default_factory=dict)
     pad_to_30s: bool = False
+    keeps_padding: bool = False
     join_silence_seconds: float = 0.0
 
 
@@ -67,7 +69,7 @@ class EncodedRecording:
     Attributes:
         num_samples: length of the recording at the extractor's rate.
         speech: `(sum of speech_frames, speech_width)`, float16.
-        speech_frames: real frames of each chunk.
+        speech_frames: frames of each chunk: the real ones, or all where the connector reads padding.
         audio: `(sum of audio_frames, audio_width)`, float16; `None` without an audio encoder.
         audio_frames: real frames of each chunk; empty without an audio encoder.
     """
@@ -170,6 +172,7 @@ def store_info(model: Any, feature_extractor: Any, join_silence_seconds: float =
         encoders={name: _digest(encoder) for name, encoder in encoders.items() if encoder is not None},
         feature_extractor=settings,
         pad_to_30s=config.pad_to_30s,
+        keeps_padding=config.connector_config.salmonn_compat,
         join_silence_seconds=join_silence_seconds,
     )
 

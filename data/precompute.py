@@ -115,7 +115,10 @@ def _encode_all(
 @torch.no_grad()
 def _encode_batch(model: Any, extractor: Any, lengths: Sequence[int], features: Any) -> list[EncodedRecording]:
     encoded = model.encode_audio(**features.to(model.device))
-    speech, speech_frames = _by_chunk(encoded.speech_hidden_states, encoded.speech_hidden_states_mask)
+    mask = encoded.speech_hidden_states_mask
+    if model.config.connector_config.salmonn_compat:
+        mask = torch.ones_like(mask)  # silence is heard
+    speech, speech_frames = _by_chunk(encoded.speech_hidden_states, mask)
     audio, audio_frames = [], []
     if encoded.audio_hidden_states is not None:
         audio, audio_frames = _by_chunk(encoded.audio_hidden_states, encoded.audio_hidden_states_mask)

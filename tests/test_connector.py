@@ -1,4 +1,4 @@
-"""The windowed Q-Former: every frame is read once, padding never."""
+"""The windowed Q-Former: every frame is read once, padding never; with `salmonn_compat` as SALMONN reads it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import tiny_config
 
+from listen.configuration_listen import ListenConnectorConfig
 from listen.modeling_connector import WindowQFormer
 
 SPEECH, AUDIO, TEXT, WINDOW = 12, 8, 20, 17
@@ -100,3 +101,85 @@ def test_an_empty_chunk_gives_nothing_and_no_nan(connector: WindowQFormer) -> No
     embeddings, lengths = connector(*both, torch.cat([audio[0]] * 2), torch.cat([audio[1], silent]))
     assert lengths.tolist() == [2, 0]
     assert embeddings.isfinite().all()
+
+
+# ---------------------------------------------------------------------- as SALMONN reads
+
+
+def compat_connector(**overrides: object) -> WindowQFormer:
+    torch.manual_seed(0)
+    settings = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "salmonn_compat": True}
+    module = WindowQFormer(ListenConnectorConfig(**{**settings, **overrides}), SPEECH, AUDIO, TEXT, FRAME_SECONDS)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=0.3)
+    return module.eval()
+
+
+@pytest.mark.parametrize(("length", "expected"), [(17, 1), (33, 1), (34, 2), (1496, 88), (1500, 88)])
+def test_salmonn_drops_the_partial_window(length: int, expected: int) -> None:
+    module = compat_connector()
+    speech, audio = frames(length, SPEECH, 1), frames(length - 10, AUDIO, 2)
+    embeddings, lengths = module(*speech, *audio)
+    assert embeddings.shape == (expected, TEXT)
+    assert lengths.tolist() == module.lengths(torch.tensor([length])).tolist() == [expected]
+    speech[0][:, 17 * expected :] = 5.0
+    assert torch.equal(module(*speech, *audio)[0], embeddings)
+
+
+def test_salmonn_hears_the_padding_of_speech_and_zeros_after_that_of_audio() -> None:
+    module = compat_connector()
+    speech, audio = frames(60, SPEECH, 1), frames(20, AUDIO, 2)
+    masked = (speech[0], (torch.arange(60) < 20).long()[None])
+    embeddings, lengths = module(*masked, *pad(*audio, 50))
+    assert lengths.tolist() == [3]
+    assert torch.equal(embeddings, module(*speech, *audio)[0])
+    speech[0][:, 40] = 3.0
+    moved = (module(*masked, *audio)[0] - embeddings).abs().amax(-1) > 1e-4
+    assert moved.tolist() == [False, False, True]
+
+
+def test_salmonn_clips_of_one_batch_do_not_touch() -> None:
+    module = compat_connector()
+    speech, audio = frames(60, SPEECH, 1), frames(20, AUDIO, 2)
+    other = frames(60, SPEECH, 3), frames(55, AUDIO, 4)
+    batch = [torch.cat(pair) for pair in zip((*speech, *pad(*audio, 55)), (*other[0], *other[1]), strict=True)]
+    together, lengths = module(*batch)
+    assert lengths.tolist() == [3, 3]
+    alone = torch.cat([module(*speech, *audio)[0], module(*other[0], *other[1])[0]])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("window", "stride", "size", "step"), [(0.333333, 0.2, 17, 10), (0.25, 0.17, 12, 9)])
+def test_salmonn_windows_may_overlap_and_halves_round_as_there(
+    window: float, stride: float, size: int, step: int
+) -> None:
+    module = compat_connector(window_seconds=window, stride_seconds=stride)
+    assert (module.config.window_frames(0.02), module.config.stride_frames(0.02)) == (size, step)
+    speech, audio = frames(50, SPEECH, 1), frames(50, AUDIO, 2)
+    whole, lengths = module(*speech, *audio)
+    assert lengths.tolist() == module.lengths(torch.tensor([50])).tolist() == [(50 - size) // step + 1]
+    second = [part[:, step : step + size] for part in (*speech, *audio)]
+    torch.testing.assert_close(whole[1:2], module(*second)[0], atol=1e-5, rtol=1e-4)
+
+
+def test_salmonn_needs_one_whole_window() -> None:
+    with pytest.raises(ValueError, match="whole windows of 17 frames, but the chunks have 16"):
+        compat_connector()(*frames(16, SPEECH), *frames(10, AUDIO))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stride_seconds": 0.2}, "stride_seconds=0.2 needs salmonn_compat=True"),
+        ({"stride_seconds": 0.0, "salmonn_compat": True}, "stride_seconds=0.0 must be above 0"),
+    ],
+)
+def test_salmonn_settings_that_cannot_work_are_named(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ListenConnectorConfig(**settings)
+
+
+def test_salmonn_needs_padded_clips() -> None:
+    with pytest.raises(ValueError, match="salmonn_compat=True listens to 30 s .* pad_to_30s=False"):
+        tiny_config(connector_config={"salmonn_compat": True})
