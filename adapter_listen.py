@@ -371,6 +371,7 @@ class AdapterMixin(FrozenBackbonesMixin):
         if isinstance(lora_config, dict):
             lora_config = LoraConfig(**lora_config)
         self.language_model.add_adapter(lora_config, adapter_name)
+        self.train(self.training)  # PEFT's layers start in training mode: a loaded model would drop out
         settings = lora_config.to_dict()
         targets = lora_config.target_modules
         self.config.lora_config = {name: settings[name] for name in _LORA_FIELDS}

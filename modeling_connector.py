@@ -105,9 +105,7 @@ class WindowQFormer(FusingConnector):
             speech_mask = torch.ones_like(speech_mask)  # silence is heard
         frames, mask = self.fuse(speech_hidden_states, speech_mask, audio_hidden_states, audio_mask)
         # (chunks, windows, frames, width), (chunks, windows, frames)
-        windows, window_mask = (
-            self._salmonn_windows(frames) if self.config.salmonn_compat else self._windows(frames, mask)
-        )
+        windows, window_mask = self._windows(frames, mask)
         real = window_mask.any(-1)  # (chunks, windows)
         windows, window_mask = windows[real], window_mask[real]  # (real windows, frames, width), (.., frames)
         queries = self.query_tokens.expand(len(windows), -1, -1)  # (real windows, queries, hidden)
@@ -118,6 +116,8 @@ class WindowQFormer(FusingConnector):
         return embeddings, real.sum(-1) * self.config.num_queries
 
     def _windows(self, frames: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.config.salmonn_compat:
+            return self._salmonn_windows(frames)
         size = self.config.window_frames(self.frame_seconds)
         tail = -frames.shape[1] % size
         frames, mask = F.pad(frames, (0, 0, 0, tail)), F.pad(mask, (0, tail))

@@ -10,12 +10,12 @@ a model card; name it in `base_models.audio_encoder` of a LiSTEN configuration.
 from __future__ import annotations
 
 import argparse
-import pickle
 import re
 from pathlib import Path
 
 import torch
 from huggingface_hub import ModelCardData
+from published_checkpoint import ConversionError, check_tensors, read_checkpoint
 
 from listen.configuration_beats import BeatsConfig
 from listen.modeling_beats import BeatsForAudioClassification, BeatsModel
@@ -89,34 +89,6 @@ normalised as `ListenFeatureExtractor` does. Output: 50 tokens a second.
 """
 
 
-class ConversionError(ValueError):
-    """The file is no BEATs checkpoint that can be converted; the message says why."""
-
-
-def read_checkpoint(path: Path) -> dict:
-    """Load `{"cfg", "model"}` without executing anything in the file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ConversionError: the file is damaged, holds more than tensors and plain values, or lacks an entry.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}.")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConversionError(f"{path} is truncated or no PyTorch file of plain tensors: {reason}") from error
-    missing = [name for name in ("cfg", "model") if not isinstance(checkpoint, dict) or name not in checkpoint]
-    if missing:
-        found = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
-        raise ConversionError(f"{path} has no {' and no '.join(map(repr, missing))}; it holds {found}.")
-    for name in ("cfg", "model"):
-        if not isinstance(checkpoint[name], dict):
-            raise ConversionError(f"{path}: {name!r} is a {type(checkpoint[name]).__name__}, a dictionary is needed.")
-    return checkpoint
-
-
 def convert_config(published: dict, labels: dict | None = None) -> BeatsConfig:
     """`BeatsConfig` for the published configuration, with the labels of a fine-tuned checkpoint.
 
@@ -175,20 +147,7 @@ def load_weights(model: BeatsModel | BeatsForAudioClassification, weights: dict[
     """
     if isinstance(model, BeatsForAudioClassification):
         weights = {name if name.startswith("classifier.") else f"beats.{name}": t for name, t in weights.items()}
-    expected = model.state_dict()
-    for kind, names in (
-        ("lacks", expected.keys() - weights.keys()),
-        ("has unexpected", weights.keys() - expected.keys()),
-    ):
-        if names:
-            raise ConversionError(f"The checkpoint {kind} {len(names)} tensors: {', '.join(sorted(names)[:5])} ...")
-    for name, tensor in weights.items():
-        if tensor.shape != expected[name].shape:
-            raise ConversionError(
-                f"{name} has shape {tuple(tensor.shape)}, its configuration needs {tuple(expected[name].shape)}."
-            )
-        if not torch.isfinite(tensor).all():
-            raise ConversionError(f"{name} has NaN or infinite values.")
+    check_tensors(weights, model.state_dict())
     model.load_state_dict(weights)
 
 
@@ -209,7 +168,7 @@ def write_card(folder: Path, source: Path, model: BeatsModel | BeatsForAudioClas
 
 def convert(source: Path, folder: Path) -> BeatsModel | BeatsForAudioClassification:
     """Read the published file `source`, write `folder`, return the model."""
-    checkpoint = read_checkpoint(source)
+    checkpoint = read_checkpoint(source, ("cfg", "model"))
     config = convert_config(checkpoint["cfg"], checkpoint.get("label_dict"))
     model_class = BeatsForAudioClassification if checkpoint["cfg"].get("finetuned_model", False) else BeatsModel
     model = model_class(config).eval()

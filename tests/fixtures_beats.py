@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
+from fixtures_examples import load_example
 
 from listen.modeling_beats import BeatsForAudioClassification, BeatsModel
 
-_script = Path(__file__).parent.parent / "examples" / "convert_beats.py"
-_spec = importlib.util.spec_from_file_location("convert_beats", _script)
-convert_beats = importlib.util.module_from_spec(_spec)
-sys.modules["convert_beats"] = convert_beats
-_spec.loader.exec_module(convert_beats)
+convert_beats = load_example("convert_beats")
 
 
 def from_checkpoint(checkpoint: dict, attention: str = "sdpa") -> BeatsModel | BeatsForAudioClassification:

@@ -1,0 +1,59 @@
+"""Published `.pt` and `.pth` files: read without executing anything in them, and held against the tensors needed."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class ConversionError(ValueError):
+    """The file is no checkpoint that can be converted; the message says why."""
+
+
+def read_checkpoint(path: Path, entries: tuple[str, ...]) -> dict[str, Any]:
+    """Load a dictionary of which `entries` are dictionaries, with `weights_only=True`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ConversionError: the file is damaged, holds more than tensors and plain values, or lacks an entry.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConversionError(f"{path} is truncated or no PyTorch file of plain tensors: {reason}") from error
+    missing = [name for name in entries if not isinstance(checkpoint, dict) or name not in checkpoint]
+    if missing:
+        found = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise ConversionError(f"{path} has no {' and no '.join(map(repr, missing))}; it holds {found}.")
+    for name in entries:
+        if not isinstance(checkpoint[name], dict):
+            raise ConversionError(f"{path}: {name!r} is a {type(checkpoint[name]).__name__}, a dictionary is needed.")
+    return checkpoint
+
+
+def check_tensors(weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """Hold converted tensors against those of the model that they are for.
+
+    Raises:
+        ConversionError: a tensor is missing, superfluous, of another shape, or not finite.
+    """
+    for kind, names in (
+        ("lacks", expected.keys() - weights.keys()),
+        ("has unexpected", weights.keys() - expected.keys()),
+    ):
+        if names:
+            raise ConversionError(f"The checkpoint {kind} {len(names)} tensors: {', '.join(sorted(names)[:5])} ...")
+    for name, tensor in weights.items():
+        if tensor.shape != expected[name].shape:
+            raise ConversionError(
+                f"{name} has shape {tuple(tensor.shape)}, its configuration needs {tuple(expected[name].shape)}."
+            )
+        if not torch.isfinite(tensor).all():
+            raise ConversionError(f"{name} has NaN or infinite values.")
