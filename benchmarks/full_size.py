@@ -120,8 +120,8 @@ def main(given: list[str] | None = None) -> list[Measurement]:
     batch = f"batch {options.batch}, {options.seconds:g} s of audio, {inputs['input_ids'].shape[1]} positions"
     everything = []
     for name, variants in (
-        ("Training step", training_steps(model.train(), inputs, options)),
-        (f"Answer of {options.new_tokens} tokens", answers(model.eval(), inputs, options)),
+        ("Training step", training_steps(model, inputs, options)),
+        (f"Answer of {options.new_tokens} tokens", answers(model, inputs, options)),
     ):
         model.train(name == "Training step")
         rows = compare(variants, options.device, options.repeats)
