@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -14,12 +15,16 @@ import pytest
 import torch
 import yaml
 from fixtures_backbones import model_section, save_backbones
+from fixtures_encoders import random_encoder
 from fixtures_training import small_corpus
 from safetensors.torch import load_file
+from transformers import ASTFeatureExtractor, Wav2Vec2FeatureExtractor
 
-from listen.data import ListenCollator, precompute_features
+from listen.data import FeatureStoreError, ListenCollator, precompute_features
 from listen.data.manifest import load_manifest
+from listen.evaluation.generate import generate_predictions
 from listen.modeling_listen import ListenForConditionalGeneration
+from listen.processing_listen import ListenProcessor
 from listen.training import (
     ArgumentError,
     build_arguments,
@@ -252,6 +257,32 @@ def test_stored_features_train_as_audio_does(backbones: dict, manifest: Path, tm
     run(settings)
     for name in ("loss", "key_loss"):
         assert first_log(tmp_path / "stored")[name] == pytest.approx(first_log(tmp_path / "audio")[name], rel=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["hubert", "ast"])
+def test_a_run_over_another_speech_encoder(kind: str, backbones: dict, manifest: Path, tmp_path: Path) -> None:
+    random_encoder(kind).save_pretrained(tmp_path / "encoder")
+    (ASTFeatureExtractor() if kind == "ast" else Wav2Vec2FeatureExtractor()).save_pretrained(tmp_path / "encoder")
+    places = {**backbones, "speech_encoder": str(tmp_path / "encoder")}
+    settings = sections(places, manifest, tmp_path / "audio", EXACT, **ONE_STEP, **batches(4, 1))
+    encoders, processor = build_encoders(build_arguments(settings).model)
+    store = precompute_features(encoders, processor, load_manifest(manifest), tmp_path / "features", progress=False)
+    run(settings)
+    settings["data"]["features"] = str(tmp_path / "features")
+    settings["training"]["output_dir"] = str(tmp_path / "stored")
+    run(settings)
+    for name in ("loss", "key_loss"):
+        assert first_log(tmp_path / "stored")[name] == pytest.approx(first_log(tmp_path / "audio")[name], rel=2e-3)
+    model = ListenForConditionalGeneration.from_pretrained(tmp_path / "audio" / "model")
+    processor = ListenProcessor.from_pretrained(tmp_path / "audio" / "model")
+    heard, stored = (
+        generate_predictions(model, processor, load_manifest(manifest), features, max_new_tokens=3, progress=False)
+        for features in (None, store)
+    )
+    assert [one.prompt_indices for one in heard] == [one.prompt_indices for one in stored]
+    changed = dataclasses.replace(store.info, feature_extractor={**store.info.feature_extractor, "speech_padding": 1})
+    with pytest.raises(FeatureStoreError, match="feature_extractor"):
+        store.check(changed)
 
 
 def test_keys_from_data_start_at_queries(backbones: dict, manifest: Path, tmp_path: Path) -> None:

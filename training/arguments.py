@@ -41,7 +41,7 @@ class ModelArguments:
     Attributes:
         checkpoint: folder or Hub id of a LiSTEN checkpoint whose adapter is trained on.
         preset: named configuration whose connector, pool and trainable parts are taken over.
-        speech_encoder: folder or Hub id of a Whisper checkpoint.
+        speech_encoder: folder or Hub id of a Whisper checkpoint, or of another audio encoder of transformers.
         audio_encoder: folder or Hub id of a BEATs checkpoint in this package's format; null leaves the stream out.
         language_model: folder or Hub id of a causal LLM; its tokenizer is used too.
         revisions: revision of each backbone by its name above; `main` where absent.
