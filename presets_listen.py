@@ -28,6 +28,17 @@ _WHISPER_LARGE_V2 = {
     "decoder_ffn_dim": 5120,
     "num_mel_bins": 80,
 }
+_WAV2VEC2_BERT = {
+    "model_type": "wav2vec2-bert",
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+    "feature_projection_input_dim": 160,
+    "position_embeddings_type": "relative_key",
+    "apply_spec_augment": False,
+    "layerdrop": 0.0,
+}
 _LLAMA3_RESERVED = {"audio_token_id": 128002, "prompt_token_id": 128003}  # <|reserved_special_token_0|>, <|..._1|>
 
 
@@ -78,7 +89,7 @@ def _listen_tiny() -> dict[str, Any]:
         "prompt_pool_config": {"pool_size": 24, "num_prompts": 10},
         "text_config": {
             "model_type": "llama",
-            "vocab_size": 800,
+            "vocab_size": 864,
             "hidden_size": 224,
             "intermediate_size": 640,
             "num_hidden_layers": 4,
@@ -87,6 +98,28 @@ def _listen_tiny() -> dict[str, Any]:
             "max_position_embeddings": 2048,
             "tie_word_embeddings": True,
         },
+    }
+
+
+def _speech_emotion_llama3_8b() -> dict[str, Any]:
+    """SpeechEmotionLlama (arXiv 2410.01162): a Conformer and a connector learn to make Llama-3-8B answer the voice.
+
+    The paper's encoder, about 1 B parameters, is not public; in its place stands Wav2Vec2-BERT, of the same family and
+    depth (`facebook/w2v-bert-2.0`), with frames of 20 ms where the paper has 40. Parameters: speech encoder
+    580,493,120, of which 580,492,096 learn (the mask of SpecAugment, which is off, does not); connector 100,286,464
+    (the paper: about 100 M); LLM 8,030,261,248, frozen. 680,778,560 learn.
+    """
+    return {
+        "speech_config": dict(_WAV2VEC2_BERT),
+        "connector_config": {
+            "type": "conv_rotary",
+            "hidden_size": 2560,
+            "num_attention_heads": 20,
+            "intermediate_size": 5888,
+        },
+        "text_config": dict(_LLAMA3_8B),
+        "trainable": ["speech_encoder", "connector"],
+        **_LLAMA3_RESERVED,
     }
 
 
@@ -111,6 +144,7 @@ PRESETS = {
     "listen-llama3-8b": _listen_llama3_8b,
     "listen-0.4m": _listen_0_4m,
     "listen-tiny": _listen_tiny,
+    "speech-emotion-llama3-8b": _speech_emotion_llama3_8b,
     "speech-emotion-tiny": _speech_emotion_tiny,
 }
 

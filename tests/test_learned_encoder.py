@@ -14,7 +14,7 @@ from fixtures_backbones import model_section, save_backbones
 from fixtures_training import small_corpus
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
 
 from listen import ListenConfig, ListenForConditionalGeneration
 from listen.data.features import FeatureStoreError
@@ -150,6 +150,25 @@ def test_a_missing_encoder_weight_is_an_error(backbones: dict[str, str], tmp_pat
     config.trainable = TRAINABLE
     with pytest.raises(ValueError, match="lacks the weights .*speech_encoder"):
         AutoModel.from_pretrained(tmp_path, config=config)
+
+
+def test_a_conformer_learns_and_comes_back(backbones: dict[str, str], tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = AutoConfig.for_model("wav2vec2-bert", **sizes, apply_spec_augment=False)
+    AutoModel.from_config(config).save_pretrained(tmp_path / "conformer")
+    model = moved({**backbones, "speech_encoder": str(tmp_path / "conformer"), "audio_encoder": None})
+    features = {"input_features": torch.randn(2, 40, 160), "input_features_mask": torch.ones(2, 40, dtype=torch.long)}
+    features["input_features_mask"][1, 25:] = 0
+    heard = model.get_audio_features(**features)
+    heard.pooler_output.square().sum().backward()
+    assert heard.lengths.tolist() == [10, 7]
+    without = {name for name in learned(model) if model.get_parameter(name).grad is None}
+    assert without == set()  # the mask of a SpecAugment that is off does not count as learned
+    model.save_pretrained(tmp_path / "model")
+    loaded = AutoModel.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    assert learned(loaded) == learned(model)
+    assert all(torch.equal(loaded.get_parameter(name), model.get_parameter(name)) for name in learned(model))
+    torch.testing.assert_close(loaded.get_audio_features(**features).pooler_output, heard.pooler_output)
 
 
 # ---------------------------------------------------------------------- other adapters

@@ -15,6 +15,7 @@ import pytest
 import soundfile
 
 from listen.data import get_task, list_tasks, load_manifest
+from listen.presets_listen import PRESETS
 from listen.training import parse_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,6 +126,13 @@ def test_command_that_cannot_run_here_is_right(command: str) -> None:
     assert (ROOT / script).is_file()
     if script == "examples/train.py":
         parse_arguments([*words[words.index(script) + 1 :], "--training.use_cpu"])  # there may be no GPU here
+
+
+@pytest.mark.parametrize("block", blocks("yaml"), ids=lambda block: block.text.split()[2])
+def test_settings_are_known(block: Block, tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_text(block.text, encoding="utf-8")
+    run = parse_arguments(["--config", str(tmp_path / "settings.yaml"), "--training.use_cpu"])
+    assert run.model.preset is None or run.model.preset in PRESETS
 
 
 def test_manifest_lines_load(tmp_path: Path) -> None:

@@ -141,6 +141,16 @@ def test_two_processes_that_accumulate_equal_one_batch(
     assert_same_step(tmp_path, one_batch)
 
 
+@pytest.mark.slow
+def test_two_processes_train_an_encoder_as_one_does(backbones: dict, manifest: Path, tmp_path: Path) -> None:
+    model = {**EXACT, "trainable": ["speech_encoder", "adapter"]}
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(sections(backbones, manifest, one, model, **ONE_STEP, **batches(4, 1), layerwise_lr_decay=0.5))
+    launch(sections(backbones, manifest, two, model, **ONE_STEP, **batches(2, 1), layerwise_lr_decay=0.5), two, 2)
+    assert "speech_encoder.conv1.weight" in learned(one)
+    assert_same_step(two, one)
+
+
 def test_the_step_moved_what_learns_and_nothing_else(backbones: dict, manifest: Path, one_batch: Path) -> None:
     arguments = build_arguments(sections(backbones, manifest, one_batch, EXACT))
     torch.manual_seed(0)
