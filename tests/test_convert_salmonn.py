@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import clip
+from conftest import clip, tiny_model
 from fixtures_backbones import save_backbones
 from fixtures_examples import load_example
 from peft import LoraConfig, get_peft_model
@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from salmonn_reference import FULL, LORA_ALPHA, LORA_RANK, TINY, embed, synthetic_checkpoint, tensor_shapes
 from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, LlamaConfig
 
-from listen import ListenForConditionalGeneration, ListenProcessor
+from listen import ListenConfig, ListenForConditionalGeneration, ListenProcessor
 from listen.data.features import EncodedRecording, collate_features
 from listen.data.precompute import _encode_batch
+from listen.feature_extraction_listen import ListenFeatureExtractor
 from listen.modeling_beats import BeatsModel
 from listen.outputs_listen import EncodedAudio
 
@@ -260,7 +261,47 @@ def test_backbones_inside_the_folder_move_with_it(converted: tuple, paths: dict[
     assert ListenForConditionalGeneration.from_pretrained(tmp_path / "moved").audio_encoder is not None
 
 
+def test_two_arguments_are_enough_for_the_published_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = tensor_shapes(**{**FULL, "text": 5120, "lora_width": 0})
+    for layer in range(40):
+        for name in ("q", "v"):
+            shapes |= {LORA.format(layer, name, "A"): (8, 5120), LORA.format(layer, name, "B"): (5120, 8)}
+    weights = {name: torch.zeros(1).expand(shape) for name, shape in shapes.items()}  # one value each on disk
+    source = write(tmp_path / "salmonn_v1.pth", {"model": weights})
+    monkeypatch.setattr(sys, "argv", ["convert_salmonn.py", str(source), str(tmp_path / "out")])
+    convert_salmonn.main()
+    assert {name: tuple(t.shape) for name, t in published(tmp_path / "out").items()} == shapes
+    config = ListenConfig.from_pretrained(tmp_path / "out")
+    places = {name: spec["base_model_name_or_path"] for name, spec in config.base_models.items()}
+    assert places == {
+        "speech_encoder": "openai/whisper-large-v2",
+        "audio_encoder": "./beats",
+        "language_model": "lmsys/vicuna-13b-v1.1",
+    }
+
+
+def published(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of a converted folder under their published names."""
+    weights = load_file(folder / "model.safetensors")
+    return {convert_salmonn.published_name(name): tensor for name, tensor in weights.items()}
+
+
+def test_weights_are_unchanged(converted: tuple) -> None:
+    found, weights = published(converted[1]), converted[0]["model"]
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
+
+
 # ---------------------------------------------------------------------- what is refused
+
+
+def test_a_model_that_does_not_pad_is_named(converted: tuple, processor: ListenProcessor) -> None:
+    with pytest.raises(ValueError, match="salmonn_compat=True listens to 30 s"):
+        ListenProcessor(ListenFeatureExtractor(), processor.tokenizer, connector=processor.connector)
+    model = tiny_model()
+    with pytest.raises(ValueError, match="salmonn_compat=True listens to 30 s"):
+        model._add_listen_adapter("salmonn", ListenConfig.from_pretrained(converted[1]).connector_config, None)
+    assert list(model.adapters) == ["default"]
 
 
 def convert(checkpoint: object, folder: Path, paths: dict[str, str], **options: object) -> object:
