@@ -674,7 +674,7 @@ class ListenForConditionalGeneration(ListenModel, GenerationMixin):
         result.lm_loss = self.loss_function(
             result.logits, kept, vocab_size=vocabulary, num_items_in_batch=num_items_in_batch
         )
-        result.loss = result.lm_loss
+        result.loss = result.lm_loss.clone()  # its own tensor: the Trainer scales the loss in place
         if prompts is not None:
             share = targets / (targets.sum() if num_items_in_batch is None else num_items_in_batch)  # (batch,)
             result.key_loss = (prompts.key_loss * share).sum()

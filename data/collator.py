@@ -17,11 +17,12 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..audio_listen import cut_waveform
-from ..chat_listen import place_audio
+from ..chat_listen import place_audio, place_input
 from .audio import read_clips
 from .features import EncodedRecording, FeatureStore, collate_features, recordings_of
 from .manifest import extra_fields
 from .tasks import get_task
+from .utterances import text_input
 
 logger = logging.get_logger(__name__)
 
@@ -53,6 +54,9 @@ class ListenCollator:
         processor: a `ListenProcessor`; any chat template will do.
         train: whether wordings and references are drawn, instead of the test wording and the first reference.
         for_generation: give prompts only, to be continued by `generate`, and the rows beside them.
+        teacher: give beside the inputs what a text LLM reads in their stead, to learn from its distribution: the words
+            of the recording, with the emotion named where the task wants it, under the instruction by which targets
+            are made, and the same response.
         num_prompts: k; the processor's by default.
         min_prompts: least k; with it, training draws k uniformly from `min_prompts` to `num_prompts` for each batch.
         features: store of encoder features, used in place of audio.
@@ -69,6 +73,7 @@ class ListenCollator:
         processor: Any,
         train: bool = False,
         for_generation: bool = False,
+        teacher: bool = False,
         num_prompts: int | None = None,
         min_prompts: int | None = None,
         features: FeatureStore | None = None,
@@ -76,11 +81,12 @@ class ListenCollator:
         seed: int = 0,
         pad_to_multiple_of: int = 8,
     ) -> None:
-        if train and for_generation:
-            raise ValueError("train=True needs answers and for_generation=True leaves them out; choose one")
+        if (train or teacher) and for_generation:
+            raise ValueError("train and teacher need answers, and for_generation=True leaves them out; choose one")
         self.processor = processor
         self.train = train
         self.for_generation = for_generation
+        self.teacher = teacher
         self.num_prompts = processor.num_prompts if num_prompts is None else num_prompts
         self.min_prompts = min_prompts
         self.features = features
@@ -105,7 +111,8 @@ class ListenCollator:
             `input_ids`, `attention_mask` `(batch, sequence)`, padded on the left; the audio inputs of all recordings
             in order; `task_ids` `(batch,)` for pools divided among tasks. For training and loss also `labels`
             `(batch, sequence)`, -100 before the answers, and `logits_to_keep`, the number of last positions that hold
-            all of them. For generation also `rows`, a list of mappings that describe the samples.
+            all of them; with `teacher` `teacher_input_ids` and `teacher_attention_mask`, which end in the same
+            answers. For generation also `rows`, a list of mappings that describe the samples.
 
         Raises:
             ValueError: a row that cannot be worded or read; the message names it.
@@ -116,7 +123,8 @@ class ListenCollator:
         inputs = self._prompt_inputs(rows, examples, num_prompts)
         if self.for_generation:
             return {**inputs, "rows": [_describe(row, item) for row, item in zip(rows, examples, strict=True)]}
-        return self._with_answers(inputs, examples)
+        batch = self._with_answers(inputs, examples)
+        return {**batch, **self._teacher_inputs(rows, examples)} if self.teacher else batch
 
     def draw_num_prompts(self, rng: random.Random) -> int:
         """k of one batch."""
@@ -195,23 +203,36 @@ class ListenCollator:
         return cut
 
     def _with_answers(self, inputs: dict[str, Any], examples: Sequence[Example]) -> dict[str, Any]:
-        tokenizer = self.processor.tokenizer
-        answers = tokenizer([example.answer for example in examples], add_special_tokens=False)["input_ids"]
-        prompts = [
-            ids[mask.bool()].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
-        ]
-        full = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-        length = self._rounded(max(map(len, full)))
-        labels = [[IGNORED] * (length - len(answer)) + answer for answer in answers]
-        batch = {
-            **inputs,
-            "input_ids": torch.tensor([[tokenizer.pad_token_id] * (length - len(ids)) + ids for ids in full]),
-            "attention_mask": torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in full]),
-            "labels": torch.tensor(labels),  # (batch, sequence)
-        }
+        answers = self._answer_ids(examples)
+        ids, mask = self._followed_by(inputs, answers)
+        length = ids.shape[1]
+        labels = torch.tensor([[IGNORED] * (length - len(answer)) + answer for answer in answers])  # (batch, sequence)
         # one more than the longest answer: the position before it predicts its first token
-        batch["logits_to_keep"] = min(length, self._rounded(max(map(len, answers)) + 1))
-        return batch
+        kept = min(length, self._rounded(max(map(len, answers)) + 1))
+        return {**inputs, "input_ids": ids, "attention_mask": mask, "labels": labels, "logits_to_keep": kept}
+
+    def _teacher_inputs(self, rows: Sequence[Mapping[str, Any]], examples: Sequence[Example]) -> dict[str, Any]:
+        prompts = []
+        for row, example in zip(rows, examples, strict=True):
+            task = get_task(row["task"])
+            wording = example.instruction if row.get("instruction") else task.target_instruction or example.instruction
+            text = place_input(wording, text_input(row, task.tagged), separator="\n")
+            prompts.append(self.render({"role": "user", "content": text}, example.response)[0])
+        ids, mask = self._followed_by(self.processor(prompts, num_prompts=0), self._answer_ids(examples))
+        return {"teacher_input_ids": ids, "teacher_attention_mask": mask}
+
+    def _answer_ids(self, examples: Sequence[Example]) -> list[list[int]]:
+        return self.processor.tokenizer([item.answer for item in examples], add_special_tokens=False)["input_ids"]
+
+    def _followed_by(
+        self, prompts: Mapping[str, torch.Tensor], answers: Sequence[list[int]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and mask `(batch, sequence)` of prompts with their answers behind them, padded on the left."""
+        rows = zip(prompts["input_ids"], prompts["attention_mask"], answers, strict=True)
+        full = [ids[mask.bool()].tolist() + answer for ids, mask, answer in rows]
+        length, pad = self._rounded(max(map(len, full))), self.processor.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (length - len(row)) + row for row in full])
+        return ids, torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in full])
 
     def _rounded(self, length: int) -> int:
         return -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of

@@ -19,6 +19,7 @@ from .arguments import (
 )
 from .build import build_config, build_encoders, build_model, initialize_keys
 from .datasets import build_eval_dataset, build_train_dataset
+from .distillation import DistillationTrainer, distillation_loss
 from .pool_health import PoolHealth, PoolMonitor
 from .run import TrainResult, build_trainer, run_trainer, train
 from .trainer import ListenTrainer
@@ -27,6 +28,7 @@ __all__ = [
     "ArgumentError",
     "DataArguments",
     "DataSource",
+    "DistillationTrainer",
     "ListenTrainer",
     "ListenTrainingArguments",
     "ModelArguments",
@@ -41,6 +43,7 @@ __all__ = [
     "build_model",
     "build_train_dataset",
     "build_trainer",
+    "distillation_loss",
     "initialize_keys",
     "parse_arguments",
     "run_trainer",

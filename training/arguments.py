@@ -27,6 +27,8 @@ from transformers import TrainingArguments
 from ..data.manifest import LOADERS
 from ..data.mixing import STRATEGIES
 
+ALIGNMENTS = ("lm", "distill")
+
 
 class ArgumentError(ValueError):
     """An argument that does not exist or has an impossible value; the message names it and the fix."""
@@ -199,6 +201,10 @@ class ListenTrainingArguments(TrainingArguments):
     Attributes:
         layerwise_lr_decay: factor between the learning rates of neighbouring layers of a learned encoder, from that of
             the connector down to the encoder's input; 1 gives all the same rate.
+        alignment: what the responses teach: `lm`, the next token; or `distill`, the next-token distribution of the
+            frozen LLM that reads the words in place of the recording, for rows with a `transcript` or `text_input`.
+        distill_temperature: softens both distributions.
+        distill_lm_weight: weight of the next-token loss beside the distillation.
         min_prompts: least k that training draws for a batch; the most is the pool's `num_prompts`. It takes effect
             while the pool is `stochastic`.
         generation_eval_rows: rows of each task that every evaluation answers by generation and scores; 0 for none.
@@ -224,6 +230,9 @@ class ListenTrainingArguments(TrainingArguments):
     label_names: list[str] | None = field(default_factory=lambda: ["labels"])
     ddp_find_unused_parameters: bool | None = field(default=False)
     layerwise_lr_decay: float = field(default=1.0)
+    alignment: str = field(default="lm")
+    distill_temperature: float = field(default=1.0)
+    distill_lm_weight: float = field(default=0.0)
     min_prompts: int = field(default=1)
     keys_from_rows: int = field(default=0)
     generation_eval_rows: int = field(default=0)
@@ -245,8 +254,20 @@ class ListenTrainingArguments(TrainingArguments):
                 raise ArgumentError(f"training.{name}={getattr(self, name)} must be at least 1")
         if not 0.0 < self.layerwise_lr_decay <= 1.0:
             raise ArgumentError(f"training.layerwise_lr_decay={self.layerwise_lr_decay} must lie in (0, 1]")
+        self._check_alignment()
         if self.label_smoothing_factor:
             raise ArgumentError("training.label_smoothing_factor would replace the model's own loss; leave it at 0")
+
+    def _check_alignment(self) -> None:
+        if self.alignment not in ALIGNMENTS:
+            raise ArgumentError(f"training.alignment={self.alignment!r} is unknown; choose {' or '.join(ALIGNMENTS)}")
+        if self.distill_temperature <= 0 or self.distill_lm_weight < 0:
+            raise ArgumentError(
+                f"training.distill_temperature={self.distill_temperature} must be positive and "
+                f"distill_lm_weight={self.distill_lm_weight} not negative"
+            )
+        if self.alignment == "lm" and (self.distill_temperature, self.distill_lm_weight) != (1.0, 0.0):
+            raise ArgumentError("training.distill_... has no meaning with alignment=lm; give alignment=distill")
 
     @property
     def sampling_seed(self) -> int:

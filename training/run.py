@@ -21,6 +21,7 @@ from ..processing_listen import ListenProcessor
 from .arguments import SECTIONS, ArgumentError, DataArguments, ListenTrainingArguments, ModelArguments
 from .build import build_model, initialize_keys
 from .datasets import build_eval_dataset, build_train_dataset, count_tasks
+from .distillation import DistillationTrainer
 from .run_folder import write_run_folder
 from .trainer import GenerationEvaluator, ListenTrainer
 
@@ -116,20 +117,35 @@ def build_trainer(
     }
     if training_arguments.keys_from_rows:
         _take_keys_from_data(model, processor, train_dataset, training_arguments.keys_from_rows, seed, common)
-    return ListenTrainer(
+    make, options = _alignment(training_arguments)
+    return make(
+        **options,
         model=model,
         args=training_arguments,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=processor,
         data_collator=ListenCollator(
-            processor, train=True, min_prompts=_min_prompts(model, training_arguments), seed=seed, **common
+            processor,
+            train=True,
+            teacher=training_arguments.alignment == "distill",
+            min_prompts=_min_prompts(model, training_arguments),
+            seed=seed,
+            **common,
         ),
         eval_collator=ListenCollator(processor, **common),
         generation_evaluator=_generation_evaluator(
             processor, eval_dataset, features, data_arguments, training_arguments
         ),
     )
+
+
+def _alignment(arguments: ListenTrainingArguments) -> tuple[type[ListenTrainer], dict[str, float]]:
+    """The Trainer of the asked alignment and its own options."""
+    if arguments.alignment == "lm":
+        return ListenTrainer, {}
+    options = {"temperature": arguments.distill_temperature, "lm_weight": arguments.distill_lm_weight}
+    return DistillationTrainer, options
 
 
 def _refuse_idle_layers(model: ListenForConditionalGeneration, arguments: ListenTrainingArguments) -> None:

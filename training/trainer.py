@@ -20,7 +20,6 @@ from .pool_health import PoolMonitor
 logger = logging.get_logger(__name__)
 
 GenerationEvaluator = Callable[[torch.nn.Module], dict[str, float]]
-_PARTS = ("lm_loss", "key_loss")
 _SIGNS_BEFORE_WARNING = 3  # windows in a row: the first steps of a run look odd
 
 
@@ -40,6 +39,9 @@ class ListenTrainer(Trainer):
         **kwargs: see `Trainer`.
     """
 
+    loss_parts = ("lm_loss", "key_loss")
+    """Parts of the loss that are logged beside it."""
+
     def __init__(
         self,
         *,
@@ -53,7 +55,7 @@ class ListenTrainer(Trainer):
         self.generation_evaluator = generation_evaluator
         self._epochs = EpochCallback(data_collator)
         self.add_callback(self._epochs)
-        self._parts = dict.fromkeys(_PARTS, 0.0)
+        self._parts = dict.fromkeys(self.loss_parts, 0.0)
         self._window_start: int | None = None  # step before the window's first batch; none yet
         self._monitor = _monitor(self.model)
         self._signs: dict[str, int] = {}
@@ -87,11 +89,15 @@ class ListenTrainer(Trainer):
     def _remember(self, outputs: Any) -> None:
         if self._window_start is None:
             self._window_start = self.state.global_step
-        for name in _PARTS:
+        for name in self.loss_parts:
             if getattr(outputs, name, None) is not None:
-                self._parts[name] += getattr(outputs, name).detach().double()
+                self.add_part(name, getattr(outputs, name))
         if self._monitor is not None and outputs.prompt_indices is not None:
             self._monitor.add(outputs.prompt_indices, outputs.query)
+
+    def add_part(self, name: str, value: torch.Tensor) -> None:
+        """Count a batch's share of one of `loss_parts`."""
+        self._parts[name] += value.detach().double()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As upstream; training logs also get the parts of the loss and the pool's health."""
@@ -103,14 +109,16 @@ class ListenTrainer(Trainer):
         """Figures since the last log, over all processes."""
         start = self.state.global_step if self._window_start is None else self._window_start
         steps = max(self.state.global_step - start, 1)
-        sums = torch.tensor([float(self._parts[name]) for name in _PARTS], dtype=torch.float32, device=self.args.device)
+        sums = torch.tensor(
+            [float(self._parts[name]) for name in self.loss_parts], dtype=torch.float32, device=self.args.device
+        )
         sums = self.accelerator.reduce(sums, reduction="sum")  # each process has its share of every step
-        figures = {name: value / steps for name, value in zip(_PARTS, sums.tolist(), strict=True)}
+        figures = {name: value / steps for name, value in zip(self.loss_parts, sums.tolist(), strict=True)}
         if self._monitor is None:
             figures.pop("key_loss")
         else:
             figures.update(self._health())
-        self._parts = dict.fromkeys(_PARTS, 0.0)
+        self._parts = dict.fromkeys(self.loss_parts, 0.0)
         self._window_start = None
         return figures
 
