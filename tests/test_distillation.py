@@ -190,7 +190,7 @@ def test_the_loss_has_the_parts_that_were_asked_for(
     parts = other["distill_loss"] + 0.5 * other["lm_loss"] + 0.3 * other["key_loss"]
     assert other["loss"] == pytest.approx(parts, rel=1e-5)
     assert other["lm_loss"] == pytest.approx(log["lm_loss"], rel=1e-5)
-    assert other["distill_loss"] != pytest.approx(log["distill_loss"], rel=1e-2)
+    assert other["distill_loss"] != pytest.approx(log["distill_loss"], rel=1e-4)
 
 
 def test_distillation_brings_the_student_to_its_teacher(backbones: dict, manifest: Path, tmp_path: Path) -> None:

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from listen.data.targets import KINDS
 from listen.training import ArgumentError, build_arguments, build_config, parse_arguments
 
-CONFIGS = sorted((Path(__file__).parent.parent / "examples" / "configs").glob("*.yaml"))
+EXAMPLES = Path(__file__).parent.parent / "examples" / "configs"
+CONFIGS = sorted(EXAMPLES.rglob("*.yaml"))
 BACKBONES = ["--model.speech_encoder", "s", "--model.language_model", "l"]
 
 
@@ -95,6 +97,31 @@ def test_something_must_be_named_to_train() -> None:
 def test_shipped_configs_are_valid(path: Path) -> None:
     run = parse_arguments(["--config", str(path), "--bf16", "false"])
     assert run.data.train and run.training.output_dir.startswith("runs/")
+
+
+@pytest.mark.parametrize(
+    ("system", "kinds"),
+    [
+        ("baseline1", ["repeat", "response_untagged"]),
+        ("baseline2", ["repeat", "response_untagged"]),
+        ("v1", ["repeat", "response"]),
+        ("v2", ["repeat", "response", "speech_caption"]),
+        ("v3", ["repeat", "response", "speech_caption", "ser"]),
+        ("pool_alignment", ["repeat", "response", "speech_caption", "ser"]),
+        ("distill", ["repeat", "response"]),
+    ],
+)
+def test_the_systems_of_behavioural_alignment_differ_in_their_targets(system: str, kinds: list[str]) -> None:
+    run = parse_arguments(["--config", str(EXAMPLES / "speech_emotion" / f"{system}.yaml"), "--bf16", "false"])
+    assert [Path(source.path).stem for source in run.data.train] == kinds
+    assert {Path(source.path).parent.name.split("_")[0] for source in run.data.train} == {
+        "neutral" if system == "baseline1" else "emotion"
+    }
+    assert set(kinds) <= set(KINDS) and run.data.mixing == "equal"
+    training = run.training
+    assert (training.adam_beta1, training.adam_beta2, training.learning_rate) == (0.9, 0.98, 3e-5)
+    assert (training.warmup_steps, training.weight_decay) == (20000, 0.0)
+    assert training.alignment == ("distill" if system == "distill" else "lm")
 
 
 def test_an_unknown_preset_is_refused() -> None:
