@@ -6,7 +6,8 @@ recording (SpeechEmotionLlama, arXiv 2410.01162, section 2). A folder of targets
 - `settings.json`: the LLM, how it decodes, the seed, the instructions, the versions;
 - `answers-*.jsonl`: every answer as soon as it is there, so that an interrupted run goes on and nothing is asked twice;
 - `<kind>.jsonl`: manifests that training reads, one for each of `KINDS`;
-- `dataset`: the same rows as a `datasets.DatasetDict`, a split for each kind, for `datasets.load_from_disk`;
+- `dataset`: the same rows as a `datasets.DatasetDict`, a split for each kind that has rows, for
+  `datasets.load_from_disk`;
 - `summary.json`: how many rows there are, and how many answers failed, were empty or were cut off.
 """
 
@@ -236,11 +237,16 @@ def _write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
 def _finish(folder: Path, summary: TargetSummary) -> None:
     """Write the summary, and all manifests of the folder as one data set."""
-    manifests = {kind: folder / f"{kind}.jsonl" for kind in KINDS if (folder / f"{kind}.jsonl").is_file()}
+    manifests = {kind: folder / f"{kind}.jsonl" for kind in KINDS}
+    filled = {kind: path for kind, path in manifests.items() if path.is_file() and path.stat().st_size}
     shutil.rmtree(folder / DATASET_FOLDER, ignore_errors=True)
-    splits = DatasetDict({kind: load_manifest(path, check_files=False) for kind, path in manifests.items()})
-    splits.save_to_disk(folder / DATASET_FOLDER)
-    (folder / SUMMARY_FILE).write_text(json.dumps(vars(summary), indent=2) + "\n", encoding="utf-8")
+    if filled:  # datasets reads no empty split back
+        splits = DatasetDict({kind: load_manifest(path, check_files=False) for kind, path in filled.items()})
+        splits.save_to_disk(folder / DATASET_FOLDER)
+    path = folder / SUMMARY_FILE
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    counts = {name: {**known.get(name, {}), **value} for name, value in vars(summary).items() if name != "errors"}
+    path.write_text(json.dumps({**counts, "errors": summary.errors}, indent=2) + "\n", encoding="utf-8")
     for reason in ("failed", "empty", "unfinished"):
         missing = {kind: count for kind, count in getattr(summary, reason).items() if count}
         if missing:

@@ -194,12 +194,12 @@ def test_the_loss_has_the_parts_that_were_asked_for(
 
 
 def test_distillation_brings_the_student_to_its_teacher(backbones: dict, manifest: Path, tmp_path: Path) -> None:
-    options = {"optim": "adamw_torch", "learning_rate": 1e-2, "max_steps": 8, "max_grad_norm": 1.0}
-    settings = distill_sections(backbones, manifest, tmp_path, {}, **options, **batches(4, 1))
+    options = {"optim": "adamw_torch", "learning_rate": 3e-3, "max_steps": 8, "max_grad_norm": 1.0}
+    settings = distill_sections(backbones, manifest, tmp_path, EXACT, **options, **batches(4, 1))
     settings["data"]["eval"] = [str(manifest)]
     result = run(settings)
     logs = [entry["distill_loss"] for entry in result.history if "distill_loss" in entry]
-    assert logs[-1] < 0.9 * logs[0]
+    assert logs[-1] < 0.7 * logs[0]
     assert result.eval_metrics["eval_loss"] > 0  # of the responses, as in runs without distillation
 
 

@@ -215,6 +215,7 @@ def test_a_folder_never_mixes_llms_or_settings(
     make(utterances[:1], tmp_path, llm, kinds=["speech_caption"])  # more of the same is welcome
     assert set(manifests(tmp_path)) == {"response", "speech_caption"}
     assert set(load_from_disk(tmp_path / "dataset")) == {"response", "speech_caption"}
+    assert json.loads((tmp_path / "summary.json").read_text())["rows"] == {"response": 1, "speech_caption": 1}
     with pytest.raises(TargetError, match="were made with seed=0, but here seed=1; make them in another folder"):
         make(utterances, tmp_path, llm, seed=1)
     longer = LocalChatModel(llm.name, max_new_tokens=7)
@@ -275,6 +276,13 @@ def test_an_endpoint_writes_targets_and_what_failed_is_asked_again(utterances: l
         assert len(server.requests) == asked + 1
     rows = load_manifest(tmp_path / "response.jsonl")
     assert rows["response"][:2] == [["You said <happy> i won."], ["You said <sad> the rain came."]]
+
+
+def test_an_llm_that_has_nothing_to_say_leaves_empty_manifests(utterances: list[Utterance], tmp_path: Path) -> None:
+    with serve_chat(lambda body: (200, " ")) as server:
+        summary = make(utterances, tmp_path, EndpointChatModel(server.url, "m"), kinds=["response"])
+    assert (summary.rows, summary.empty, summary.failed) == ({"response": 0}, {"response": 6}, {"response": 0})
+    assert len(load_manifest(tmp_path / "response.jsonl")) == 0 and not (tmp_path / "dataset").exists()
 
 
 def test_an_endpoint_that_answers_nothing_ends_the_run(utterances: list[Utterance], tmp_path: Path) -> None:
