@@ -16,6 +16,7 @@ from transformers.utils import cached_file, logging
 
 from .configuration_listen import BACKBONES, ListenConnectorConfig, ListenPromptPoolConfig, check_padding
 from .encoder_listen import load_speech_encoder
+from .language_models_listen import mean_embedding
 from .modeling_beats import BeatsModel
 
 logger = logging.get_logger(__name__)
@@ -204,7 +205,7 @@ class AdapterMixin(FrozenBackbonesMixin):
 
     def _start_fresh(self) -> None:
         """Prompt values start at the mean of the LLM's input embeddings, as in the authors' code."""
-        embedding = self.get_input_embeddings().weight.detach()
+        embedding = mean_embedding(self.language_model)[None]  # (1, width)
         for adapter in self.adapters.values():
             if adapter.prompt_pool is not None:
                 adapter.prompt_pool.initialize_values(embedding)
@@ -244,8 +245,7 @@ class AdapterMixin(FrozenBackbonesMixin):
             self._add_listen_adapter(adapter_name, self.config.connector_config, pool)
             self.adapters[adapter_name].apply(self._init_weights)
             if pool is not None and self.language_model is not None:
-                embedding = self.get_input_embeddings().weight.detach()
-                self.adapters[adapter_name].prompt_pool.initialize_values(embedding)
+                self.adapters[adapter_name].prompt_pool.initialize_values(mean_embedding(self.language_model)[None])
         self.freeze()
 
     def load_adapter(self, peft_model_id: Any = None, adapter_name: str = "default", **kwargs: Any) -> Any:

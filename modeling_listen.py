@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput, TransformersKwargs
 
@@ -19,8 +20,9 @@ from .configuration_listen import BACKBONES, ListenConfig
 from .context_listen import check_context, context_limit
 from .encoder_listen import build_speech_encoder
 from .feature_extraction_listen import ListenFeatureExtractor
-from .generation_listen import PlaceholderBlindProcessors
+from .generation_listen import PlaceholderBlindProcessors, PlaceholderFreeCandidates
 from .geometry_listen import num_resampled
+from .language_models_listen import embedded_inputs
 from .modeling_beats import BeatsModel
 from .modeling_connector import WindowQFormer
 from .modeling_conv_rotary import ConvRotary
@@ -34,6 +36,7 @@ _ENCODED = tuple(EncodedAudio.__annotations__)
 _AUDIO_INPUTS = (*ListenFeatureExtractor.model_input_names, *_ENCODED)
 _CHOICES = ("query_mask", "task_ids", "adapter_names")
 _PREFILL_ONLY = (*_ENCODED, *_CHOICES)
+_NOT_FORWARDED = ("tokenizer", "assistant_tokenizer")  # of stop strings and assistants; `generate` hands them on
 # what `_merge` turns into embeddings, beside `input_ids` and `labels`
 _MERGED = (*_AUDIO_INPUTS, *_CHOICES, "attention_mask", "position_ids", "inputs_embeds")
 _FORWARDED = frozenset(TransformersKwargs.__annotations__) | {"return_dict"}
@@ -336,6 +339,22 @@ class ListenModel(ListenPreTrainedModel):
             raise ValueError("the input asks for no prompts; process it with num_prompts of at least 1")
         return prompts
 
+    @property
+    def _silenced(self) -> dict[str, bool]:
+        """What the LLM would do to no use: the routers of its experts are frozen, so no loss balances them."""
+        silent = getattr(self.language_model.config, "output_router_logits", False)
+        return {"output_router_logits": False} if silent else {}
+
+    @property
+    def _placeholder_ids(self) -> list[int]:
+        ids = self.config.audio_token_id, self.config.prompt_token_id
+        return [token_id for token_id in ids if token_id is not None]
+
+    def _is_placeholder(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """`(batch, sequence)`, true where audio or a prompt stands."""
+        placeholders = torch.tensor(self._placeholder_ids, dtype=torch.long, device=input_ids.device)
+        return torch.isin(input_ids, placeholders)
+
     def _placeholder(self, name: str) -> int:
         token_id = getattr(self.config, name)
         if token_id is None:
@@ -469,8 +488,8 @@ class ListenModel(ListenPreTrainedModel):
         task_ids: torch.Tensor | None = None,
         adapter_names: list[str] | None = None,
         **audio: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, PromptOutput | None]:
-        """Embeddings, position ids and picked prompts of a forward pass."""
+    ) -> tuple[dict[str, torch.Tensor | None], PromptOutput | None]:
+        """What the LLM reads in a forward pass, and the prompts that were picked."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of them")
         if input_ids is not None:
@@ -479,15 +498,21 @@ class ListenModel(ListenPreTrainedModel):
         if inputs_embeds is not None:
             if encoded is not None:
                 raise ValueError("audio needs input_ids: inputs_embeds do not tell where its placeholders stand")
-            return inputs_embeds, position_ids, None
+            return {"inputs_embeds": inputs_embeds, "position_ids": position_ids}, None
+        is_placeholder = self._is_placeholder(input_ids)  # (batch, seq)
+        if encoded is None and not is_placeholder.any():  # nothing to place: the LLM reads ids, as it does alone
+            return {"input_ids": input_ids, "position_ids": position_ids}, None
         if labels is not None and query_mask is None:
             query_mask = (labels != -100).cumsum(-1) == 0  # the query sees no answer
-        flat_mask = attention_mask if attention_mask is None or attention_mask.dim() == 2 else None
+        # generation with static caches gives masks of four axes, or one for each kind of attention
+        is_flat = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
+        flat_mask = attention_mask if is_flat else None
         embeds, prompts = self.embed(input_ids, flat_mask, encoded, query_mask, task_ids, adapter_names)
         same_length = flat_mask is not None and flat_mask.shape == input_ids.shape
-        if position_ids is None and same_length and (encoded is not None or prompts is not None):
+        if position_ids is None and same_length:
             position_ids = (flat_mask.long().cumsum(-1) - 1).clamp_min(0)  # a padded row counts as it does alone
-        return embeds, position_ids, prompts
+        inputs = embedded_inputs(self.language_model, input_ids, is_placeholder, embeds)
+        return {**inputs, "position_ids": position_ids}, prompts
 
     def _check_context(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
         """Audio and prompts fit into the LLM's context; text alone is left to the LLM."""
@@ -515,21 +540,20 @@ class ListenModel(ListenPreTrainedModel):
         kwargs = {name: value for name, value in inputs.items() if name not in _MERGED}
         _check_kwargs(kwargs)
         merged = {name: value for name, value in inputs.items() if name in _MERGED}
-        embeds, position_ids, prompts = self._merge(input_ids, **merged)
+        read, prompts = self._merge(input_ids, **merged)
         outputs = self.language_model.base_model(
-            inputs_embeds=embeds,
+            **read,
             attention_mask=merged.get("attention_mask"),
-            position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
-            **kwargs,
+            past_key_values=past_key_values,
+            **{**self._silenced, **kwargs},
         )
         picked = prompts or PromptOutput()
         return ListenModelOutput(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
+            past_key_values=outputs.get("past_key_values"),
             hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            attentions=outputs.get("attentions"),
             prompt_indices=picked.indices,
             prompt_scores=picked.scores,
             query=picked.query,
@@ -607,7 +631,7 @@ class ListenForConditionalGeneration(ListenModel, GenerationMixin):
             TypeError: an unknown argument.
         """
         _check_kwargs(kwargs)
-        embeds, position_ids, prompts = self._merge(
+        read, prompts = self._merge(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -626,13 +650,12 @@ class ListenForConditionalGeneration(ListenModel, GenerationMixin):
             audio_hidden_states_mask=audio_hidden_states_mask,
         )
         outputs = self.language_model(
-            inputs_embeds=embeds,
+            **read,
             attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
-            **kwargs,
+            past_key_values=past_key_values,
+            **{**self._silenced, **kwargs},
         )
         return self._output(outputs, prompts, labels, logits_to_keep, num_items_in_batch)
 
@@ -647,9 +670,10 @@ class ListenForConditionalGeneration(ListenModel, GenerationMixin):
         picked = prompts or PromptOutput()
         result = ListenOutput(
             logits=outputs.logits,
-            past_key_values=outputs.past_key_values,
+            past_key_values=outputs.get("past_key_values"),
             hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            attentions=outputs.get("attentions"),
+            router_logits=outputs.get("router_logits"),
             prompt_indices=picked.indices,
             prompt_scores=picked.scores,
             query=picked.query,
@@ -692,6 +716,7 @@ class ListenForConditionalGeneration(ListenModel, GenerationMixin):
         cache = kwargs.get("past_key_values")
         first = is_first_iteration or (cache is not None and cache.get_seq_length() == 0)
         inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=first, **kwargs)
+        inputs = {name: value for name, value in inputs.items() if name not in _NOT_FORWARDED}
         if not first and kwargs.get("use_cache", True):
             for name in _PREFILL_ONLY:
                 inputs.pop(name, None)
@@ -706,11 +731,12 @@ class ListenForConditionalGeneration(ListenModel, GenerationMixin):
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """As upstream, but clips follow their samples: A, B becomes A, A, B, B by sample, not by clip.
 
-        The encoders run once, before the expansion. The query is fixed here: candidates of assisted decoding and
-        generated tokens are not part of it.
+        The encoders run once, before the expansion. The query is fixed here: candidates of assisted decoding,
+        generated tokens and padding are not part of it.
         """
         if input_ids is not None and model_kwargs.get("query_mask") is None:
-            model_kwargs["query_mask"] = torch.ones_like(input_ids)
+            mask = model_kwargs.get("attention_mask")
+            model_kwargs["query_mask"] = mask.clone() if mask is not None else torch.ones_like(input_ids)
         if expand_size == 1:
             return input_ids, model_kwargs
         if input_ids is not None:
@@ -747,13 +773,23 @@ class ListenForConditionalGeneration(ListenModel, GenerationMixin):
             )
 
     def _get_logits_processor(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
-        """As upstream, but processors never see placeholders: for ids above the vocabulary there are no scores."""
+        """As upstream, but processors never see placeholders, and answers never hold them."""
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)
-        placeholders = [self.config.audio_token_id, self.config.prompt_token_id]
-        if not processors or None in placeholders:
+        placeholders = self._placeholder_ids
+        above = all(token_id >= self.config.get_text_config().vocab_size for token_id in placeholders)
+        if not processors and above:
             return processors
-        pad = generation_config.pad_token_id
-        return PlaceholderBlindProcessors(processors, placeholders, pad)
+        mask = (kwargs.get("model_kwargs") or {}).get("attention_mask")
+        padding = mask == 0 if mask is not None and mask.dim() == 2 else None  # (rows, prompt length)
+        return PlaceholderBlindProcessors(processors, placeholders, padding)
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        """As upstream, but prompt look-up does not copy placeholders."""
+        generator = super()._get_candidate_generator(*args, **kwargs)
+        if not isinstance(generator, PromptLookupCandidateGenerator):
+            return generator
+        generator.logits_processor = None
+        return PlaceholderFreeCandidates(generator, self._placeholder_ids)
 
 
 def chunk_rows(lengths: torch.Tensor, is_audio: torch.Tensor) -> torch.Tensor:

@@ -47,6 +47,7 @@ class ListenOutput(ModelOutput):
         past_key_values: The LLM's cache.
         hidden_states: The LLM's hidden states, if asked.
         attentions: The LLM's attentions, if asked.
+        router_logits: Those of an LLM with experts, if asked. Its balancing loss is left out: the routers are frozen.
         lm_loss: The next-token part of the loss.
         key_loss: The key part of the loss, before its weight.
         prompt_indices: `(batch, k)` prompts picked, best first; -1 where a row asked for fewer.
@@ -59,6 +60,7 @@ class ListenOutput(ModelOutput):
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
     lm_loss: torch.Tensor | None = None
     key_loss: torch.Tensor | None = None
     prompt_indices: torch.Tensor | None = None

@@ -7,8 +7,8 @@ from transformers import AddedToken, PreTrainedTokenizerBase
 AUDIO_TOKEN = "<|audio|>"
 PROMPT_TOKEN = "<|prompt|>"
 RESERVED_TOKENS = (
-    r"[<\[]\|?(reserved(_special)?(_token)?|unused|extra|special|control|placeholder|dummy)_?\d+\|?[>\]]"
-    r"|<\|extra_id_\d+\|>|<｜place▁holder▁no▁\d+｜>"
+    r"[<\[]\|?(reserved(_special)?(_token)?|unused(_token)?|extra(_id)?|special|control|placeholder|dummy)_?\d+"
+    r"(_token)?\|?[>\]]|>>unused_\d+<<|<｜(hy_)?place▁holder▁no▁\d+｜>"
 )
 
 

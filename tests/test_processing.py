@@ -70,7 +70,8 @@ def test_placeholders_are_own_tokens_else_reserved_ones_else_above_the_vocabular
 @pytest.mark.parametrize(
     "pattern",
     ["<|reserved_special_token_{}|>", "<unused{}>", "[unused{}]", "<|extra_{}|>", "<SPECIAL_{}>", "[control_{}]",
-     "<reserved_{}>", "<|extra_id_{}|>", "<|placeholder{}|>", "<｜place▁holder▁no▁{}｜>"],
+     "<reserved_{}>", "<|extra_id_{}|>", "<|placeholder{}|>", "<｜place▁holder▁no▁{}｜>", "<|unused_{}|>",
+     "[UNUSED_TOKEN_{}]", "<extra_id_{}>", "<|EXTRA_{}_TOKEN|>", "<|reserved_token_{}|>", ">>UNUSED_{}<<"],
 )  # fmt: skip
 def test_reserved_tokens_are_known_in_the_manners_of_many_llms(pattern: str) -> None:
     extra = tuple(pattern.format(i) for i in (5, 6, 7))
