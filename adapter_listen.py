@@ -61,10 +61,12 @@ class FrozenBackbonesMixin:
             config: A config in place of the checkpoint's.
             backbones: Where backbones now are, in place of what the checkpoint says: a path or id by name.
             **kwargs: As `PreTrainedModel.from_pretrained`; `dtype`, `device_map`, `quantization_config` and
-                `attn_implementation` apply to the frozen backbones, what learns stays in fp32.
+                `attn_implementation` apply to the frozen backbones, what learns stays in fp32. The LLM alone is
+                quantised, unless `quantization_config` is a dict of configs by backbone.
 
         Raises:
-            ValueError: a learned weight is missing, or a backbone is not the one that the adapter was trained on.
+            ValueError: a learned weight is missing, a backbone is not the one that the adapter was trained on, or
+            `quantization_config` is given for a checkpoint that holds everything.
         """
         source = os.fspath(pretrained_model_name_or_path)
         hub = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
@@ -74,6 +76,11 @@ class FrozenBackbonesMixin:
         wants_info = kwargs.pop("output_loading_info", False)
         if config.base_models:
             model, info = cls._load_adapter_checkpoint(source, *args, config=config, **kwargs)
+        elif kwargs.get("quantization_config") is not None:
+            raise ValueError(
+                f"quantization_config with {source!r}: it holds encoders and adapter too, which stay as they are; give "
+                "a checkpoint whose base_models names an LLM of its own"
+            )
         else:
             model, info = super().from_pretrained(source, *args, config=config, output_loading_info=True, **kwargs)
         _refuse_missing(source, info)
@@ -100,7 +107,8 @@ class FrozenBackbonesMixin:
 
         Args:
             config: A config with `base_models`, see its `from_backbones`.
-            **kwargs: `dtype`, `device_map`, `quantization_config`, `attn_implementation` for the backbones.
+            **kwargs: `dtype`, `device_map`, `quantization_config`, `attn_implementation` for the backbones, as in
+                `from_pretrained`.
 
         Raises:
             ValueError: `config.base_models` is None.
@@ -171,19 +179,39 @@ class FrozenBackbonesMixin:
             **kwargs: Passed to `PreTrainedModel.save_pretrained`.
 
         Raises:
-            ValueError: `save_full` with an unmerged LoRA, whose base weights have other names.
+            ValueError: `save_full` with an unmerged LoRA, whose base weights have other names, or with a quantised
+                backbone.
         """
         bases, ignored = self.config.base_models, self._keys_to_ignore_on_save
         if save_full and getattr(self.config, "lora_config", None):
             raise ValueError("save_full=True with a LoRA: merge it into the LLM, or save the adapter alone")
+        quantised = [name for name in BACKBONES if getattr(getattr(self, name, None), "hf_quantizer", None)]
+        if save_full and quantised:
+            raise ValueError(
+                f"save_full=True with a quantised {quantised[0]}: load the model without quantization_config, or save "
+                "the adapter alone"
+            )
         if save_full:
             self.config.base_models, self._keys_to_ignore_on_save = None, (ignored or set()) - self._frozen_keys()
         elif bases:
             self.config.base_models = {name: self._described(name, save_directory) for name in bases}
+        held = self._hide_quantization()
         try:
             return super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             self.config.base_models, self._keys_to_ignore_on_save = bases, ignored
+            for config, quantization in held:
+                config.quantization_config = quantization
+
+    def _hide_quantization(self) -> list[tuple[PreTrainedConfig, Any]]:
+        """Take quantisation that the user asked for out of the configs: it is asked for anew each time."""
+        held = []
+        for backbone in (getattr(self, name, None) for name in BACKBONES):
+            quantizer = getattr(backbone, "hf_quantizer", None)
+            if quantizer is not None and not quantizer.pre_quantized:
+                held.append((backbone.config, backbone.config.quantization_config))
+                del backbone.config.quantization_config
+        return held
 
     def _described(self, name: str, save_directory: str | os.PathLike) -> dict[str, Any]:
         """Where a backbone is, seen from the checkpoint, and what its weights look like."""
@@ -499,8 +527,13 @@ def _options_of(name: str, options: dict[str, Any], device_map: Any, learned: bo
         chosen["device_map"] = device_map if name == "language_model" else _main_device(device_map)
     if name == "audio_encoder" and "attn_implementation" in chosen:
         chosen["attn_implementation"] = additive_attention(chosen["attn_implementation"])
-    if name == "language_model" and options["quantization_config"] is not None:
-        chosen["quantization_config"] = options["quantization_config"]
+    quantization = options["quantization_config"]
+    if isinstance(quantization, dict) and quantization and set(quantization) <= set(BACKBONES):
+        quantization = quantization.get(name)
+    elif name != "language_model":
+        quantization = None
+    if quantization is not None:
+        chosen["quantization_config"] = quantization
     if learned:
         chosen["dtype"] = torch.float32
     return chosen

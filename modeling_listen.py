@@ -492,8 +492,11 @@ class ListenModel(ListenPreTrainedModel):
         """What the LLM reads in a forward pass, and the prompts that were picked."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of them")
+        # generation with static caches gives masks of four axes, or one for each kind of attention
+        is_flat = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
+        flat_mask = attention_mask if is_flat else None
         if input_ids is not None:
-            self._check_context(input_ids, attention_mask)
+            self._check_context(input_ids, flat_mask)
         encoded = self._encoded(**audio)
         if inputs_embeds is not None:
             if encoded is not None:
@@ -504,9 +507,6 @@ class ListenModel(ListenPreTrainedModel):
             return {"input_ids": input_ids, "position_ids": position_ids}, None
         if labels is not None and query_mask is None:
             query_mask = (labels != -100).cumsum(-1) == 0  # the query sees no answer
-        # generation with static caches gives masks of four axes, or one for each kind of attention
-        is_flat = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
-        flat_mask = attention_mask if is_flat else None
         embeds, prompts = self.embed(input_ids, flat_mask, encoded, query_mask, task_ids, adapter_names)
         same_length = flat_mask is not None and flat_mask.shape == input_ids.shape
         if position_ids is None and same_length:
@@ -517,7 +517,7 @@ class ListenModel(ListenPreTrainedModel):
     def _check_context(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
         """Audio and prompts fit into the LLM's context; text alone is left to the LLM."""
         limit = context_limit(self.config.text_config)
-        counted = attention_mask is not None and attention_mask.dim() == 2  # over the cache too
+        counted = attention_mask is not None  # over the cache too
         width = max(input_ids.shape[1], attention_mask.shape[1] if counted else 0)
         if limit is None or width <= limit:
             return

@@ -49,6 +49,9 @@ REQUIRED = [
 EXTRAS = {
     # speech synthesis of the built-in corpus; espeak-ng is GPL-3.0, hence never a hard dependency
     "demo": ["espeakng-loader==0.2.4"],
+    "quantization": [
+        "torchao>=0.18",  # LLMs held in int8, on CPUs too; 3 MB. bitsandbytes works as well, where it is installed
+    ],
     "dev": [
         "packaging>=24.0",  # reads requirements in the packaging tests
         "pytest>=8.4",  # tests

@@ -123,7 +123,9 @@ def test_text_alone_equals_the_base_llm_bit_for_bit(family: str) -> None:
     settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
     placeholders = [processor.audio_token_id, processor.prompt_token_id]
     unsaid = [token_id for token_id in placeholders if token_id < model.config.text_config.vocab_size]
-    base = model.language_model.generate(**inputs, suppress_tokens=unsaid or None, **settings)
+    # transformers' own balancing loss fails beside a cache
+    silent = {"output_router_logits": False} if "output_router_logits" in FAMILIES[family].config else {}
+    base = model.language_model.generate(**inputs, suppress_tokens=unsaid or None, **settings, **silent)
     assert torch.equal(model.generate(**inputs, **settings), base)
 
 

@@ -1,0 +1,150 @@
+"""A quantised LLM under an fp32 adapter: it trains, generates, saves and loads, and nothing else is quantised."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import clip, make_inputs, tiny_config, tiny_model
+from peft import LoraConfig
+from transformers import AutoModel, BitsAndBytesConfig, TorchAoConfig
+
+from listen.adapter_listen import fingerprint
+from listen.configuration_listen import ListenConfig
+from listen.modeling_listen import ListenForConditionalGeneration
+
+ROWS = [[clip(1.3, 1), clip(0.6, 5)], [], [clip(0.9, 2)]]
+
+
+def int8() -> TorchAoConfig:
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is an extra")
+    return TorchAoConfig(quantization.Int8WeightOnlyConfig())
+
+
+def bits(count: int) -> BitsAndBytesConfig:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is an extra")
+    if count == 8 and not torch.cuda.is_available():
+        pytest.skip("8-bit layers are tested on a GPU")
+    return BitsAndBytesConfig(**{f"load_in_{count}bit": True})
+
+
+KINDS = {"torchao int8": int8, "bitsandbytes 4 bit": lambda: bits(4), "bitsandbytes 8 bit": lambda: bits(8)}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def listen_config(folder: Path) -> ListenConfig:
+    wide = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+    }  # kernels of 4 bit go by blocks
+    template = tiny_config()
+    model = tiny_model(text_config={**template.text_config.to_diff_dict(), **wide})
+    paths = {name: str(folder / name) for name in ("speech_encoder", "audio_encoder", "language_model")}
+    for name, path in paths.items():
+        getattr(model, name).save_pretrained(path)
+    return ListenConfig.from_backbones(
+        **paths,
+        connector_config=template.connector_config.to_dict(),
+        prompt_pool_config=template.prompt_pool_config.to_dict(),
+        audio_token_id=100,
+        prompt_token_id=101,
+    )
+
+
+def quantised(folder: Path, kind: str) -> ListenForConditionalGeneration:
+    quantization = KINDS[kind]()
+    torch.manual_seed(0)
+    return ListenForConditionalGeneration.from_backbones(listen_config(folder), quantization_config=quantization)
+
+
+def inputs_of(model: ListenForConditionalGeneration) -> dict[str, torch.Tensor]:
+    inputs = make_inputs(model, ROWS)
+    inputs["labels"] = torch.full_like(inputs["input_ids"], -100)
+    inputs["labels"][:, -3:] = inputs["input_ids"][:, -3:]
+    return inputs
+
+
+def is_quantised(weight: torch.Tensor) -> bool:
+    return type(weight.data) is not torch.Tensor or not weight.is_floating_point()
+
+
+@every_kind
+def test_the_llm_alone_is_quantised(kind: str, tmp_path: Path) -> None:
+    model = quantised(tmp_path, kind)
+    found = {name for name, weight in model.named_parameters() if is_quantised(weight)}
+    assert {"language_model.model.layers.0.mlp.up_proj.weight"} <= found
+    assert all(name.startswith("language_model.model.layers.") for name in found)
+    assert {weight.dtype for weight in model.adapters.parameters()} == {torch.float32}
+
+
+@every_kind
+def test_the_adapter_learns_through_it(kind: str, tmp_path: Path) -> None:
+    """Gradients lie near those under the whole LLM, the loss falls, and the LLM stays as it is."""
+    model = quantised(tmp_path, kind).train()
+    torch.manual_seed(0)
+    whole = ListenForConditionalGeneration.from_backbones(model.config).train()
+    whole.load_state_dict(
+        {name: weight for name, weight in model.state_dict().items() if "adapters" in name}, strict=False
+    )
+    for each in (model, whole):
+        each.adapters.eval()  # dropout would differ between the two
+    inputs = inputs_of(model)
+    model(**inputs).loss.backward()
+    whole(**inputs).loss.backward()
+    for name in ("connector.projection.weight", "prompt_pool.values"):
+        mine, theirs = (each.adapters["default"].get_parameter(name).grad.flatten() for each in (model, whole))
+        assert torch.cosine_similarity(mine, theirs, dim=0) > 0.8, name
+    before = model.language_model.get_submodule("model.layers.0.mlp.up_proj")(torch.ones(1, 64))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(4):
+        loss = model(**inputs).lm_loss
+        losses.append(float(loss.detach()))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    assert torch.equal(model.language_model.get_submodule("model.layers.0.mlp.up_proj")(torch.ones(1, 64)), before)
+
+
+@every_kind
+def test_its_adapter_is_saved_and_loaded_over_either_llm(kind: str, tmp_path: Path) -> None:
+    model = quantised(tmp_path, kind)
+    inputs = make_inputs(model, ROWS)
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    expected = model.generate(**inputs, **settings)
+    model.save_pretrained(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "config.json").read_text())
+    assert "quantization_config" not in config["text_config"]  # how an LLM is held is the user's choice, each time
+    again = AutoModel.from_pretrained(tmp_path / "adapter", quantization_config=KINDS[kind]())
+    assert torch.equal(again.generate(**inputs, **settings), expected)
+    whole = AutoModel.from_pretrained(tmp_path / "adapter")
+    assert not any(is_quantised(weight) for weight in whole.parameters())
+    marks = [fingerprint(each.language_model) for each in (model, whole)]
+    assert marks[0].split("-") == [marks[1].split("-")[0], ""]
+
+
+@every_kind
+def test_a_quantised_llm_is_not_written_out(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="save_full=True.*quantised"):
+        quantised(tmp_path, kind).save_pretrained(tmp_path / "full", save_full=True)
+
+
+@every_kind
+def test_a_lora_learns_on_it(kind: str, tmp_path: Path) -> None:
+    model = quantised(tmp_path, kind)
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    model(**inputs_of(model)).loss.backward()
+    assert any("lora_B" in name and p.grad is not None and p.grad.any() for name, p in model.named_parameters())
+
+
+def test_a_checkpoint_with_everything_in_it_is_not_quantised(tmp_path: Path) -> None:
+    """It would reach encoders and adapter too."""
+    quantization = int8()
+    ListenForConditionalGeneration(tiny_config()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="quantization_config.*base_models"):
+        ListenForConditionalGeneration.from_pretrained(tmp_path, quantization_config=quantization)
