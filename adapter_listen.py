@@ -117,6 +117,10 @@ class FrozenBackbonesMixin:
             raise ValueError(f"config.base_models is None; make it with {type(config).__name__}.from_backbones(...)")
         model = cls(copy.deepcopy(config), init_backbones=())
         model.load_backbones(**kwargs)
+        if kwargs.get("device_map") is not None:
+            for name, part in model.named_children():
+                if name not in BACKBONES:
+                    part.to(_main_device(kwargs["device_map"]))
         model._start_fresh()
         return model.eval()
 

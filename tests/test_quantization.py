@@ -30,6 +30,7 @@ def bits(count: int) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(**{f"load_in_{count}bit": True})
 
 
+DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
 KINDS = {"torchao int8": int8, "bitsandbytes 4 bit": lambda: bits(4), "bitsandbytes 8 bit": lambda: bits(8)}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -58,11 +59,18 @@ def listen_config(folder: Path) -> ListenConfig:
 def quantised(folder: Path, kind: str) -> ListenForConditionalGeneration:
     quantization = KINDS[kind]()
     torch.manual_seed(0)
-    return ListenForConditionalGeneration.from_backbones(listen_config(folder), quantization_config=quantization)
+    return ListenForConditionalGeneration.from_backbones(
+        listen_config(folder), quantization_config=quantization, device_map=DEVICE
+    )
+
+
+def heard(model: ListenForConditionalGeneration) -> dict[str, torch.Tensor]:
+    plain = make_inputs(tiny_model(), ROWS)  # counts embeddings alike
+    return {name: value.to(model.device) for name, value in plain.items()}
 
 
 def inputs_of(model: ListenForConditionalGeneration) -> dict[str, torch.Tensor]:
-    inputs = make_inputs(model, ROWS)
+    inputs = heard(model)
     inputs["labels"] = torch.full_like(inputs["input_ids"], -100)
     inputs["labels"][:, -3:] = inputs["input_ids"][:, -3:]
     return inputs
@@ -86,7 +94,7 @@ def test_the_adapter_learns_through_it(kind: str, tmp_path: Path) -> None:
     """Gradients lie near those under the whole LLM, the loss falls, and the LLM stays as it is."""
     model = quantised(tmp_path, kind).train()
     torch.manual_seed(0)
-    whole = ListenForConditionalGeneration.from_backbones(model.config).train()
+    whole = ListenForConditionalGeneration.from_backbones(model.config, device_map=DEVICE).train()
     whole.load_state_dict(
         {name: weight for name, weight in model.state_dict().items() if "adapters" in name}, strict=False
     )
@@ -98,7 +106,7 @@ def test_the_adapter_learns_through_it(kind: str, tmp_path: Path) -> None:
     for name in ("connector.projection.weight", "prompt_pool.values"):
         mine, theirs = (each.adapters["default"].get_parameter(name).grad.flatten() for each in (model, whole))
         assert torch.cosine_similarity(mine, theirs, dim=0) > 0.8, name
-    before = model.language_model.get_submodule("model.layers.0.mlp.up_proj")(torch.ones(1, 64))
+    before = model.language_model.get_submodule("model.layers.0.mlp.up_proj")(torch.ones(1, 64, device=DEVICE))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(4):
@@ -108,19 +116,19 @@ def test_the_adapter_learns_through_it(kind: str, tmp_path: Path) -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < losses[0]
-    assert torch.equal(model.language_model.get_submodule("model.layers.0.mlp.up_proj")(torch.ones(1, 64)), before)
+    assert torch.equal(model.language_model.get_submodule("model.layers.0.mlp.up_proj")(torch.ones(1, 64, device=DEVICE)), before)
 
 
 @every_kind
 def test_its_adapter_is_saved_and_loaded_over_either_llm(kind: str, tmp_path: Path) -> None:
     model = quantised(tmp_path, kind)
-    inputs = make_inputs(model, ROWS)
+    inputs = heard(model)
     settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
     expected = model.generate(**inputs, **settings)
     model.save_pretrained(tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "config.json").read_text())
     assert "quantization_config" not in config["text_config"]  # how an LLM is held is the user's choice, each time
-    again = AutoModel.from_pretrained(tmp_path / "adapter", quantization_config=KINDS[kind]())
+    again = AutoModel.from_pretrained(tmp_path / "adapter", quantization_config=KINDS[kind](), device_map=DEVICE)
     assert torch.equal(again.generate(**inputs, **settings), expected)
     whole = AutoModel.from_pretrained(tmp_path / "adapter")
     assert not any(is_quantised(weight) for weight in whole.parameters())
