@@ -106,7 +106,8 @@ def test_the_adapter_learns_through_it(kind: str, tmp_path: Path) -> None:
     for name in ("connector.projection.weight", "prompt_pool.values"):
         mine, theirs = (each.adapters["default"].get_parameter(name).grad.flatten() for each in (model, whole))
         assert torch.cosine_similarity(mine, theirs, dim=0) > 0.8, name
-    before = model.language_model.get_submodule("model.layers.0.mlp.up_proj")(torch.ones(1, 64, device=DEVICE))
+    layer, ones = model.language_model.get_submodule("model.layers.0.mlp.up_proj"), torch.ones(1, 64, device=DEVICE)
+    before = layer(ones)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(4):
@@ -116,7 +117,7 @@ def test_the_adapter_learns_through_it(kind: str, tmp_path: Path) -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < losses[0]
-    assert torch.equal(model.language_model.get_submodule("model.layers.0.mlp.up_proj")(torch.ones(1, 64, device=DEVICE)), before)
+    assert torch.equal(layer(ones), before)
 
 
 @every_kind
