@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,16 +29,45 @@ _ENCODER_OF_WHOLE = {r"^(model\.)?encoder\.": ""}
 _DECODER_KEYS = (r"^(model\.)?decoder\.", r"^proj_out\.", r"^lm_head\.")
 
 
+class MaskedGroupNorm(nn.GroupNorm):
+    """A group norm over time whose statistics take in the first `lengths` frames of each row alone.
+
+    `lengths` `(batch,)` is set for a forward pass; `None`, and rows that are all real, give `nn.GroupNorm`.
+    """
+
+    lengths: torch.Tensor | None = None
+
+    @classmethod
+    def like(cls, norm: nn.GroupNorm) -> MaskedGroupNorm:
+        """One with the weights of `norm`."""
+        made = cls(norm.num_groups, norm.num_channels, norm.eps, device=norm.weight.device, dtype=norm.weight.dtype)
+        made.weight, made.bias = norm.weight, norm.bias
+        return made.train(norm.training)
+
+    def forward(self, frames: torch.Tensor) -> torch.Tensor:
+        """Normalise `(batch, channels, frames)`."""
+        if self.lengths is None or bool((self.lengths >= frames.shape[2]).all()):
+            return super().forward(frames)
+        real = torch.arange(frames.shape[2], device=frames.device) < self.lengths[:, None]  # (batch, frames)
+        real = real[:, None, None].float()  # (batch, 1, 1, frames)
+        groups = frames.float().unflatten(1, (self.num_groups, -1))  # (batch, groups, channels of one, frames)
+        count = real.sum(-1, keepdim=True) * groups.shape[2]
+        mean = (groups * real).sum((2, 3), keepdim=True) / count
+        variance = ((groups - mean).square() * real).sum((2, 3), keepdim=True) / count
+        normal = ((groups - mean) * (variance + self.eps).rsqrt()).flatten(1, 2)
+        return (normal * self.weight.float()[:, None] + self.bias.float()[:, None]).to(frames.dtype)
+
+
 class ListenSpeechEncoder(nn.Module):
     """An audio encoder of transformers that takes `input_features` with their mask and tells which frames are real.
 
     `input_features` are what the encoder's own feature extractor makes: `(batch, samples)` for waveform encoders,
     `(batch, frames, bins)` for the others.
 
-    Many of these encoders let the padding of a batch reach real frames: a group norm over time (wav2vec2-base and
-    other base sizes, Moonshine), unmasked convolutions between layers (Wav2Vec2-Conformer, data2vec, SEW, length
-    adapters). Their rows are encoded at their true lengths, those of one length together, so that no row depends on
-    its batch mates; the others run as one masked batch.
+    Many of these encoders let the padding of a batch reach real frames. Where the cause is the group norm of the
+    features (wav2vec2-base and other base sizes), its statistics are taken over real frames. Where it is unmasked
+    convolutions between layers (Wav2Vec2-Conformer, data2vec, SEW, length adapters) or Moonshine's masks, rows are
+    encoded at their true lengths, those of one length together. So no row depends on its batch mates.
 
     Args:
         encoder: A model of transformers whose config `geometry_listen` knows.
@@ -46,6 +77,9 @@ class ListenSpeechEncoder(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.geometry: EncoderGeometry = speech_geometry(encoder.config)
+        if self._pads_safely() and getattr(encoder.config, "feat_extract_norm", None) == "group":
+            first = encoder.feature_extractor.conv_layers[0]
+            first.layer_norm = MaskedGroupNorm.like(first.layer_norm)
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig) -> ListenSpeechEncoder:
@@ -139,7 +173,8 @@ class ListenSpeechEncoder(nn.Module):
         if self.config.model_type == _SPECTROGRAM:
             hidden = self._encode_spectrogram(input_features)
         elif self._pads_safely() and self.output_mask(input_features_mask).any(-1).all():
-            hidden = self.encoder(input_features, attention_mask=input_features_mask).last_hidden_state
+            with self._norms_over(input_features_mask.sum(-1)):
+                hidden = self.encoder(input_features, attention_mask=input_features_mask).last_hidden_state
         else:
             hidden = self._encode_by_length(input_features, input_features_mask)
         padded = nn.functional.pad(hidden, (0, 0, 0, frames - hidden.shape[1]))  # (batch, frames, width)
@@ -148,8 +183,24 @@ class ListenSpeechEncoder(nn.Module):
     def _pads_safely(self) -> bool:
         config = self.config
         unmasked = getattr(config, "add_adapter", False) or getattr(config, "conv_pos_batch_norm", False)
-        over_time = getattr(config, "feat_extract_norm", "layer") == "group"
-        return config.model_type in _PADS_SAFELY and not unmasked and not over_time
+        # activation checkpointing runs the norm again when the lengths are forgotten
+        recomputed = self.training and self.encoder.is_activation_checkpointing and bool(self._norms())
+        return config.model_type in _PADS_SAFELY and not unmasked and not recomputed
+
+    def _norms(self) -> list[MaskedGroupNorm]:
+        return [module for module in self.encoder.modules() if isinstance(module, MaskedGroupNorm)]
+
+    @contextmanager
+    def _norms_over(self, lengths: torch.Tensor) -> Iterator[None]:
+        """Within it the group norm, which follows the first convolution, takes in rows of that many samples."""
+        try:
+            for norm in self._norms():
+                kernel, stride, _ = self.geometry.encoder[0]
+                norm.lengths = (lengths - kernel) // stride + 1
+            yield
+        finally:
+            for norm in self._norms():
+                norm.lengths = None
 
     def _encode_spectrogram(self, input_features: torch.Tensor) -> torch.Tensor:
         """AST reads a fixed number of frames, padding included, as it was trained: `(batch, steps * bands, width)`."""
@@ -262,4 +313,4 @@ def _check_loaded(source: str, encoder: PreTrainedModel, info: dict[str, Any]) -
         nn.init.zeros_(encoder.masked_spec_embed)
 
 
-__all__ = ["ListenSpeechEncoder", "build_speech_encoder", "load_speech_encoder"]
+__all__ = ["ListenSpeechEncoder", "MaskedGroupNorm", "build_speech_encoder", "load_speech_encoder"]

@@ -10,7 +10,7 @@ import transformers
 from fixtures_encoders import ENCODERS, MAIN, encoder_config, encoder_inputs, random_encoder, spread
 from transformers import core_model_loading
 
-from listen.encoder_listen import ListenSpeechEncoder, build_speech_encoder, load_speech_encoder
+from listen.encoder_listen import ListenSpeechEncoder, MaskedGroupNorm, build_speech_encoder, load_speech_encoder
 from listen.modeling_speech_encoder import ListenWhisperEncoder
 
 LENGTHS = [8000, 5000, 8000, 3100]
@@ -58,6 +58,28 @@ def test_a_clip_alone_gives_the_numbers_of_transformers(kind: str) -> None:
     stock = encoder.encoder(features).last_hidden_state
     torch.testing.assert_close(encoder(features).last_hidden_state, stock, atol=1e-6, rtol=0)
     torch.testing.assert_close(encoder(features, mask).last_hidden_state, stock, atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("groups", [8, 1])
+def test_a_group_norm_sees_real_frames_alone(groups: int) -> None:
+    stock = spread(torch.nn.GroupNorm(groups, 8))
+    norm = MaskedGroupNorm.like(stock)
+    frames = torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(norm(frames), stock(frames))
+    norm.lengths = torch.tensor([20, 13, 7])
+    for row, length in enumerate(norm.lengths.tolist()):
+        alone = stock(frames[row : row + 1, :, :length])[0]
+        torch.testing.assert_close(norm(frames)[row, :, :length], alone, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["wav2vec2", "wav2vec2-base", "wavlm-base", "w2v-bert"])
+def test_rows_of_different_length_run_as_one_batch(kind: str) -> None:
+    encoder, calls = random_encoder(kind), []
+    encoder.encoder.register_forward_pre_hook(lambda *_: calls.append(1))
+    encoder(*encoder_inputs(encoder.config, LENGTHS))
+    assert len(calls) == 1
 
 
 @torch.no_grad()
@@ -155,11 +177,27 @@ def test_learning_it_gets_gradients_and_drops_layers() -> None:
     assert all("masked_spec_embed" in name for name in idle)
 
 
-def test_gradients_pass_rows_encoded_apart() -> None:
-    encoder = random_encoder("wav2vec2-base", mask_time_prob=0.0, layerdrop=0.0).train()
-    features, mask = encoder_inputs(encoder.config, [8000, 5000])
-    encoder(features, mask).last_hidden_state[1].square().mean().backward()
-    assert encoder.encoder.feature_extractor.conv_layers[0].conv.weight.grad.abs().sum() > 0
+def test_gradients_pass_rows_of_different_length() -> None:
+    for kind in ("wav2vec2-base", "conformer"):  # one masked batch; each length apart
+        encoder = random_encoder(kind, mask_time_prob=0.0, layerdrop=0.0).train()
+        features, mask = encoder_inputs(encoder.config, [8000, 5000])
+        encoder(features, mask).last_hidden_state[1].square().mean().backward()
+        assert encoder.encoder.feature_extractor.conv_layers[0].conv.weight.grad.abs().sum() > 0
+
+
+def test_activation_checkpointing_changes_no_gradient() -> None:
+    still = dict.fromkeys(("hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout"), 0.0)
+    gradients = []
+    for checkpointed in (False, True):
+        encoder = random_encoder("wav2vec2-base", mask_time_prob=0.0, layerdrop=0.0, **still)
+        if checkpointed:
+            encoder.encoder.activation_checkpointing_enable()
+        features, mask = encoder_inputs(encoder.config, LENGTHS)
+        real = encoder.output_mask(mask)
+        encoder.train()(features, mask).last_hidden_state[real].square().mean().backward()
+        gradients.append([parameter.grad for parameter in encoder.parameters() if parameter.grad is not None])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-3)
 
 
 def test_a_row_of_padding_alone_gives_nothing() -> None:
