@@ -5,6 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install -qq
 STAMP := $(VENV)/.installed
+TEST_STAMP := $(VENV)/.installed-for-tests
 
 # One thread per process: the models of demo and tests are small, and more threads only wait for each other.
 export OMP_NUM_THREADS ?= 1
@@ -15,7 +16,7 @@ export TOKENIZERS_PARALLELISM ?= false
 demo: $(STAMP)  ## build the corpus, train, evaluate, answer questions; writes runs/demo
 	@$(RUN) examples/demo.py
 
-test: $(STAMP) lint  ## lint, then run every test
+test: $(TEST_STAMP) lint  ## lint, then run every test
 	@HF_HUB_OFFLINE=1 $(RUN) -m pytest -q -n auto --dist loadfile
 
 lint: $(STAMP)  ## style, docstrings and formatting
@@ -33,6 +34,10 @@ $(STAMP): requirements.txt setup.py pyproject.toml
 	@$(PIP) "$$(grep '^torch==' requirements.txt)"
 	@$(PIP) -r requirements.txt
 	@$(PIP) --no-deps --editable .
+	@touch $@
+
+$(TEST_STAMP): $(STAMP) requirements-quantization.txt
+	@$(PIP) -r requirements-quantization.txt
 	@touch $@
 
 clean:  ## forget the environment and every build product; runs/ stays

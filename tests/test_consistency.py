@@ -26,7 +26,17 @@ TEXT = [
     *TESTS,
     *sorted((ROOT / "examples").rglob("*.yaml")),
     *(path for path in sorted(ROOT.rglob("*.md")) if not {".venv", "runs", ".pytest_cache"} & set(path.parts)),
-    *(ROOT / name for name in ("Makefile", "pyproject.toml", "requirements.txt", "MANIFEST.in", ".ci/run")),
+    *(
+        ROOT / name
+        for name in (
+            "Makefile",
+            "pyproject.toml",
+            "requirements.txt",
+            "requirements-quantization.txt",
+            "MANIFEST.in",
+            ".ci/run",
+        )
+    ),
 ]
 
 SETUP = (ROOT / "setup.py").read_text(encoding="utf-8")

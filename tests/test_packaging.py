@@ -64,8 +64,9 @@ def requirements(wheel: Path) -> dict[str, Requirement]:
 
 
 def pins() -> list[Requirement]:
-    """The lines of requirements.txt."""
-    lines = (line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines())
+    """The lines of requirements.txt, and of those that the tests need beside it."""
+    texts = [(ROOT / name).read_text() for name in ("requirements.txt", "requirements-quantization.txt")]
+    lines = (line.split("#")[0].strip() for text in texts for line in text.splitlines())
     return [Requirement(line) for line in lines if line]
 
 
