@@ -61,7 +61,7 @@ _ALL = ("repeat", "response", "speech_caption", "ser")
 _POOL = (
     "--model.trainable", "[adapter]",
     "--model.prompt_pool", "{pool_size: 24, num_prompts: 10, key_loss_weight: 0.01, center_query: true}",
-    "--training.keys_from_rows", "256",
+    "--training.keys_from_rows", "256", "--training.layerwise_lr_decay", "1",
 )  # fmt: skip
 SYSTEMS = (
     System("Baseline 1", "baseline1", _NEUTRAL),
