@@ -10,7 +10,9 @@ from listen.data.targets import KINDS
 from listen.training import ArgumentError, build_arguments, build_config, parse_arguments
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "configs"
-CONFIGS = sorted(path for path in EXAMPLES.rglob("*.yaml") if path.stem != "classifier")  # of another script
+CONFIGS = sorted(
+    path for path in EXAMPLES.rglob("*.yaml") if "classifier" not in path.stem
+)  # those are another script's
 BACKBONES = ["--model.speech_encoder", "s", "--model.language_model", "l"]
 
 

@@ -18,7 +18,8 @@ from listen.training.arguments import RunArguments, build_arguments
 from listen.training.classifier import ClassifierResult, build_rows, hold_out_speakers, row_label, train_classifier
 from listen.training.classifier_arguments import CLASSIFIER_SECTIONS
 
-RECIPE = Path(__file__).parent.parent / "examples" / "configs" / "speech_emotion" / "classifier.yaml"
+RECIPES = Path(__file__).parent.parent / "examples" / "configs" / "speech_emotion"
+RECIPE = RECIPES / "classifier.yaml"
 SPEAKERS = ("ann", "bob", "eve", "joe")
 
 
@@ -156,3 +157,9 @@ def test_the_recipe_is_read_and_overridden() -> None:
     assert run.model.speech_encoder == "openai/whisper-large-v2"
     with pytest.raises(ArgumentError, match="unknown argument"):
         parse_arguments([*command, "--label_feild", "x"], CLASSIFIER_SECTIONS)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*classifier.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid(path: Path) -> None:
+    run = parse_arguments(["--config", str(path), "--training.bf16", "false"], CLASSIFIER_SECTIONS)
+    assert run.data.train and run.training.output_dir.startswith("runs/")
