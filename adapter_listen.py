@@ -557,6 +557,8 @@ def _check_backbone(name: str, spec: dict[str, Any], expected: PreTrainedConfig,
 def _check_shape(name: str, whose: str, expected: PreTrainedConfig, other: str, found: PreTrainedConfig) -> None:
     for field in _SHAPE_FIELDS:
         want, have = getattr(expected, field, None), getattr(found, field, None)
+        if want is None and have is None:  # a composite LLM keeps its sizes in a config inside
+            want, have = (getattr(config.get_text_config(), field, None) for config in (expected, found))
         if want is not None and have is not None and want != have:
             raise ValueError(
                 f"{name}: {whose} was made for {field}={want}, but {other} has {field}={have}; "

@@ -367,6 +367,13 @@ class ListenConfig(PreTrainedConfig):
             base_models[backbone] = {"base_model_name_or_path": str(source), "revision": revision}
         return cls(**configs, base_models=base_models, **kwargs)
 
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """The config that states the LLM's width, vocabulary and layers.
+
+        That is `text_config`, or for an LLM that is itself composite (Gemma 3 with its vision tower) the config inside.
+        """
+        return self.text_config.get_text_config(decoder=decoder, encoder=encoder)
+
     @property
     def frame_seconds(self) -> float:
         """Time from one frame of the speech encoder to the next."""

@@ -48,7 +48,7 @@ class ListenAdapter(nn.Module):
     def __init__(self, config: PreTrainedConfig, connector: PreTrainedConfig, pool: PreTrainedConfig | None) -> None:
         super().__init__()
         audio_width = config.audio_config.hidden_size if config.audio_config is not None else 0
-        text_width = config.text_config.hidden_size
+        text_width = config.get_text_config().hidden_size
         self.connector = _CONNECTORS[connector.type](
             connector, config.speech_width, audio_width, text_width, config.frame_seconds
         )

@@ -246,7 +246,7 @@ def _adapt(config: PreTrainedConfig, frames: list[tuple[int, dict[str, tuple[int
         _add(total, _cost(adapter, lambda s=streams: adapter.connector(*s)[0], learns=True), times)
     pool = adapter.prompt_pool
     if pool is not None:
-        query = torch.zeros(1, config.text_config.hidden_size)
+        query = torch.zeros(1, config.get_text_config().hidden_size)
         counts, tasks = torch.tensor([pool.config.num_prompts]), torch.zeros(1, dtype=torch.long)
         tasks = tasks if pool.config.strategy == "task" else None
         _add(total, _cost(adapter, lambda: pool(query, counts, tasks)[0], learns=True), 1)

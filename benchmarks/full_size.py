@@ -27,7 +27,7 @@ def build(options: Namespace) -> ListenForConditionalGeneration:
     """The preset with random weights, made on the device: backbones in `dtype`, the adapter in float32."""
     config = ListenConfig.from_preset(options.preset)
     if config.audio_token_id is None:
-        config.audio_token_id, config.prompt_token_id = (config.text_config.vocab_size + i for i in range(2))
+        config.audio_token_id, config.prompt_token_id = (config.get_text_config().vocab_size + i for i in range(2))
     for backbone in BACKBONES.values():
         if getattr(config, backbone) is not None:
             getattr(config, backbone).dtype = getattr(torch, options.dtype)
@@ -47,7 +47,7 @@ def make_inputs(model: ListenForConditionalGeneration, options: Namespace) -> di
     pool = model.config.prompt_pool_config
     prompts = torch.full((options.batch, pool.num_prompts if pool is not None else 0), model.config.prompt_token_id)
     audio = torch.full((options.batch, total // options.batch), model.config.audio_token_id)
-    text = torch.randint(3, model.config.text_config.vocab_size - 8, (options.batch, options.text))
+    text = torch.randint(3, model.config.get_text_config().vocab_size - 8, (options.batch, options.text))
     inputs["input_ids"] = torch.cat([prompts, audio, text], dim=1).to(options.device)  # (batch, positions)
     return inputs
 
@@ -90,7 +90,7 @@ def answers(
 
 def embeddings(model: ListenForConditionalGeneration, ids: torch.Tensor) -> torch.Tensor:
     """Random embeddings in the shape of the input, `(batch, positions, width)`."""
-    width, dtype = model.config.text_config.hidden_size, model.language_model.dtype
+    width, dtype = model.config.get_text_config().hidden_size, model.language_model.dtype
     return 0.02 * torch.randn(*ids.shape, width, dtype=dtype, device=ids.device)
 
 

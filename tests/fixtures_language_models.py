@@ -50,6 +50,7 @@ class Family:
     Attributes:
         model_type: Of transformers.
         config: What sets this family apart, in its config.
+        vision: Config of the vision tower beside the LLM, where the model is composite.
         byte_level: Whether text is split into bytes, or into pieces with a mark for the blank.
         first: Special tokens at the beginning of the vocabulary.
         last: Special tokens behind the pieces.
@@ -63,6 +64,7 @@ class Family:
     model_type: str
     named: dict[str, str]
     config: dict[str, object] = field(default_factory=dict)
+    vision: dict[str, object] | None = None
     byte_level: bool = True
     first: tuple[str, ...] = ()
     last: tuple[str, ...] = ()
@@ -88,6 +90,8 @@ GEMMA = {
     "template": GEMMA_TEMPLATE,
     "reserved": ("<unused2>", "<unused1>"),
 }
+SLIDING_AND_FULL = ["sliding_attention", "full_attention"]
+VISION_SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 EXPERTS = {"num_experts_per_tok": 2, "output_router_logits": True}
 
 FAMILIES = {
@@ -131,12 +135,18 @@ FAMILIES = {
         config={"head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 7, "final_logit_softcapping": 30.0},
         **GEMMA,
     ),
+    "gemma3": Family(  # composite: an image model whose LLM has a config of its own inside
+        "gemma3",
+        config={"head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 7, "layer_types": SLIDING_AND_FULL},
+        vision={"model_type": "siglip_vision_model", "image_size": 16, "patch_size": 8, **VISION_SIZES},
+        **GEMMA,
+    ),
     "gemma3n": Family(
         "gemma3n_text",
         config={
             "head_dim": 12,
             "sliding_window": 7,
-            "layer_types": ["sliding_attention", "full_attention"],
+            "layer_types": SLIDING_AND_FULL,
             "num_kv_shared_layers": 0,
             "intermediate_size": [64, 64],
             "activation_sparsity_pattern": [0.0, 0.0],
@@ -233,6 +243,11 @@ def family_text_config(name: str) -> dict[str, object]:
     }
     if family.model_type == "gemma3n_text":
         config["vocab_size_per_layer_input"] = config["vocab_size"]
+    if family.vision is not None:
+        inner = {**config, "model_type": f"{family.model_type}_text"}
+        image = tokenizer.convert_tokens_to_ids("[multimodal]")
+        tower = {"vision_config": family.vision, "mm_tokens_per_image": 4, "image_token_id": image}
+        config = {"model_type": family.model_type, "text_config": inner, **tower, **ids}
     return config
 
 

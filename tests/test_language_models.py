@@ -122,7 +122,7 @@ def test_text_alone_equals_the_base_llm_bit_for_bit(family: str) -> None:
         assert torch.equal(model(**inputs).logits, model.language_model(**inputs).logits)
     settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
     placeholders = [processor.audio_token_id, processor.prompt_token_id]
-    unsaid = [token_id for token_id in placeholders if token_id < model.config.text_config.vocab_size]
+    unsaid = [token_id for token_id in placeholders if token_id < model.config.get_text_config().vocab_size]
     # transformers' own balancing loss fails beside a cache
     silent = {"output_router_logits": False} if "output_router_logits" in FAMILIES[family].config else {}
     base = model.language_model.generate(**inputs, suppress_tokens=unsaid or None, **settings, **silent)
@@ -257,7 +257,7 @@ def test_no_answer_holds_a_placeholder(family: str) -> None:
     """Not even where the LLM has a score for it, and would love to say it."""
     model, processor = family_model(family)
     ids = [processor.audio_token_id, processor.prompt_token_id]
-    inside = [token_id for token_id in ids if token_id < model.config.text_config.vocab_size]
+    inside = [token_id for token_id in ids if token_id < model.config.get_text_config().vocab_size]
     bias = {"sequence_bias": {(token_id,): 1e4 for token_id in inside}} if inside else {}
     assert not torch.isin(answers(model, inputs_of(processor, CHATS), **bias), torch.tensor(ids)).any()
 
@@ -275,7 +275,7 @@ def test_prompt_lookup_copies_text_and_never_audio(family: str) -> None:
 def test_stop_strings_work_with_ids_above_the_vocabulary() -> None:
     model, processor = family_model("granite")
     inputs = inputs_of(processor, CHATS[:1])
-    assert processor.audio_token_id >= model.config.text_config.vocab_size
+    assert processor.audio_token_id >= model.config.get_text_config().vocab_size
     force = {"logits_processor": [Forced(inputs["input_ids"].shape[1], words(processor, "the fox jumps"))]}
     ended = answers(
         model, inputs, max_new_tokens=30, min_new_tokens=0, stop_strings=["fox"], tokenizer=processor.tokenizer, **force
