@@ -8,6 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .configuration_listen import _StrictConfig
+from .geometry_listen import speech_geometry
 
 _AUTO_MAP = {
     "AutoConfig": "configuration_audio_classification.ListenAudioClassificationConfig",
@@ -22,7 +23,7 @@ class ListenAudioClassificationConfig(_StrictConfig):
     The defaults are the paper's TL-TR-512 for Whisper large. Labels are given as `id2label`, `label2id` follows.
 
     Args:
-        speech_config: Config of the speech encoder, a Whisper of any size.
+        speech_config: Config of the speech encoder: Whisper, or another audio encoder that `geometry_listen` knows.
         base_models: Where the encoder comes from, `{"speech_encoder": {"base_model_name_or_path": ...,
             "revision": ...}}`. Set, checkpoints hold the head alone; `None`, they are self-contained.
         hidden_size: Width of the head; the encoder's states are projected to it.
@@ -34,6 +35,7 @@ class ListenAudioClassificationConfig(_StrictConfig):
         label_smoothing: Share of the target that is spread evenly over all labels while training.
         class_weights: Weight of each label in the loss, in the order of their ids; `None` weighs all alike.
         pad_to_30s: Whether Whisper sees every clip padded to 30 s, as it was trained, in place of its true length.
+            Other encoders have no such setting.
 
     Raises:
         ValueError: an unknown field, or values that cannot work together, named with the fix.
@@ -93,10 +95,10 @@ class ListenAudioClassificationConfig(_StrictConfig):
         return max(1, round(self.step_seconds / frame_seconds))
 
     def _check_head(self) -> None:
-        if self.speech_config.model_type != "whisper":
+        speech_geometry(self.speech_config)  # raises where it is no audio encoder
+        if self.pad_to_30s and self.speech_config.model_type != "whisper":
             raise ValueError(
-                f"speech_config model_type={self.speech_config.model_type!r}: the classifier reads the layers of "
-                "Whisper encoders; name a Whisper checkpoint"
+                f"pad_to_30s=True is Whisper's; {self.speech_config.model_type} hears clips at their true length"
             )
         for name in ("hidden_size", "num_time_heads", "num_layer_heads", "intermediate_size"):
             if getattr(self, name) < 1:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -145,6 +146,15 @@ class ListenSpeechEncoder(nn.Module):
         """The mask of input without padding, `(batch, time)`."""
         return torch.ones(input_features.shape[:2], dtype=torch.long, device=input_features.device)
 
+    def trim(
+        self, input_features: torch.Tensor, input_features_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features and mask without the positions that are padding in all rows; AST's fixed length stays."""
+        if self.config.model_type == _SPECTROGRAM:
+            return input_features, input_features_mask
+        longest = int(input_features_mask.sum(-1).max())
+        return input_features[:, :longest], input_features_mask[:, :longest]
+
     def output_mask(self, input_features_mask: torch.Tensor) -> torch.Tensor:
         """Real output frames: `(batch, time)` of 0/1, real ones first -> `(batch, frames)` boolean."""
         frames = self.geometry.num_outputs(input_features_mask.shape[1])
@@ -152,16 +162,24 @@ class ListenSpeechEncoder(nn.Module):
         real = torch.tensor(counts, device=input_features_mask.device)  # (batch,)
         return torch.arange(frames, device=real.device) < real[:, None]
 
-    def forward(self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None) -> BaseModelOutput:
+    def forward(
+        self,
+        input_features: torch.Tensor,
+        input_features_mask: torch.Tensor | None = None,
+        output_hidden_states: bool = False,
+    ) -> BaseModelOutput:
         """Encode what the feature extractor made.
 
         Args:
             input_features: `(batch, samples)` or `(batch, frames, bins)`.
             input_features_mask: `(batch, time)`, 1 at real positions, which come first; none means that all are real.
+            output_hidden_states: Whether to return the input of the first layer and the output of each layer too.
 
         Returns:
             `BaseModelOutput` with `last_hidden_state` `(batch, frames, width)`, as long as `output_mask`. Rows equal
             those of the clip alone at real frames; padded frames hold finite numbers without meaning.
+            `hidden_states` are `(batch, frames, hidden_size)` each, as transformers records them. Layers of another
+            frame rate than the output (SEW's, those before an adapter) are repeated or averaged to meet its frames.
 
         Raises:
             ValueError: shapes do not fit.
@@ -171,14 +189,19 @@ class ListenSpeechEncoder(nn.Module):
         self._check_input(input_features, input_features_mask)
         frames = self.geometry.num_outputs(input_features.shape[1])
         if self.config.model_type == _SPECTROGRAM:
-            hidden = self._encode_spectrogram(input_features)
+            states = self._encode_spectrogram(input_features, output_hidden_states)
         elif self._pads_safely() and self.output_mask(input_features_mask).any(-1).all():
             with self._norms_over(input_features_mask.sum(-1)):
-                hidden = self.encoder(input_features, attention_mask=input_features_mask).last_hidden_state
+                states = self._run(input_features, output_hidden_states, attention_mask=input_features_mask)
         else:
-            hidden = self._encode_by_length(input_features, input_features_mask)
-        padded = nn.functional.pad(hidden, (0, 0, 0, frames - hidden.shape[1]))  # (batch, frames, width)
-        return BaseModelOutput(last_hidden_state=padded)
+            states = self._encode_by_length(input_features, input_features_mask, output_hidden_states)
+        last, *layers = [F.pad(each, (0, 0, 0, frames - each.shape[1])) for each in states]  # (batch, frames, width)
+        return BaseModelOutput(last_hidden_state=last, hidden_states=tuple(layers) or None)
+
+    def _run(self, input_features: torch.Tensor, all_layers: bool, **options: torch.Tensor) -> list[torch.Tensor]:
+        """What comes out, and before it, if wanted, what goes in and out of each layer: last state first."""
+        encoded = self.encoder(input_features, output_hidden_states=all_layers, **options)
+        return [encoded.last_hidden_state, *(encoded.hidden_states if all_layers else ())]
 
     def _pads_safely(self) -> bool:
         config = self.config
@@ -202,25 +225,37 @@ class ListenSpeechEncoder(nn.Module):
             for norm in self._norms():
                 norm.lengths = None
 
-    def _encode_spectrogram(self, input_features: torch.Tensor) -> torch.Tensor:
+    def _encode_spectrogram(self, input_features: torch.Tensor, all_layers: bool) -> list[torch.Tensor]:
         """AST reads a fixed number of frames, padding included, as it was trained: `(batch, steps * bands, width)`."""
-        patches = self.encoder(input_features).last_hidden_state[:, 2:]  # without the two classification tokens
         bands = self.geometry.frames_per_step
-        return patches.unflatten(1, (bands, -1)).transpose(1, 2).flatten(1, 2)  # all bands of one moment together
+        patches = [states[:, 2:] for states in self._run(input_features, all_layers)]  # no classification tokens
+        # all bands of one moment together
+        return [states.unflatten(1, (bands, -1)).transpose(1, 2).flatten(1, 2) for states in patches]
 
-    def _encode_by_length(self, input_features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Rows at their true lengths, those of one length together: `(batch, longest, width)`."""
+    def _encode_by_length(
+        self, input_features: torch.Tensor, mask: torch.Tensor, all_layers: bool
+    ) -> list[torch.Tensor]:
+        """Rows at their true lengths, those of one length together: `(batch, longest, width)` each."""
         lengths = mask.sum(-1)  # (batch,)
-        rows: list[torch.Tensor] = [input_features.new_zeros(0, speech_width(self.config))] * len(lengths)
+        rows: list[list[torch.Tensor]] = [[] for _ in lengths]
         for length in lengths.unique().tolist():
-            if not self.geometry.num_outputs(length):
+            count = self.geometry.num_outputs(length)
+            if not count:
                 continue
             members = (lengths == length).nonzero()[:, 0]
-            hidden = self.encoder(input_features[members, :length]).last_hidden_state
-            hidden = hidden[:, : self.geometry.num_outputs(length)]  # (members, frames, width)
-            for row, states in zip(members.tolist(), hidden, strict=True):
-                rows[row] = states
-        return pad_sequence(rows, batch_first=True)
+            last, *layers = self._run(input_features[members, :length], all_layers)
+            states = [last[:, :count], *(_at_frames(layer, count) for layer in layers)]  # (members, frames, width) each
+            for place, row in enumerate(members.tolist()):
+                rows[row] = [each[place] for each in states]
+        heard = max(rows, key=len) or self._nothing(input_features, all_layers)
+        filled = [row or [each[:0] for each in heard] for row in rows]  # rows too short for a frame have none
+        return [pad_sequence(list(each), batch_first=True) for each in zip(*filled, strict=True)]
+
+    def _nothing(self, like: torch.Tensor, all_layers: bool) -> list[torch.Tensor]:
+        """The states of a row without frames, `(0, width)` each."""
+        config = self.config
+        depth = getattr(config, "encoder_num_hidden_layers", config.num_hidden_layers) + 1 if all_layers else 0
+        return [like.new_zeros(0, width) for width in (speech_width(config), *[config.hidden_size] * depth)]
 
     def _check_input(self, input_features: torch.Tensor, mask: torch.Tensor) -> None:
         config, shape = self.config, tuple(input_features.shape)
@@ -264,6 +299,17 @@ def load_speech_encoder(source: str | os.PathLike, **options: Any) -> ListenWhis
         _check_loaded(os.fspath(source), encoder, info)
         return encoder
     return ListenSpeechEncoder.from_pretrained(source, config=config, **options)
+
+
+def _at_frames(states: torch.Tensor, frames: int) -> torch.Tensor:
+    """States of a layer at the rate of the encoder's output: `(rows, layer frames, width)` -> `(rows, frames, width)`.
+
+    Each frame is the mean of the layer's frames that lie in its time: SEW's are repeated for what it pools, those
+    before a length adapter averaged.
+    """
+    if states.shape[1] == frames:
+        return states
+    return F.adaptive_avg_pool1d(states.transpose(1, 2), frames).transpose(1, 2)
 
 
 def _input_bins(config: PreTrainedConfig) -> int | None:

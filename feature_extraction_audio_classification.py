@@ -11,6 +11,7 @@ from transformers.utils import TensorType
 
 from .audio_listen import is_one_clip
 from .feature_extraction_listen import ListenFeatureExtractor
+from .speech_features_listen import speech_settings
 
 
 class ListenAudioClassificationFeatureExtractor(ListenFeatureExtractor):
@@ -30,13 +31,12 @@ class ListenAudioClassificationFeatureExtractor(ListenFeatureExtractor):
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig) -> ListenAudioClassificationFeatureExtractor:
-        """The extractor that fits a `ListenAudioClassificationConfig`."""
-        speech = config.speech_config
-        return cls(
-            feature_size=speech.num_mel_bins,
-            chunk_seconds=speech.max_source_positions / 50,  # the encoder has a position for every 20 ms
-            pad_to_30s=config.pad_to_30s,
-        )
+        """The extractor that fits a `ListenAudioClassificationConfig`.
+
+        Raises:
+            ValueError: the extractor beside the encoder's checkpoint does not fit it.
+        """
+        return cls(**speech_settings(config))
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -49,13 +49,16 @@ class ListenAudioClassificationFeatureExtractor(ListenFeatureExtractor):
         """Turn clips into inputs of the classifier; arguments and errors as in `ListenFeatureExtractor`.
 
         Returns:
-            `BatchFeature` over C chunks of N clips: `input_features` `(C, feature_size, T)` float32,
-            `input_features_mask` `(C, T)` int64, 1 on real frames, and `chunk_counts` `(N,)` int64.
+            `BatchFeature` over C chunks of N clips: `input_features` `(C, feature_size, T)` float32, for other
+            encoders than Whisper `(C, samples)` or `(C, T, bins)`; `input_features_mask` `(C, T)` int64, 1 on real
+            positions, and `chunk_counts` `(N,)` int64.
         """
         features = super().__call__(audio, sampling_rate, return_tensors="pt")
-        missing = self.chunk_samples // self.hop_length - features["input_features"].shape[-1]
-        for name in ("input_features", "input_features_mask"):
-            features[name] = torch.nn.functional.pad(features[name], (0, missing))  # (chunks, .., frames)
+        filled = features["input_features_mask"].shape[1]
+        missing = max(self.geometry.num_inputs(self.chunk_samples) - filled, 0)  # none where the length is fixed
+        for name, axis in (("input_features", self.time_axis), ("input_features_mask", 1)):
+            behind = (0, 0) * (features[name].dim() - 1 - axis)  # axes that follow time
+            features[name] = torch.nn.functional.pad(features[name], (*behind, 0, missing))
         clips = [audio] if is_one_clip(audio) else audio
         features["chunk_counts"] = torch.tensor([self.num_chunks(len(clip)) for clip in clips])  # (clips,)
         return BatchFeature(dict(features), tensor_type=return_tensors)

@@ -19,12 +19,10 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from .adapter_listen import FrozenBackbonesMixin
 from .configuration_audio_classification import ListenAudioClassificationConfig
+from .encoder_listen import build_speech_encoder
 from .feature_extraction_audio_classification import (  # noqa: F401 (checkpoints carry the files imported here)
     ListenAudioClassificationFeatureExtractor,
 )
-from .modeling_speech_encoder import ListenWhisperEncoder
-
-_FRAME_SECONDS = 0.02
 
 
 class TimeLayerTransformer(nn.Module):
@@ -86,7 +84,7 @@ class ListenForAudioClassification(FrozenBackbonesMixin, PreTrainedModel):
         super().__init__(config)
         self.speech_encoder: nn.Module | None = None
         if init_backbones:
-            self.speech_encoder = ListenWhisperEncoder._from_config(config.speech_config)
+            self.speech_encoder = build_speech_encoder(config.speech_config)
         self.classifier = TimeLayerTransformer(config, config.speech_config.hidden_size)
         self.post_init()
         self.freeze()
@@ -120,8 +118,9 @@ class ListenForAudioClassification(FrozenBackbonesMixin, PreTrainedModel):
         The encoder is frozen, so that this can be computed once, kept, and given to `forward` again.
 
         Args:
-            input_features: `(chunks, mel bins, frames)` log-mel, 100 frames a second.
-            input_features_mask: `(chunks, frames)`, 1 on real frames, which come first; all are real by default.
+            input_features: `(chunks, mel bins, frames)` log-mel of Whisper, 100 frames a second; other encoders take
+                `(chunks, samples)` or `(chunks, frames, bins)` of their own feature extractors.
+            input_features_mask: `(chunks, time)`, 1 on real positions, which come first; all are real by default.
             chunk_counts: `(clips,)` chunks of each clip, in order; one each by default.
 
         Returns:
@@ -131,18 +130,17 @@ class ListenForAudioClassification(FrozenBackbonesMixin, PreTrainedModel):
             ValueError: `chunk_counts` and the rows of `input_features` do not match.
         """
         if input_features_mask is None:
-            input_features_mask = torch.ones_like(input_features[:, 0], dtype=torch.long)
+            input_features_mask = self.speech_encoder.full_mask(input_features)
         _check_counts(chunk_counts, len(input_features))
         if not self.config.pad_to_30s:
-            longest = int(input_features_mask.sum(-1).max())
-            input_features, input_features_mask = input_features[..., :longest], input_features_mask[:, :longest]
+            input_features, input_features_mask = self.speech_encoder.trim(input_features, input_features_mask)
         encoded = self.speech_encoder(
             input_features.to(self.speech_encoder.dtype),
             None if self.config.pad_to_30s else input_features_mask,
             output_hidden_states=True,
         )
         mask = self.speech_encoder.output_mask(input_features_mask)  # (chunks, encoder frames)
-        size = self.config.step_frames(_FRAME_SECONDS)
+        size = self.config.step_frames(self.speech_encoder.frame_seconds)
         states = torch.stack([_average_steps(layer, mask, size) for layer in encoded.hidden_states], dim=1)
         mask = F.pad(mask, (0, -mask.shape[1] % size)).unflatten(1, (-1, size)).any(-1)  # (chunks, steps)
         return (states, mask) if chunk_counts is None else _join_chunks(states, mask, chunk_counts.tolist())

@@ -52,6 +52,13 @@ class ListenWhisperEncoder(WhisperEncoder):
         """The mask of `(batch, mel bins, frames)` without padding, `(batch, frames)`."""
         return torch.ones_like(input_features[:, 0], dtype=torch.long)
 
+    def trim(
+        self, input_features: torch.Tensor, input_features_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features and mask without the frames that are padding in all rows."""
+        longest = int(input_features_mask.sum(-1).max())
+        return input_features[..., :longest], input_features_mask[:, :longest]
+
     def output_mask(self, input_features_mask: torch.Tensor) -> torch.Tensor:
         """Real output frames: `(batch, frames)` of 0/1, real ones first -> `(batch, ceil(frames / 2))` boolean.
 

@@ -27,9 +27,8 @@ from .chat_listen import DEFAULT_CHAT_TEMPLATE, as_conversations, clips_or_none,
 from .configuration_listen import ListenConnectorConfig, check_padding
 from .context_listen import check_context, context_limit
 from .feature_extraction_listen import ListenFeatureExtractor
-from .geometry_listen import speech_geometry
 from .placeholders_listen import AUDIO_TOKEN, PROMPT_TOKEN, place_token, prepare_padding
-from .speech_features_listen import speech_features
+from .speech_features_listen import backbone_place, speech_settings
 
 logger = logging.get_logger(__name__)
 
@@ -521,41 +520,19 @@ class ListenProcessor(ProcessorMixin):
 
 def feature_extractor_for(config: PreTrainedConfig) -> ListenFeatureExtractor:
     """The feature extractor that the encoders of a config need."""
-    speech, audio = config.speech_config, config.audio_config
-    geometry = speech_geometry(speech)
-    settings = {"chunk_seconds": geometry.chunk_seconds, "num_fbank_bins": None}
-    if speech.model_type == "whisper":
-        settings |= {"feature_size": speech.num_mel_bins, "pad_to_30s": config.pad_to_30s}
-    else:
-        place, options = _place_of(config, "speech_encoder") or (None, {})
-        settings |= {
-            "speech_geometry": geometry.to_dict(),
-            "speech_features": speech_features(speech, place, **options),
-        }
+    audio = config.audio_config
+    settings = {**speech_settings(config), "num_fbank_bins": None}
     if audio is not None:
         settings |= {"num_fbank_bins": audio.num_mel_bins, "patch_size": audio.patch_size}
     return ListenFeatureExtractor(**settings)
 
 
 def _tokenizer_for(config: PreTrainedConfig) -> PreTrainedTokenizerBase:
-    found = _place_of(config, "language_model")
+    found = backbone_place(config, "language_model")
     if found is None:
         raise ValueError("config.base_models names no language_model to take the tokenizer from; pass tokenizer=")
     place, options = found
     return AutoTokenizer.from_pretrained(place, **options)
-
-
-def _place_of(config: PreTrainedConfig, backbone: str) -> tuple[str, dict[str, str]] | None:
-    """Folder or Hub id of a backbone's checkpoint and the options to find it with; `None` where it has no name."""
-    spec = (config.base_models or {}).get(backbone)
-    if not spec:
-        return None
-    path, options = spec["base_model_name_or_path"], {"revision": spec.get("revision") or "main"}
-    if path.startswith("./"):  # a folder inside the checkpoint
-        path, options = config.name_or_path, {**options, "subfolder": path[2:]}
-    elif spec.get("subfolder"):
-        options["subfolder"] = spec["subfolder"]
-    return path, options
 
 
 # ---------------------------------------------------------------------- reading arguments

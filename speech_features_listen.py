@@ -12,7 +12,7 @@ import transformers
 from transformers import AutoFeatureExtractor, PreTrainedConfig, SequenceFeatureExtractor
 from transformers.utils import cached_file, logging
 
-from .geometry_listen import SAMPLING_RATE
+from .geometry_listen import SAMPLING_RATE, speech_geometry
 
 logger = logging.get_logger(__name__)
 
@@ -47,6 +47,37 @@ def speech_features(config: PreTrainedConfig, source: str | None = None, **hub: 
     extractor = _usual_extractor(config) if extractor is None else extractor
     _check_fits(config, extractor, source or "the feature extractor")
     return {name: value for name, value in extractor.to_dict().items() if name not in _ORIGIN}
+
+
+def speech_settings(config: PreTrainedConfig) -> dict[str, Any]:
+    """Arguments of `ListenFeatureExtractor` that the speech encoder of a model's config asks for.
+
+    Args:
+        config: A config with `speech_config`, `base_models` and `pad_to_30s`.
+
+    Raises:
+        ValueError: the extractor beside the encoder's checkpoint does not fit it.
+    """
+    speech, geometry = config.speech_config, speech_geometry(config.speech_config)
+    settings: dict[str, Any] = {"chunk_seconds": geometry.chunk_seconds}
+    if speech.model_type == "whisper":
+        return {**settings, "feature_size": speech.num_mel_bins, "pad_to_30s": config.pad_to_30s}
+    place, options = backbone_place(config, "speech_encoder") or (None, {})
+    features = speech_features(speech, place, **options)
+    return {**settings, "speech_geometry": geometry.to_dict(), "speech_features": features}
+
+
+def backbone_place(config: PreTrainedConfig, backbone: str) -> tuple[str, dict[str, str]] | None:
+    """Folder or Hub id of a backbone's checkpoint and the options to find it with; `None` where it has no name."""
+    spec = (config.base_models or {}).get(backbone)
+    if not spec:
+        return None
+    path, options = spec["base_model_name_or_path"], {"revision": spec.get("revision") or "main"}
+    if path.startswith("./"):  # a folder inside the checkpoint
+        path, options = config.name_or_path, {**options, "subfolder": path[2:]}
+    elif spec.get("subfolder"):
+        options["subfolder"] = spec["subfolder"]
+    return path, options
 
 
 def extract_speech(settings: dict[str, Any], chunks: list[np.ndarray]) -> torch.Tensor:
@@ -112,4 +143,4 @@ def _check_fits(config: PreTrainedConfig, extractor: SequenceFeatureExtractor, s
             )
 
 
-__all__ = ["check_settings", "extract_speech", "speech_features"]
+__all__ = ["backbone_place", "check_settings", "extract_speech", "speech_features", "speech_settings"]

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from conftest import tiny_config, tiny_model
+from fixtures_encoders import encoder_config, spread
 
 from listen import (
     ListenAudioClassificationConfig,
@@ -39,6 +40,21 @@ def tiny_classifier(folder: Path | None = None, seed: int = 0, **overrides: obje
         for parameter in model.classifier.parameters():
             parameter.mul_(3.0 if parameter.dim() > 1 else 1.0)
     return model
+
+
+def encoder_classifier(
+    kind: str, folder: Path | None = None
+) -> tuple[ListenForAudioClassification, ListenAudioClassificationFeatureExtractor]:
+    """A classifier over one of `fixtures_encoders.ENCODERS` and its extractor; with a folder, over one saved there."""
+    model = tiny_classifier(speech_config=encoder_config(kind).to_dict())
+    spread(model.speech_encoder)
+    if folder is not None:
+        model.speech_encoder.save_pretrained(folder)
+        head = model.classifier.state_dict()
+        config = ListenAudioClassificationConfig.from_backbones(str(folder), LABELS, **_HEAD)
+        model = ListenForAudioClassification.from_backbones(config)
+        model.classifier.load_state_dict(head)
+    return model, ListenAudioClassificationFeatureExtractor.from_config(model.config)
 
 
 def noise(seconds: float, seed: int = 0) -> np.ndarray:

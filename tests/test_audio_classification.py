@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fixtures_classification import LABELS, RATE, classifier_config, features, noise, tiny_classifier
+from fixtures_classification import (
+    LABELS,
+    RATE,
+    classifier_config,
+    encoder_classifier,
+    features,
+    noise,
+    tiny_classifier,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
 
@@ -111,6 +119,53 @@ def test_whisper_can_hear_30_seconds_and_the_head_the_clip_alone(clips: list[np.
     torch.testing.assert_close(states[1, 1, 0], whole[1, :20].mean(0), atol=1e-5, rtol=0)
 
 
+# ---------------------------------------------------------------------- other encoders
+# one for each way of encoding: masked batches, with and without a group norm, by length at the output's frame rate and
+# at others, fixed length
+
+KINDS = ("w2v-bert", "wavlm-base", "conformer", "moonshine", "sew", "wav2vec2-adapter", "ast")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_encoder_hears_a_batch_as_its_rows_alone(kind: str) -> None:
+    model, extractor = encoder_classifier(kind)
+    clips = [noise(0.3, 1), noise(0.9, 2)]
+    together = model(**extractor(clips, RATE)).logits
+    alone = torch.cat([model(**extractor(clip, RATE)).logits for clip in clips])
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
+    assert (together[0] - together[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_layer_of_any_encoder_is_heard(kind: str) -> None:
+    model, extractor = encoder_classifier(kind)
+    states, mask = model.train().encode(**extractor([noise(1.0), noise(0.7)], RATE))
+    steps = (4, 3) if kind == "wav2vec2-adapter" else (3, 2)  # of 0.32 s, two of its frames, in place of 0.4 s
+    assert states.shape == (2, 3, mask.shape[1], 32) and tuple(mask.sum(1).tolist()) == steps
+    states.requires_grad_()
+    model(layer_states=states, layer_states_mask=mask, labels=torch.tensor([0, 1])).loss.backward()
+    assert (states.grad.abs().amax((0, 2, 3)) > 0).all()
+    learning = {name.split(".")[0] for name, weight in model.named_parameters() if weight.requires_grad}
+    assert learning == {"classifier"} and not model.speech_encoder.encoder.training
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_classifier_over_any_encoder_is_loaded_as_it_was_saved(kind: str, tmp_path: Path) -> None:
+    model, extractor = encoder_classifier(kind, tmp_path / "encoder")
+    inputs = extractor(noise(0.6), RATE)
+    expected = model(**inputs).logits
+    for folder, full in (("head", False), ("full", True)):
+        model.save_pretrained(tmp_path / folder, save_full=full)
+        extractor.save_pretrained(tmp_path / folder)
+        loaded = ListenForAudioClassification.from_pretrained(tmp_path / folder).eval()
+        assert torch.equal(loaded(**inputs).logits, expected)
+        again = AutoFeatureExtractor.from_pretrained(tmp_path / folder)(noise(0.6), RATE)
+        assert torch.equal(again["input_features"], inputs["input_features"])
+    assert {key.split(".")[0] for key in load_file(tmp_path / "head" / "model.safetensors")} == {"classifier"}
+
+
 # ---------------------------------------------------------------------- learning
 
 
@@ -204,18 +259,20 @@ def test_the_encoder_may_be_in_half_precision(tmp_path: Path) -> None:
 
 
 def test_a_fresh_process_classifies_with_transformers_own_pipeline(tmp_path: Path, clips: list[np.ndarray]) -> None:
-    models = [tiny_classifier(tmp_path / "encoder"), tiny_classifier(seed=1)]
-    folders = [tmp_path / "head", tmp_path / "full"]
-    for model, folder in zip(models, folders, strict=True):
+    models = [tiny_classifier(tmp_path / "encoder"), tiny_classifier(seed=1), encoder_classifier("w2v-bert")[0]]
+    folders = [tmp_path / "head", tmp_path / "full", tmp_path / "other"]
+    extractors = [ListenAudioClassificationFeatureExtractor.from_config(model.config) for model in models]
+    for model, extractor, folder in zip(models, extractors, folders, strict=True):
         model.save_pretrained(folder)
-        ListenAudioClassificationFeatureExtractor().save_pretrained(folder)
+        extractor.save_pretrained(folder)
     save_file({str(i): torch.tensor(clip) for i, clip in enumerate(clips)}, tmp_path / "clips.safetensors")
     env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-I", "-c", FRESH, str(tmp_path / "clips.safetensors"), *map(str, folders)]
     run = subprocess.run(command, cwd="/", env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    for model, folder in zip(models, folders, strict=True):
-        expected = logits(model, *clips, *clips[:2]).softmax(-1)
+    for model, extractor, folder in zip(models, extractors, folders, strict=True):
+        with torch.no_grad():
+            expected = model(**extractor([*clips, *clips[:2]], RATE)).logits.softmax(-1)
         torch.testing.assert_close(load_file(f"{folder}.results")["scores"], expected, atol=1e-5, rtol=0)
 
 
@@ -236,7 +293,11 @@ def test_the_feature_extractor_is_found_by_its_folder(tmp_path: Path) -> None:
     ("make", "message"),
     [
         (lambda: classifier_config(hiden_size=3), "did you mean 'hidden_size'"),
-        (lambda: classifier_config(speech_config={"model_type": "wav2vec2"}), "name a Whisper checkpoint"),
+        (lambda: classifier_config(speech_config={"model_type": "bert"}), "is no speech encoder known here"),
+        (
+            lambda: classifier_config(speech_config={"model_type": "hubert"}, pad_to_30s=True),
+            "pad_to_30s=True is Whisper",
+        ),
         (lambda: classifier_config(num_layer_heads=5), "hidden_size=32 is not a multiple of num_layer_heads=5"),
         (lambda: classifier_config(num_time_heads=0), "num_time_heads=0 must be at least 1"),
         (lambda: classifier_config(step_seconds=0.0), "step_seconds=0.0 must be above 0"),

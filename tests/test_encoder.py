@@ -61,6 +61,39 @@ def test_a_clip_alone_gives_the_numbers_of_transformers(kind: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_all_layers_are_aligned_with_the_output(kind: str) -> None:
+    encoder = random_encoder(kind)
+    features, mask = encoder_inputs(encoder.config, [8000, 5000])
+    found, real = encoder(features, mask, output_hidden_states=True), encoder.output_mask(mask)
+    assert torch.equal(found.last_hidden_state, encoder(features, mask).last_hidden_state)
+    assert len(found.hidden_states) == 3 and all(s.shape[:2] == real.shape for s in found.hidden_states)
+    stock = encoder.encoder(features[:1], output_hidden_states=True).hidden_states
+    for ours, theirs in zip(found.hidden_states, stock, strict=True):
+        if kind == "ast":
+            theirs = theirs[:, 2:].unflatten(1, (12, -1)).transpose(1, 2).flatten(1, 2)
+        elif kind.startswith("sew"):
+            theirs = theirs.repeat_interleave(2, dim=1)
+        elif kind == "wav2vec2-adapter":  # 24 frames become 3
+            theirs = theirs.unflatten(1, (3, 8)).mean(2)
+        elif kind == "w2v-bert-adapter":
+            theirs = theirs.unflatten(1, (12, 2)).mean(2)
+        torch.testing.assert_close(ours[0], theirs[0], atol=1e-5, rtol=1e-4)
+
+
+def test_rows_too_short_for_a_frame_have_no_states() -> None:
+    encoder = random_encoder("conformer")
+    mask = torch.zeros(2, 800, dtype=torch.long)
+    mask[:, :100] = 1
+    found = encoder(torch.randn(2, 800), mask, output_hidden_states=True)
+    assert all(not states.any() for states in (found.last_hidden_state, *found.hidden_states))
+    assert [states.shape for states in found.hidden_states] == [(2, 2, 32)] * 3
+    mask[0] = 1
+    found = encoder(torch.randn(2, 800), mask, output_hidden_states=True)
+    assert all(states[0].any() and not states[1].any() for states in found.hidden_states)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("groups", [8, 1])
 def test_a_group_norm_sees_real_frames_alone(groups: int) -> None:
     stock = spread(torch.nn.GroupNorm(groups, 8))

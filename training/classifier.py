@@ -127,7 +127,7 @@ def train_classifier(
     train_rows, eval_rows = build_rows(data_arguments, training_arguments.seed)
     labels = [row_label(row, data_arguments.label_field) for row in train_rows]
     model = build_classifier(model_arguments, labels)
-    extractor = ListenAudioClassificationFeatureExtractor.from_config(model.config)
+    extractor = _extractor_of(model, model_arguments.checkpoint)
     trainer = _build_trainer(model, extractor, train_rows, eval_rows, data_arguments, training_arguments)
     if trainer.is_world_process_zero():
         data = {"train": dict(Counter(labels)), "eval": len(eval_rows or ())}
@@ -247,6 +247,15 @@ def classification_metrics(names: Mapping[int, str], prediction: EvalPrediction)
     recalls = recall_score(truths, guesses, labels=present, average=None, zero_division=0.0)
     single = {f"recall_{names[int(index)]}": float(recall) for index, recall in zip(present, recalls, strict=True)}
     return {"accuracy": float(accuracy_score(truths, guesses)), "uar": float(recalls.mean()), **single}
+
+
+def _extractor_of(
+    model: ListenForAudioClassification, checkpoint: str | None
+) -> ListenAudioClassificationFeatureExtractor:
+    """That of the encoder's checkpoint; a classifier that holds its encoder has one of its own beside it."""
+    if checkpoint and not model.config.base_models and model.config.speech_config.model_type != "whisper":
+        return ListenAudioClassificationFeatureExtractor.from_pretrained(checkpoint)
+    return ListenAudioClassificationFeatureExtractor.from_config(model.config)
 
 
 def _build_trainer(

@@ -15,7 +15,7 @@ class ClassifierModelArguments:
     """What is trained.
 
     Attributes:
-        speech_encoder: folder or Hub id of the frozen encoder.
+        speech_encoder: folder or Hub id of the frozen encoder, a Whisper or another audio encoder of transformers.
         revision: its revision.
         head: fields of `ListenAudioClassificationConfig` that differ from their defaults.
         checkpoint: folder or Hub id of a classifier to train on, in place of a fresh one.
