@@ -568,6 +568,11 @@ def _check_shape(name: str, whose: str, expected: PreTrainedConfig, other: str, 
 
 def _check_fingerprint(name: str, whose: str, spec: dict[str, Any], other: str, backbone: nn.Module) -> None:
     want = spec.get("fingerprint") or "-"
+    if not isinstance(want, str) or want.count("-") != 1:
+        raise ValueError(
+            f"{name}: {whose} names fingerprint={want!r}, which is not of the form 'vectors-matrices' that "
+            "save_pretrained writes; restore it, or drop the fingerprint from base_models in config.json"
+        )
     have = fingerprint(backbone) if want != "-" else "-"
     if any(mine and theirs and mine != theirs for mine, theirs in zip(want.split("-"), have.split("-"), strict=True)):
         raise ValueError(

@@ -116,6 +116,15 @@ def test_a_backbone_of_another_width_is_an_error(backbones: Path, tmp_path: Path
         AutoModel.from_pretrained(tmp_path / "adapter", backbones={"language_model": str(tmp_path / "wide")})
 
 
+def test_a_malformed_fingerprint_is_named(backbones: Path, tmp_path: Path) -> None:
+    fresh(backbones).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["base_models"]["language_model"]["fingerprint"] = "0123456789ab"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="language_model: .*fingerprint='0123456789ab'.*drop the fingerprint"):
+        AutoModel.from_pretrained(tmp_path)
+
+
 def test_other_weights_of_the_same_shape_are_an_error(backbones: Path, tmp_path: Path) -> None:
     fresh(backbones).save_pretrained(tmp_path / "adapter")
     other = tiny_model(seed=9)
