@@ -14,7 +14,7 @@ from fixtures_backbones import model_section, save_backbones
 from fixtures_training import small_corpus
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from listen import ListenConfig, ListenForConditionalGeneration
 from listen.data.features import FeatureStoreError
@@ -276,6 +276,24 @@ def test_a_run_moves_the_encoder_saves_it_and_resumes(
     resumed = load_file(run(settings).model_folder / "model.safetensors")
     assert weights.keys() == resumed.keys()
     assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+
+
+@pytest.mark.parametrize("alignment", ["lm", "distill"])
+def test_after_training_text_alone_gets_what_the_base_llm_gives(
+    backbones: dict[str, str], manifest: Path, tmp_path: Path, alignment: str
+) -> None:
+    rows = [json.loads(line) | {"text_input": "<happy> to be"} for line in manifest.read_text().splitlines()]
+    told = manifest.with_name(f"told-{alignment}.jsonl")
+    told.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run(sections(backbones, told, tmp_path, alignment=alignment, save_strategy="no"))
+    base = AutoModelForCausalLM.from_pretrained(backbones["language_model"])
+    text = result.processor("<happy> to be or not", num_prompts=0)
+    with torch.no_grad():
+        assert torch.equal(result.model(**text).logits, base(**text).logits)
+    answers = [m.generate(**text, do_sample=False, max_new_tokens=8) for m in (result.model, base)]
+    assert torch.equal(*answers)
+    weights = base.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in result.model.language_model.state_dict().items())
 
 
 def test_a_run_may_thaw_the_encoder_of_a_checkpoint(backbones: dict[str, str], manifest: Path, tmp_path: Path) -> None:
