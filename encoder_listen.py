@@ -184,12 +184,15 @@ class ListenSpeechEncoder(nn.Module):
         Raises:
             ValueError: shapes do not fit.
         """
-        if input_features_mask is None:
+        whole = input_features_mask is None
+        if whole:
             input_features_mask = self.full_mask(input_features)
         self._check_input(input_features, input_features_mask)
         frames = self.geometry.num_outputs(input_features.shape[1])
         if self.config.model_type == _SPECTROGRAM:
             states = self._encode_spectrogram(input_features, output_hidden_states)
+        elif whole and frames:
+            states = self._run_whole(input_features, frames, output_hidden_states)
         elif self._pads_safely() and self.output_mask(input_features_mask).any(-1).all():
             with self._norms_over(input_features_mask.sum(-1)):
                 states = self._run(input_features, output_hidden_states, attention_mask=input_features_mask)
@@ -202,6 +205,11 @@ class ListenSpeechEncoder(nn.Module):
         """What comes out, and before it, if wanted, what goes in and out of each layer: last state first."""
         encoded = self.encoder(input_features, output_hidden_states=all_layers, **options)
         return [encoded.last_hidden_state, *(encoded.hidden_states if all_layers else ())]
+
+    def _run_whole(self, input_features: torch.Tensor, frames: int, all_layers: bool) -> list[torch.Tensor]:
+        """As `_run` for rows without padding, every state at the output's `(batch, frames, width)`."""
+        last, *layers = self._run(input_features, all_layers)
+        return [last[:, :frames], *(_at_frames(layer, frames) for layer in layers)]
 
     def _pads_safely(self) -> bool:
         config = self.config
@@ -243,8 +251,7 @@ class ListenSpeechEncoder(nn.Module):
             if not count:
                 continue
             members = (lengths == length).nonzero()[:, 0]
-            last, *layers = self._run(input_features[members, :length], all_layers)
-            states = [last[:, :count], *(_at_frames(layer, count) for layer in layers)]  # (members, frames, width) each
+            states = self._run_whole(input_features[members, :length], count, all_layers)
             for place, row in enumerate(members.tolist()):
                 rows[row] = [each[place] for each in states]
         heard = max(rows, key=len) or self._nothing(input_features, all_layers)

@@ -136,7 +136,7 @@ def measure_sizes(
         batch_size: samples of a batch.
         audio_seconds: audio of each sample, one clip.
         text_tokens: tokens of its text, question and answer.
-        dtype: type of the backbones; that of the LLM's config by default.
+        dtype: type of the frozen backbones; that of the LLM's config by default.
         lora: arguments of `peft.LoraConfig` for a LoRA on the LLM; the config's by default.
 
     Raises:
@@ -192,9 +192,10 @@ def _count_lora(config: PreTrainedConfig, lora: dict[str, Any]) -> ModuleSizes:
 def _build(config: PreTrainedConfig, dtype: torch.dtype) -> ListenForConditionalGeneration:
     config = copy.deepcopy(config)
     config._attn_implementation = "eager"
-    for backbone in map(config.__getattribute__, BACKBONES.values()):
+    for name, section in BACKBONES.items():
+        backbone = getattr(config, section)
         if backbone is not None:
-            backbone.dtype = dtype
+            backbone.dtype = torch.float32 if name in config.trainable else dtype  # what learns does so in fp32
     with no_init_weights():
         model = ListenForConditionalGeneration(config)
     model.language_model.tie_weights()  # left out together with the initial values

@@ -24,9 +24,11 @@ if str(Path(__file__).resolve().parent) in sys.path:
 from datasets import Dataset, concatenate_datasets
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from listen.analysis import default_counts, sweep_num_prompts
+from listen.data.features import FeatureStore, store_info
 from listen.data.manifest import load_manifest
 from listen.evaluation import EvaluationResult, evaluate_model, launched_processes, metrics_table
 from listen.evaluation.cascade import classify_rows, tag_rows
@@ -51,6 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num-workers", type=int, default=0, help="processes that read audio ahead")
     parser.add_argument("--dtype", default="auto", help="of the backbones: auto, float32, bfloat16")
     parser.add_argument("--spelling-from", help="Whisper checkpoint whose table of British spellings the WER uses")
+    parser.add_argument("--features", help="encoder features by examples/precompute_features.py, in place of encoding")
     parser.add_argument("--cascade", help="classifier whose label is written before the speech, as in <happy>")
     parser.add_argument("--sweep", type=int, nargs="*", metavar="K", help="also evaluate with so many prompts each")
     parser.add_argument("--output", type=Path, default=Path("runs/eval"), help="folder of the results")
@@ -62,6 +65,15 @@ def spelling_mapping(checkpoint: str | None) -> dict[str, str] | None:
     if checkpoint is None:
         return None
     return json.loads(Path(cached_file(checkpoint, "normalizer.json")).read_text(encoding="utf-8"))
+
+
+def stored_features(folder: str | None, model: PreTrainedModel, processor: ListenProcessor) -> FeatureStore | None:
+    """Features that the encoders of this very model have made."""
+    if folder is None:
+        return None
+    store = FeatureStore(folder)
+    store.check(store_info(model, processor.feature_extractor))
+    return store
 
 
 def with_labels(dataset: Dataset, checkpoint: str, batch_size: int) -> Dataset:
@@ -91,6 +103,7 @@ def main() -> None:
         "max_examples": arguments.max_examples,
         "batch_size": arguments.batch_size,
         "num_workers": arguments.num_workers,
+        "features": stored_features(arguments.features, model, processor),
         "spelling_mapping": spelling_mapping(arguments.spelling_from),
         "num_beams": arguments.num_beams,
         "max_new_tokens": arguments.max_new_tokens,

@@ -131,7 +131,7 @@ def test_every_preset_is_read(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["listen-llama3-8b"])
+@pytest.mark.parametrize("name", ["listen-llama3-8b", "speech-emotion-llama3-8b"])
 def test_readme_shows_what_the_command_says(name: str) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     sizes = measure_sizes(ListenConfig.from_preset(name))
