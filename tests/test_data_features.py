@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from datasets import Dataset
+from fixtures_examples import EXAMPLES
 from fixtures_training import small_corpus, tiny_processor, write_clip, write_manifest
 
 from listen.data import FeatureStore, FeatureStoreError, load_manifest, precompute_features
@@ -102,6 +104,17 @@ def test_a_store_of_other_encoders_is_refused(tmp_path: Path) -> None:
         store.check(store_info(MODEL, PROCESSOR.feature_extractor, join_silence_seconds=0.1))
     with pytest.raises(FeatureStoreError, match="cannot be stored: trainable="):
         store_info(tiny_model(trainable=["adapter", "speech_encoder"]), PROCESSOR.feature_extractor)
+
+
+def test_the_evaluation_script_checks_the_store_against_its_model(tmp_path: Path) -> None:
+    stored_features = runpy.run_path(str(Path(EXAMPLES) / "evaluate.py"))["stored_features"]
+    dataset = load_manifest(small_corpus(tmp_path, num_rows=2))
+    compute(dataset, tmp_path / "features")
+    store = stored_features(str(tmp_path / "features"), MODEL, PROCESSOR)
+    assert len(store.recordings(dataset[0])) == 1
+    assert stored_features(None, MODEL, PROCESSOR) is None
+    with pytest.raises(FeatureStoreError):
+        stored_features(str(tmp_path / "features"), tiny_model(seed=8), PROCESSOR)
 
 
 def test_what_is_not_stored_is_named(tmp_path: Path) -> None:
