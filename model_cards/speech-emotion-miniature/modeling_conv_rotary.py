@@ -1,0 +1,1 @@
+../../modeling_conv_rotary.py

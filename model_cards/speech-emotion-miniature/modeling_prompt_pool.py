@@ -1,0 +1,1 @@
+../../modeling_prompt_pool.py

@@ -1,0 +1,1 @@
+../../modeling_speech_encoder.py

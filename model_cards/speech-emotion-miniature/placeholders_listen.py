@@ -1,0 +1,1 @@
+../../placeholders_listen.py

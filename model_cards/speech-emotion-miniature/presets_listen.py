@@ -1,0 +1,1 @@
+../../presets_listen.py

@@ -1,0 +1,1 @@
+../../speech_features_listen.py
