@@ -117,7 +117,7 @@ def plot_embeddings(embeddings: np.ndarray, labels: Sequence[str], seed: int = 0
     scaled = StandardScaler().fit_transform(embeddings)
     clusters = query_clusters(scaled, labels)
     title = (
-        f"Speech embeddings (t-SNE): silhouette {clusters.silhouette:.2f}, "
+        f"Speech embeddings (t-SNE)\nsilhouette {clusters.silhouette:.2f}, "
         f"nearest neighbour of the same class {clusters.neighbour_accuracy:.0%} (chance {clusters.chance:.0%})"
     )
     return plot_map(project_queries(scaled, seed), labels, list(dict.fromkeys(sorted(labels))), title)
