@@ -50,7 +50,8 @@ EXTRAS = {
     # speech synthesis of the built-in corpus; espeak-ng is GPL-3.0, hence never a hard dependency
     "demo": ["espeakng-loader==0.2.4"],
     "quantization": [
-        "torchao>=0.18",  # LLMs held in int8, on CPUs too; 3 MB. bitsandbytes works as well, where it is installed
+        "bitsandbytes>=0.50",  # LLMs held in 4 or 8 bit
+        "torchao>=0.18",  # LLMs held in int8, and other types
     ],
     "dev": [
         "packaging>=24.0",  # reads requirements in the packaging tests

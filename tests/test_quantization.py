@@ -25,8 +25,6 @@ def int8() -> TorchAoConfig:
 
 def bits(count: int) -> BitsAndBytesConfig:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is an extra")
-    if count == 8 and not torch.cuda.is_available():
-        pytest.skip("8-bit layers are tested on a GPU")
     return BitsAndBytesConfig(**{f"load_in_{count}bit": True})
 
 
