@@ -16,17 +16,18 @@ from .arguments import ArgumentError, DataArguments, DataSource
 
 logger = logging.get_logger(__name__)
 
-_TOKENS_PER_SECOND = 3  # audio embeddings of a second: one for each window of a third of a second
 _CHARACTERS_PER_TOKEN = 4
 
 
-def build_train_dataset(arguments: DataArguments, seed: int, with_lengths: bool = False) -> Dataset | IterableDataset:
+def build_train_dataset(
+    arguments: DataArguments, seed: int, embeddings_per_second: float | None = None
+) -> Dataset | IterableDataset:
     """The mixture of all training sources.
 
     Args:
         arguments: section `data`.
         seed: fixes order and subsets.
-        with_lengths: whether to add a `length` column for length-grouped batches.
+        embeddings_per_second: of audio, to add a `length` column for length-grouped batches; none adds none.
 
     Returns:
         Rows of the manifest schema; iterable if a source streams.
@@ -52,10 +53,12 @@ def build_train_dataset(arguments: DataArguments, seed: int, with_lengths: bool 
     )
     if isinstance(mixed, Dataset) and not len(mixed):
         raise ArgumentError("no training row is left; see the sources and max_audio_seconds")
-    return add_lengths(mixed) if with_lengths else mixed
+    return mixed if embeddings_per_second is None else add_lengths(mixed, embeddings_per_second)
 
 
-def build_eval_dataset(arguments: DataArguments, seed: int, with_lengths: bool = False) -> Dataset | None:
+def build_eval_dataset(
+    arguments: DataArguments, seed: int, embeddings_per_second: float | None = None
+) -> Dataset | None:
     """All evaluation sources one after the other, at most `max_eval_rows` of each task; `None` without a source.
 
     Raises:
@@ -70,7 +73,7 @@ def build_eval_dataset(arguments: DataArguments, seed: int, with_lengths: bool =
     dataset = concatenate_datasets(parts)
     if arguments.max_eval_rows is not None:
         dataset = subset_per_task(dataset, arguments.max_eval_rows, seed)
-    return add_lengths(dataset) if with_lengths else dataset
+    return dataset if embeddings_per_second is None else add_lengths(dataset, embeddings_per_second)
 
 
 def load(source: DataSource, arguments: DataArguments, seed: int = 0) -> Dataset | IterableDataset:
@@ -102,14 +105,14 @@ def join_clips(dataset: Dataset | IterableDataset, tasks: list[str]) -> Dataset 
     return dataset.map(join, features=FEATURES)
 
 
-def add_lengths(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+def add_lengths(dataset: Dataset | IterableDataset, embeddings_per_second: float) -> Dataset | IterableDataset:
     """Add `length`, about how many tokens a row has; streams are left as they are, nothing groups them."""
     if isinstance(dataset, IterableDataset):
         return dataset
 
     def measure(row: Mapping[str, Any]) -> dict[str, int]:
         text = len(row["response"][0]) // _CHARACTERS_PER_TOKEN
-        return {"length": round(_TOKENS_PER_SECOND * (row_seconds(row) or 0.0)) + text + 1}
+        return {"length": round(embeddings_per_second * (row_seconds(row) or 0.0)) + text + 1}
 
     return dataset.map(measure, features=Features({**FEATURES, "length": Value("int64")}))
 

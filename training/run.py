@@ -105,8 +105,9 @@ def build_trainer(
     _refuse_idle_layers(model, training_arguments)
     seed = training_arguments.sampling_seed
     grouped = training_arguments.train_sampling_strategy in ("group_by_length", "batch_rebalance")
-    train_dataset = build_train_dataset(data_arguments, seed, with_lengths=grouped)
-    eval_dataset = build_eval_dataset(data_arguments, seed, with_lengths=grouped)
+    rate = _embeddings_per_second(processor) if grouped else None
+    train_dataset = build_train_dataset(data_arguments, seed, rate)
+    eval_dataset = build_eval_dataset(data_arguments, seed, rate)
     features = _open_features(model, processor, data_arguments)
     if data_arguments.long_audio == "cut":
         processor.max_audio_seconds = data_arguments.max_audio_seconds
@@ -208,6 +209,11 @@ def checkpoint_to_resume(arguments: TrainingArguments) -> str | None:
     if wanted is True or wanted == "true":
         return get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
     return wanted or None
+
+
+def _embeddings_per_second(processor: ListenProcessor) -> float:
+    """Audio embeddings of a second, over clips of half a minute."""
+    return processor.num_audio_embeddings(30 * processor.feature_extractor.sampling_rate) / 30
 
 
 def _open_features(
