@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_backbones.audio_encoder import make_audio_encoder, train_audio_encoder
 from tiny_backbones.clips import SceneClips, SpeechClips, make_scene_clips, make_speech_clips
-from tiny_backbones.language_model import make_language_model, train_language_model
+from tiny_backbones.language_model import make_language_model, score_language_model, train_language_model
 from tiny_backbones.soft_text import measure_durations
 from tiny_backbones.speech_encoder import make_speech_encoder, train_speech_encoder
 from tiny_backbones.tokenizer import build_tokenizer
@@ -65,9 +65,10 @@ def build_language_model(options: argparse.Namespace) -> dict[str, float]:
     model = eager(make_language_model(tokenizer))
     durations = measure_durations(seed=options.seed, num_workers=options.workers)
     for seed, steps, learning_rate in ((options.seed, 2400, 2e-3), (options.seed + 100, 1500, 1.2e-3)):
-        scores = train_language_model(
+        train_language_model(
             model, tokenizer, durations, seed, scaled(steps, options), learning_rate, easy_start=seed == options.seed
         )
+    scores = score_language_model(model, tokenizer, durations, seed + 2, examples_per_task=400)
     save(model, options.output / "language_model")
     tokenizer.save_pretrained(options.output / "language_model")
     return scores
