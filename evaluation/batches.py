@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from io import BytesIO
 from typing import Any, TypeVar
 
-import soundfile
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
@@ -15,6 +13,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from listen.data import audio
 from listen.data.collator import ListenCollator
 from listen.data.features import store_info
 from listen.data.processes import launched_processes
@@ -84,11 +83,7 @@ def plan_batches(dataset: Dataset, batch_size: int) -> list[list[int]]:
 
 def clip_seconds(clip: Mapping[str, Any]) -> float:
     """Length of a clip read from its header; 0 where the header is out of reach, as for URLs and mp4."""
-    source = clip["path"] if clip.get("bytes") is None else BytesIO(clip["bytes"])
-    try:
-        return soundfile.info(source).duration
-    except (soundfile.LibsndfileError, OSError):
-        return 0.0  # the length only sorts: an unreadable clip is reported when it is decoded
+    return audio.clip_seconds(clip) or 0.0  # it only sorts: an unreadable clip is reported when it is decoded
 
 
 @contextmanager

@@ -7,7 +7,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from accelerate.utils import extract_model_from_parallel
@@ -16,10 +17,25 @@ from transformers import FeatureExtractionMixin, PreTrainedModel
 
 from listen.chat_listen import INPUT_FIELD, place_input
 from listen.data.manifest import FEATURES, extra_fields
+from listen.data.processes import launched_processes
 from listen.data.tasks import get_task, tagged_text
+from listen.feature_extraction_audio_classification import ListenAudioClassificationFeatureExtractor
+from listen.modeling_audio_classification import ListenForAudioClassification
 from listen.training.classifier import ClipCollator
 
 from .batches import map_rows
+
+
+def load_recogniser(checkpoint: str, batch_size: int) -> Callable[[Dataset], list[str]]:
+    """What names the class of each row's recording: `classify_rows` with the classifier of a checkpoint.
+
+    Args:
+        checkpoint: folder or Hub id of a `ListenForAudioClassification` with its feature extractor.
+        batch_size: rows of a batch, in each process.
+    """
+    classifier = ListenForAudioClassification.from_pretrained(checkpoint).to(launched_processes().device)
+    extractor = ListenAudioClassificationFeatureExtractor.from_pretrained(checkpoint)
+    return partial(classify_rows, classifier, extractor, batch_size=batch_size)
 
 
 def classify_rows(
@@ -79,4 +95,4 @@ def tag_rows(dataset: Dataset, labels: Sequence[str]) -> Dataset:
     return dataset.map(tag, with_indices=True, features=FEATURES)
 
 
-__all__ = ["classify_rows", "tag_rows"]
+__all__ = ["classify_rows", "load_recogniser", "tag_rows"]

@@ -21,7 +21,7 @@ from typing import Any
 if str(Path(__file__).resolve().parent) in sys.path:
     sys.path.remove(str(Path(__file__).resolve().parent))
 
-from datasets import Dataset, concatenate_datasets
+from datasets import concatenate_datasets
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
@@ -31,9 +31,7 @@ from listen.analysis import default_counts, sweep_num_prompts
 from listen.data.features import FeatureStore, store_info
 from listen.data.manifest import load_manifest
 from listen.evaluation import EvaluationResult, evaluate_model, launched_processes, metrics_table
-from listen.evaluation.cascade import classify_rows, tag_rows
-from listen.feature_extraction_audio_classification import ListenAudioClassificationFeatureExtractor
-from listen.modeling_audio_classification import ListenForAudioClassification
+from listen.evaluation.cascade import load_recogniser, tag_rows
 from listen.modeling_listen import ListenForConditionalGeneration
 from listen.processing_listen import ListenProcessor
 
@@ -76,13 +74,6 @@ def stored_features(folder: str | None, model: PreTrainedModel, processor: Liste
     return store
 
 
-def with_labels(dataset: Dataset, checkpoint: str, batch_size: int) -> Dataset:
-    """Rows with the label that a classifier gives them before their speech."""
-    classifier = ListenForAudioClassification.from_pretrained(checkpoint).to(launched_processes().device)
-    extractor = ListenAudioClassificationFeatureExtractor.from_pretrained(checkpoint)
-    return tag_rows(dataset, classify_rows(classifier, extractor, dataset, batch_size=batch_size))
-
-
 def print_metrics(result: EvaluationResult) -> None:
     """Print the table of scores."""
     table = Table("task", "metric", "value", "n", title="Scores")
@@ -110,7 +101,7 @@ def main() -> None:
     }
     dataset = concatenate_datasets([load_manifest(path) for path in arguments.data])
     if arguments.cascade:
-        dataset = with_labels(dataset, arguments.cascade, arguments.batch_size)
+        dataset = tag_rows(dataset, load_recogniser(arguments.cascade, arguments.batch_size)(dataset))
     evaluate = partial(evaluate_model, model, processor, dataset, **options)
     result = evaluate(num_prompts=arguments.num_prompts)
     sweep = None

@@ -37,12 +37,10 @@ from listen.data.chat_models import EndpointChatModel, LocalChatModel
 from listen.data.manifest import load_manifest
 from listen.data.processes import launched_processes
 from listen.evaluation.bert_score import BertScore
-from listen.evaluation.cascade import classify_rows
+from listen.evaluation.cascade import load_recogniser
 from listen.evaluation.judge import JudgeItem, Judgement, judge_by_rules, judge_responses
 from listen.evaluation.response_table import load_scores, markdown_table, write_table
 from listen.evaluation.responses import ResponseEvaluation, evaluate_responses
-from listen.feature_extraction_audio_classification import ListenAudioClassificationFeatureExtractor
-from listen.modeling_audio_classification import ListenForAudioClassification
 from listen.modeling_listen import ListenForConditionalGeneration
 from listen.processing_listen import ListenProcessor
 
@@ -110,15 +108,6 @@ def build_judge(arguments: argparse.Namespace) -> Callable[[Sequence[JudgeItem]]
     return partial(judge_responses, model, seed=arguments.seed)
 
 
-def build_recogniser(arguments: argparse.Namespace) -> Callable[[Dataset], Sequence[str]] | None:
-    """The classifier of a cascade; `None` for a model that hears emotions itself."""
-    if arguments.classifier is None:
-        return None
-    classifier = ListenForAudioClassification.from_pretrained(arguments.classifier).to(launched_processes().device)
-    extractor = ListenAudioClassificationFeatureExtractor.from_pretrained(arguments.classifier)
-    return partial(classify_rows, classifier, extractor, batch_size=arguments.batch_size)
-
-
 def run(arguments: argparse.Namespace) -> ResponseEvaluation:
     """Evaluate one system."""
     device = launched_processes().device
@@ -134,7 +123,7 @@ def run(arguments: argparse.Namespace) -> ResponseEvaluation:
         references=load(arguments.references, arguments.max_examples),
         classes=arguments.classes,
         probe_train=load(arguments.probe_train, None),
-        recognise=build_recogniser(arguments),
+        recognise=load_recogniser(arguments.classifier, arguments.batch_size) if arguments.classifier else None,
         bert_score=bert_score,
         judge=build_judge(arguments),
         batch_size=arguments.batch_size,
