@@ -24,11 +24,10 @@ if str(Path(__file__).resolve().parent) in sys.path:
 from datasets import concatenate_datasets
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from listen.analysis import default_counts, sweep_num_prompts
-from listen.data.features import FeatureStore, store_info
+from listen.data.features import FeatureStore
 from listen.data.manifest import load_manifest
 from listen.evaluation import EvaluationResult, evaluate_model, launched_processes, metrics_table
 from listen.evaluation.cascade import load_recogniser, tag_rows
@@ -65,15 +64,6 @@ def spelling_mapping(checkpoint: str | None) -> dict[str, str] | None:
     return json.loads(Path(cached_file(checkpoint, "normalizer.json")).read_text(encoding="utf-8"))
 
 
-def stored_features(folder: str | None, model: PreTrainedModel, processor: ListenProcessor) -> FeatureStore | None:
-    """Features that the encoders of this very model have made."""
-    if folder is None:
-        return None
-    store = FeatureStore(folder)
-    store.check(store_info(model, processor.feature_extractor))
-    return store
-
-
 def print_metrics(result: EvaluationResult) -> None:
     """Print the table of scores."""
     table = Table("task", "metric", "value", "n", title="Scores")
@@ -94,7 +84,7 @@ def main() -> None:
         "max_examples": arguments.max_examples,
         "batch_size": arguments.batch_size,
         "num_workers": arguments.num_workers,
-        "features": stored_features(arguments.features, model, processor),
+        "features": FeatureStore(arguments.features) if arguments.features else None,
         "spelling_mapping": spelling_mapping(arguments.spelling_from),
         "num_beams": arguments.num_beams,
         "max_new_tokens": arguments.max_new_tokens,

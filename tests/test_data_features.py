@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 import shutil
 from pathlib import Path
 
@@ -11,12 +10,12 @@ import pytest
 import torch
 from conftest import tiny_model
 from datasets import Dataset
-from fixtures_examples import EXAMPLES
 from fixtures_training import small_corpus, tiny_processor, write_clip, write_manifest
 
 from listen.data import FeatureStore, FeatureStoreError, load_manifest, precompute_features
 from listen.data.audio import read_clips
 from listen.data.features import EncodedRecording, collate_features, recording_keys, store_info, write_shard
+from listen.evaluation.generate import generate_predictions
 
 MODEL = tiny_model()
 PROCESSOR = tiny_processor(MODEL.config)
@@ -106,15 +105,13 @@ def test_a_store_of_other_encoders_is_refused(tmp_path: Path) -> None:
         store_info(tiny_model(trainable=["adapter", "speech_encoder"]), PROCESSOR.feature_extractor)
 
 
-def test_the_evaluation_script_checks_the_store_against_its_model(tmp_path: Path) -> None:
-    stored_features = runpy.run_path(str(Path(EXAMPLES) / "evaluate.py"))["stored_features"]
+def test_evaluation_reads_a_store_and_refuses_that_of_another_model(tmp_path: Path) -> None:
     dataset = load_manifest(small_corpus(tmp_path, num_rows=2))
     compute(dataset, tmp_path / "features")
-    store = stored_features(str(tmp_path / "features"), MODEL, PROCESSOR)
-    assert len(store.recordings(dataset[0])) == 1
-    assert stored_features(None, MODEL, PROCESSOR) is None
+    options = {"features": FeatureStore(tmp_path / "features"), "progress": False, "max_new_tokens": 2}
+    assert len(generate_predictions(MODEL, PROCESSOR, dataset, **options)) == 2
     with pytest.raises(FeatureStoreError):
-        stored_features(str(tmp_path / "features"), tiny_model(seed=8), PROCESSOR)
+        generate_predictions(tiny_model(seed=8), PROCESSOR, dataset, **options)
 
 
 def test_what_is_not_stored_is_named(tmp_path: Path) -> None:
