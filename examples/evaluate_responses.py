@@ -8,7 +8,7 @@ The data are manifests: rows of the task `response` are answered (or those of `-
 gets ROUGE, BERTScore with `--bert-score ENCODER`, the two scores of a judge with `--judge`, accuracy and unweighted
 recall of emotion recognition, the linear probe, and a t-SNE map of the embeddings, all with 95 % intervals.
 
-With `--classifier DIR` the system is a cascade: the label of that classifier stands as `<happy>` before the speech, and
+With `--cascade DIR` the system is a cascade: the label of that classifier stands as `<happy>` before the speech, and
 its accuracy is that of the system.
 
 `--judge` names a chat model: a folder or Hub id, or its name at `--judge-endpoint URL` (the key comes from
@@ -60,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--classes", nargs="+", help="emotions to choose from; those of the rows or the task by default"
     )
-    parser.add_argument("--classifier", help="of a cascade: it names the emotion, which is written before the speech")
+    parser.add_argument("--cascade", help="classifier whose label is written before the speech, as in <happy>")
     parser.add_argument("--bert-score", metavar="ENCODER", help="text model behind BERTScore: a folder or a Hub id")
     parser.add_argument("--bert-score-layer", type=int, help="its layer; the last one by default")
     parser.add_argument("--judge", default="none", help="none, rules, or a chat model")
@@ -123,7 +123,7 @@ def run(arguments: argparse.Namespace) -> ResponseEvaluation:
         references=load(arguments.references, arguments.max_examples),
         classes=arguments.classes,
         probe_train=load(arguments.probe_train, None),
-        recognise=load_recogniser(arguments.classifier, arguments.batch_size) if arguments.classifier else None,
+        recognise=load_recogniser(arguments.cascade, arguments.batch_size) if arguments.cascade else None,
         bert_score=bert_score,
         judge=build_judge(arguments),
         batch_size=arguments.batch_size,

@@ -145,7 +145,7 @@ def classifier_arguments() -> list[str]:
 def evaluation_arguments(system: System) -> list[str]:
     """Evaluation of a system on the test split."""
     test, train = (FOLDER / "targets" / split for split in ("test", "train"))
-    cascade = ["--classifier", str(CLASSIFIER / "model")] if system.cascade else []
+    cascade = ["--cascade", str(CLASSIFIER / "model")] if system.cascade else []
     return [
         "examples/evaluate_responses.py", "--model", str(FOLDER / system.folder / "model"), "--system", system.title,
         "--data", str(test / "ser.jsonl"), "--references", str(test / "response.jsonl"),

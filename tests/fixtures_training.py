@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+from conftest import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -34,6 +35,13 @@ def character_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrained
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     fast.chat_template = chat_template
     return fast
+
+
+def save_tiny_llm(folder: Path, chat_template: str | None = CHAT_TEMPLATE, seed: int = 0) -> str:
+    """The LLM of `conftest.tiny_model` with the character tokenizer, as a folder of its own."""
+    tiny_model(seed=seed).language_model.save_pretrained(folder)
+    character_tokenizer(chat_template).save_pretrained(folder)
+    return str(folder)
 
 
 def tiny_processor(config: ListenConfig, chat_template: str | None = CHAT_TEMPLATE) -> ListenProcessor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from fixtures_endpoint import serve_chat
-from fixtures_training import CHAT_TEMPLATE, character_tokenizer, tiny_processor
+from fixtures_training import CHAT_TEMPLATE, save_tiny_llm, tiny_processor
 
 from listen.data.chat_models import ChatModelError, EndpointChatModel, LocalChatModel
 
@@ -22,10 +22,7 @@ def chats(prompts: list[str]) -> list[list[dict[str, str]]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("llm")
-    tiny_model().language_model.save_pretrained(path)
-    character_tokenizer().save_pretrained(path)
-    return str(path)
+    return save_tiny_llm(tmp_path_factory.mktemp("llm"))
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +42,7 @@ def test_a_batch_answers_as_single_conversations_do(llm: LocalChatModel) -> None
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, None])
 def test_prompts_are_written_as_a_listen_processor_writes_them(tmp_path: Path, template: str | None) -> None:
     """With the template's BOS or the tokenizer's, but never both."""
-    tiny_model().language_model.save_pretrained(tmp_path)
-    character_tokenizer(template).save_pretrained(tmp_path)
-    llm = LocalChatModel(str(tmp_path))
+    llm = LocalChatModel(save_tiny_llm(tmp_path, template))
     processor = tiny_processor(tiny_model().config, template)
     turn = [{"role": "user", "content": "hello"}]
     expected = processor.apply_chat_template(turn, tokenize=True, add_generation_prompt=True, num_prompts=0)
@@ -94,9 +89,7 @@ def test_sampling_follows_its_seed_and_leaves_the_global_one_alone(folder: str) 
 
 
 def test_a_description_tells_models_apart(llm: LocalChatModel, tmp_path: Path) -> None:
-    tiny_model(seed=1).language_model.save_pretrained(tmp_path)
-    character_tokenizer().save_pretrained(tmp_path)
-    other = LocalChatModel(str(tmp_path), max_new_tokens=8).describe()
+    other = LocalChatModel(save_tiny_llm(tmp_path, seed=1), max_new_tokens=8).describe()
     assert other["fingerprint"] != llm.describe()["fingerprint"]
     assert other["decoding"] == llm.describe()["decoding"]
 

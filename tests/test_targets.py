@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import soundfile
-from conftest import tiny_config, tiny_model
+from conftest import tiny_config
 from datasets import Audio, ClassLabel, Dataset, load_from_disk
 from fixtures_endpoint import serve_chat
-from fixtures_training import character_tokenizer, tiny_processor, write_clip, write_manifest
+from fixtures_training import save_tiny_llm, tiny_processor, write_clip, write_manifest
 
 from listen.data import ListenCollator, load_manifest
 from listen.data.chat_models import Answer, EndpointChatModel, LocalChatModel
@@ -55,10 +55,7 @@ def utterances(source: Path) -> list[Utterance]:
 
 @pytest.fixture(scope="module")
 def llm_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("llm")
-    tiny_model().language_model.save_pretrained(path)
-    character_tokenizer().save_pretrained(path)
-    return str(path)
+    return save_tiny_llm(tmp_path_factory.mktemp("llm"))
 
 
 @pytest.fixture(scope="module")
