@@ -13,6 +13,7 @@ No scale is built into the connector: its last layer is linear and learns it.
 """
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 _ROWS_AT_ONCE = 4096  # 64 MiB of a width of 4096 in fp32
@@ -51,4 +52,19 @@ def embedded_inputs(
     return {"inputs_embeds": embeds, "per_layer_inputs": decoder.get_per_layer_inputs(ids)}
 
 
-__all__ = ["embedded_inputs", "mean_embedding"]
+def is_4bit(layer: nn.Module) -> bool:
+    """Whether bitsandbytes holds the weight of this layer in 4 bits."""
+    return getattr(getattr(layer, "weight", None), "quant_state", None) is not None
+
+
+def unpack_4bit(layer: nn.Module) -> None:
+    """Undo what a 4-bit layer does to its weight on some CPUs when it first answers without gradients.
+
+    In eval mode it packs the weight for a kernel of AVX-512, many times faster, through which no gradient passes, and
+    stays with it. Asking for its state unpacks the weight; its scales stay rounded to bf16.
+    """
+    if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+        layer.state_dict()
+
+
+__all__ = ["embedded_inputs", "is_4bit", "mean_embedding", "unpack_4bit"]

@@ -22,7 +22,7 @@ from .encoder_listen import build_speech_encoder
 from .feature_extraction_listen import ListenFeatureExtractor
 from .generation_listen import PlaceholderBlindProcessors, PlaceholderFreeCandidates
 from .geometry_listen import num_resampled
-from .language_models_listen import embedded_inputs
+from .language_models_listen import embedded_inputs, is_4bit, unpack_4bit
 from .modeling_beats import BeatsModel
 from .modeling_connector import WindowQFormer
 from .modeling_conv_rotary import ConvRotary
@@ -95,8 +95,10 @@ class ListenPreTrainedModel(AdapterMixin, PreTrainedModel):
             backbone.eval()
             for child_name, child in backbone.named_modules():
                 checkpointed = isinstance(child, GradientCheckpointingLayer) and child.gradient_checkpointing
-                if checkpointed or (name == "language_model" and "lora_dropout" in child_name):
+                if checkpointed or is_4bit(child) or (name == "language_model" and "lora_dropout" in child_name):
                     child.training = mode  # this module alone: its children keep their dropout off
+                if mode and is_4bit(child):
+                    unpack_4bit(child)  # gradients must pass
         return self
 
     def frozen_backbones(self) -> Iterator[tuple[str, nn.Module]]:
