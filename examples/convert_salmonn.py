@@ -85,11 +85,12 @@ WITHOUT_EFFECT = re.compile(
     r"|llama_model\..+\.rotary_emb\.inv_freq"
 )
 
+# The space behind `<|audio|>` makes `</Speech>` the beginning of a word, as it is where SALMONN tokenises it: alone.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'user' -%}"
     "{%- set bare = message['content'] | replace('<|audio|> ', '<|audio|>') -%}"
-    "{%- set heard = bare | replace('<|audio|>', '<Speech><|audio|></Speech> ') -%}"
+    "{%- set heard = bare | replace('<|audio|>', '<Speech><|audio|> </Speech> ') -%}"
     "{{ 'USER: ' + heard | trim + '\n' }}"
     "{%- elif message['role'] == 'assistant' -%}"
     "{{ 'ASSISTANT: ' }}{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}{{ '\n' }}"

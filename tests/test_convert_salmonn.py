@@ -14,7 +14,7 @@ from fixtures_examples import load_example
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from salmonn_reference import FULL, LORA_ALPHA, LORA_RANK, TINY, embed, synthetic_checkpoint, tensor_shapes
-from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, LlamaConfig
+from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, LlamaConfig, LlamaTokenizer
 
 from listen import ListenConfig, ListenForConditionalGeneration, ListenProcessor
 from listen.data.features import EncodedRecording, collate_features
@@ -221,11 +221,27 @@ def test_prompt_is_that_of_salmonn(processor: ListenProcessor) -> None:
     content = [{"type": "audio", "audio": clip(1.0).numpy()}, {"type": "text", "text": "What is said?"}]
     chat = [{"role": "user", "content": content}]
     text = processor.apply_chat_template(chat, add_generation_prompt=True)
-    assert text == "USER: <Speech><|audio|></Speech> What is said?\nASSISTANT:"
+    assert text == "USER: <Speech><|audio|> </Speech> What is said?\nASSISTANT:"
     spaced = [{"role": "user", "content": "<|audio|> What is said?"}, {"role": "assistant", "content": "yes"}]
     ending = "ASSISTANT: yes</s>\n"
     assert processor.apply_chat_template(spaced) == text.removesuffix("ASSISTANT:") + ending
     assert processor.instruction("asr") == "Recognize the speech and give me the transcription."
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_text_beside_the_audio_has_the_ids_of_salmonn(converted: tuple[dict, Path], legacy: bool) -> None:
+    """It tokenises what stands before the audio and what stands behind each on its own, as the beginning of a word."""
+    before, behind = "USER: <Speech>", "</Speech> What is said?\nASSISTANT:"
+    symbols = ["<unk>", "<s>", "</s>", *sorted({"\u2581", *before, *behind})]
+    tokenizer = LlamaTokenizer({symbol: i for i, symbol in enumerate(symbols)}, legacy=legacy)
+    alone = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (before, behind)]
+    config = ListenConfig.from_pretrained(converted[1])
+    config.audio_token_id = config.prompt_token_id = None
+    processor = ListenProcessor.from_backbones(config, tokenizer, chat_template=convert_salmonn.CHAT_TEMPLATE)
+    chat = [{"role": "user", "content": "<|audio|> What is said?"}]
+    text = processor.apply_chat_template(chat, add_generation_prompt=True)
+    inputs = processor(text, clip(1.0).numpy(), sampling_rate=16000, add_special_tokens=False)
+    assert inputs["input_ids"][0].tolist() == [*alone[0], *[config.audio_token_id] * TOKENS, *alone[1]]
 
 
 def test_card_says_what_it_is(converted: tuple) -> None:
