@@ -145,6 +145,8 @@ class ListenModel(ListenPreTrainedModel):
         super().__init__(config)
         # an instance's own: which encoders learn is a matter of the config
         self._keep_in_fp32_modules_strict = [*type(self)._keep_in_fp32_modules_strict, *config.learned_backbones]
+        if config.lora_config:  # read once the LLM is there, by `_load_lora`, which holds it against the config
+            self._keys_to_ignore_on_load_unexpected = [r"^language_model\..*\.lora_"]
         self.speech_encoder: nn.Module | None = None
         self.audio_encoder: nn.Module | None = None
         self.language_model: nn.Module | None = None

@@ -321,7 +321,8 @@ def test_lora_is_part_of_the_adapter_checkpoint(backbones: Path, tmp_path: Path)
     with safe_open(tmp_path / "model.safetensors", "pt") as weights:
         keys = set(weights.keys())
     assert all("lora_" in key or key.startswith("adapters.") for key in keys)
-    loaded = AutoModel.from_pretrained(tmp_path)
+    loaded, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["unexpected_keys"] and not info["missing_keys"]
     assert torch.equal(logits(loaded), logits(model))
     assert {n for n, p in loaded.named_parameters() if p.requires_grad} == {
         n for n, p in model.named_parameters() if p.requires_grad
