@@ -25,7 +25,7 @@ def read_checkpoint(path: Path, entries: tuple[str, ...]) -> dict[str, Any]:
         raise FileNotFoundError(f"There is no file {path}.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+    except (RuntimeError, EOFError, OSError, LookupError, ValueError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConversionError(f"{path} is truncated or no PyTorch file of plain tensors: {reason}") from error
     missing = [name for name in entries if not isinstance(checkpoint, dict) or name not in checkpoint]

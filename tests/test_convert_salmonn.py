@@ -397,8 +397,10 @@ def test_code_and_truncation_are_refused(tmp_path: Path) -> None:
         convert_salmonn.convert(write(tmp_path / "evil.pth", {"model": Intruder()}), tmp_path / "out")
     cut = write(tmp_path / "cut.pth", synthetic_checkpoint(**TINY))
     cut.write_bytes(cut.read_bytes()[:2000])
-    with pytest.raises(convert_salmonn.ConversionError, match="cut.pth is truncated"):
-        convert_salmonn.convert(cut, tmp_path / "out")
+    (text := tmp_path / "text.pth").write_text("hello")
+    for path in (cut, text):
+        with pytest.raises(convert_salmonn.ConversionError, match=f"{path.name} is truncated or no PyTorch file"):
+            convert_salmonn.convert(path, tmp_path / "out")
 
 
 def test_backbones_of_another_width_are_named(paths: dict[str, str], tmp_path: Path) -> None:
