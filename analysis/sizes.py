@@ -11,7 +11,8 @@ through every part and multiplied by the batch.
 Parameters: each counted once, tied ones too; Whisper without its decoder. Learned ones take float32, frozen ones
 `dtype`. While training, each learned parameter has a gradient and the two moments of AdamW beside it, 12 bytes.
 
-FLOPs: those of matrix products and convolutions as `torch.utils.flop_counter` counts them, 2 for a multiply-add.
+FLOPs: those of matrix products and convolutions as `torch.utils.flop_counter` counts them, 2 for a multiply-add; of a
+mixture of experts, those of the experts that a position is sent to.
 
 Cache: for each layer `2 * kv heads * head width * min(positions, window) * bytes of a number`, taken from the cache
 that the LLM itself fills.
@@ -45,6 +46,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ..configuration_listen import BACKBONES, ListenConfig
+from ..language_models_listen import embedded_inputs
 from ..modeling_listen import ListenAdapter, ListenForConditionalGeneration
 from ..presets_listen import PRESETS
 from ..processing_listen import feature_extractor_for
@@ -140,7 +142,7 @@ def measure_sizes(
         lora: arguments of `peft.LoraConfig` for a LoRA on the LLM; the config's by default.
 
     Raises:
-        ValueError: a size that is not positive.
+        ValueError: a size that is not positive, or an LLM of experts in another type than bfloat16.
     """
     for name, value in (("batch_size", batch_size), ("audio_seconds", audio_seconds), ("text_tokens", text_tokens)):
         if not value > 0:
@@ -198,6 +200,8 @@ def _build(config: PreTrainedConfig, dtype: torch.dtype) -> ListenForConditional
             backbone.dtype = torch.float32 if name in config.trainable else dtype  # what learns does so in fp32
     with no_init_weights():
         model = ListenForConditionalGeneration(config)
+    if dtype != torch.bfloat16 and any(name.endswith(".experts") for name, _ in model.named_modules()):
+        raise ValueError(f"an LLM of experts is measured in bfloat16, not {dtype}; pass dtype=torch.bfloat16 (--dtype)")
     model.language_model.tie_weights()  # left out together with the initial values
     return model.eval()
 
@@ -256,21 +260,35 @@ def _adapt(config: PreTrainedConfig, frames: list[tuple[int, dict[str, tuple[int
 
 def _logits(model: ListenForConditionalGeneration, positions: int) -> torch.Tensor:
     """Logits of the LLM over embeddings that ask for a gradient, as prompts and audio do."""
-    width = model.config.get_text_config().hidden_size
-    embeds = torch.zeros(1, positions, width, dtype=model.language_model.dtype, requires_grad=True)
-    return model.language_model(inputs_embeds=embeds, use_cache=False).logits
+    return model.language_model(**_positions(model, positions), use_cache=False).logits
 
 
 @torch.no_grad()
 def _continue(model: ListenForConditionalGeneration, positions: int) -> tuple[int, int]:
     """Bytes of the cache after so many positions, and FLOPs of the token that follows."""
-    width, dtype = model.config.get_text_config().hidden_size, model.language_model.dtype
-    outputs = model.language_model(inputs_embeds=torch.zeros(1, positions, width, dtype=dtype), use_cache=True)
-    cache = outputs.past_key_values
+    cache = model.language_model(**_positions(model, positions), use_cache=True).past_key_values
     held = cache_bytes(cache)
-    with FlopCounterMode(display=False) as counter:
-        model.language_model(inputs_embeds=torch.zeros(1, 1, width, dtype=dtype), past_key_values=cache)
+    with _counter() as counter:
+        model.language_model(**_positions(model, 1), past_key_values=cache)
     return held, counter.get_total_flops()
+
+
+def _positions(model: ListenForConditionalGeneration, number: int) -> dict[str, torch.Tensor]:
+    """What the LLM reads where a prompt or audio embedding stands at each of so many positions."""
+    width, dtype = model.config.get_text_config().hidden_size, model.language_model.dtype
+    embeds = torch.zeros(1, number, width, dtype=dtype, requires_grad=True)
+    ids = torch.zeros(1, number, dtype=torch.long)
+    return embedded_inputs(model.language_model, ids, ids == 0, embeds)
+
+
+def _counter() -> FlopCounterMode:
+    """One that knows the products of experts too, of which torch's has no formula."""
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_flops})
+
+
+def _grouped_flops(rows: torch.Size, matrices: torch.Size, *_: Any, **__: Any) -> int:
+    """`(rows, in)` with `(experts, in, out)`: each row meets one expert."""
+    return 2 * rows[0] * rows[1] * matrices[-1]
 
 
 def cache_bytes(cache: Any) -> int:
@@ -290,7 +308,7 @@ def _cost(module: nn.Module, run: Callable[[], torch.Tensor], learns: bool) -> C
             kept[storage._cdata] = tensor  # held, so that no other storage gets its address
         return tensor
 
-    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(learns):
+    with _counter() as counter, torch.set_grad_enabled(learns):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             result = run()
         forward = counter.get_total_flops()
@@ -330,6 +348,7 @@ def read_model(source: str) -> tuple[PreTrainedConfig, dict[str, Any] | None]:
 
     Raises:
         ValueError: none of the three, or a recipe without preset whose backbones are not on this machine.
+        FileNotFoundError: there is no such recipe.
     """
     if source in PRESETS:
         return ListenConfig.from_preset(source), None
@@ -434,7 +453,7 @@ def main(given: list[str] | None = None) -> Sizes:
         config, lora = read_model(options.model)
         dtype = getattr(torch, options.dtype) if options.dtype else None
         sizes = measure_sizes(config, options.batch_size, options.audio_seconds, options.text_tokens, dtype, lora)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from error
     if options.json:
         sys.stdout.write(json.dumps(asdict(sizes), indent=2) + "\n")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import clip, make_inputs, tiny_config, tiny_model
+from fixtures_language_models import family_text_config
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
@@ -57,6 +58,25 @@ def test_positions_and_flops_are_those_of_a_real_forward_pass(sizes: Sizes) -> N
     with FlopCounterMode(display=False) as counter:
         model(**inputs)
     assert counter.get_total_flops() == sizes.forward_flops
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gemma3", "gemma3n", "qwen3-moe", "mixtral"])
+def test_composite_llms_and_experts_are_counted(family: str) -> None:
+    overrides = {"text_config": family_text_config(family)}
+    sizes = measure_sizes(tiny_config(**overrides), audio_seconds=0.5, text_tokens=5, dtype=torch.bfloat16)
+    llm = tiny_model(**overrides).language_model
+    llm.set_attn_implementation("eager")
+    llm.set_experts_implementation("eager")  # one product after the other, which torch's counter knows
+    with FlopCounterMode(display=False) as counter:
+        llm(torch.full((1, sizes.positions), 5))
+    assert counter.get_total_flops() == sizes.flops_per_position * sizes.positions
+    assert sizes.modules["language_model"].parameters == sum(p.numel() for p in llm.parameters())
+
+
+def test_experts_are_measured_in_bfloat16_alone() -> None:
+    with pytest.raises(ValueError, match=r"measured in bfloat16, not torch.float32; pass dtype=torch.bfloat16"):
+        measure_sizes(tiny_config(text_config=family_text_config("mixtral")), audio_seconds=0.5, text_tokens=5)
 
 
 def test_flops_of_a_training_step_are_near_those_of_a_real_one(sizes: Sizes) -> None:
@@ -122,6 +142,11 @@ def test_command_reads_folders_recipes_and_presets(tmp_path: Path, capsys: pytes
     assert config.text_config.hidden_size == 4096 and lora
     with pytest.raises(SystemExit, match="neither a preset"):
         main(["no-such-model"])
+    with pytest.raises(SystemExit, match="No such file .*none.yaml"):
+        main([str(tmp_path / "none.yaml")])
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(SystemExit, match="found no config.json"):
+        main([str(tmp_path)])
 
 
 @pytest.mark.parametrize("name", PRESETS)
