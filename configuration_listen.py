@@ -367,6 +367,19 @@ class ListenConfig(PreTrainedConfig):
             base_models[backbone] = {"base_model_name_or_path": str(source), "revision": revision}
         return cls(**configs, base_models=base_models, **kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "ListenConfig":
+        """As upstream, but fields of another model, or none at all, do not become a LiSTEN model of 7 B parameters.
+
+        Raises:
+            ValueError: `model_type` is not `"listen"`.
+        """
+        found = config_dict.get("model_type")
+        if found != cls.model_type:
+            what = f"a config of model_type={found!r}" if found else "no config.json, or one without model_type"
+            raise ValueError(f"found {what}, but a LiSTEN model is needed; name its folder or Hub id")
+        return super().from_dict(config_dict, **kwargs)
+
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The config that states the LLM's width, vocabulary and layers.
 

@@ -88,6 +88,7 @@ def test_the_tiny_preset_describes_the_model_in_the_repository() -> None:
             ),
             "set layerdrop=0 in speech_config",
         ),
+        (lambda: ListenConfig.from_dict({"model_type": "llama"}), "found a config of model_type='llama', but a LiSTEN"),
         (lambda: ListenConfig.from_preset("listen-70b"), "preset='listen-70b' is unknown; choose one of listen-llama3"),
     ],
 )
