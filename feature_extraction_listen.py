@@ -15,7 +15,7 @@ Nothing here depends on the batch mates of a clip.
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
@@ -60,21 +60,19 @@ def _whisper_filters(num_mel_bins: int, n_fft: int, sampling_rate: int) -> torch
 
 @lru_cache(maxsize=8)
 def _kaldi_filters(num_mel_bins: int, n_fft: int, sampling_rate: int) -> torch.Tensor:
-    """Triangular filters on Kaldi's mel scale, `(n_fft // 2 + 1, num_mel_bins)`."""
-    with warnings.catch_warnings():
-        # 128 bins leave the narrowest of the low filters without an FFT bin; BEATs was trained so.
-        warnings.filterwarnings("ignore", message="At least one mel filter has all zero values")
-        filters = mel_filter_bank(
-            num_frequency_bins=1 + n_fft // 2,
-            num_mel_filters=num_mel_bins,
-            min_frequency=_LOWEST_KALDI_HERTZ,
-            max_frequency=sampling_rate / 2,
-            sampling_rate=sampling_rate,
-            norm=None,
-            mel_scale="kaldi",
-            triangularize_in_mel_space=True,
-        )
-    return torch.from_numpy(filters).float()
+    """Triangles that are even on Kaldi's mel scale, `1127 ln(1 + f / 700)`: `(n_fft // 2 + 1, num_mel_bins)`.
+
+    In float32 throughout, as BEATs was trained: near a corner, rounding alone changes a weight by a thousandth.
+    """
+    lowest, highest = (1127.0 * math.log(1.0 + hertz / 700.0) for hertz in (_LOWEST_KALDI_HERTZ, sampling_rate / 2))
+    steps = torch.arange(num_mel_bins + 2, dtype=torch.float32)
+    corners = lowest + steps * ((highest - lowest) / (num_mel_bins + 1))
+    hertz = torch.arange(n_fft // 2, dtype=torch.float32) * (sampling_rate / n_fft)
+    mels = 1127.0 * (1.0 + hertz / 700.0).log().unsqueeze(1)  # (n_fft // 2, 1)
+    rising = (mels - corners[:-2]) / (corners[1:-1] - corners[:-2])
+    falling = (corners[2:] - mels) / (corners[2:] - corners[1:-1])
+    filters = torch.minimum(rising, falling).clamp_(min=0.0)
+    return torch.nn.functional.pad(filters, (0, 0, 0, 1))  # the Nyquist frequency is in none
 
 
 def _povey_window(length: int) -> torch.Tensor:
@@ -143,7 +141,8 @@ def kaldi_fbank(waveforms: torch.Tensor, num_mel_bins: int, sampling_rate: int) 
     frames = waveforms.unfold(1, window, shift) * _FULL_SCALE  # (clips, frames, window)
     frames -= frames.mean(-1, keepdim=True)
     emphasised = frames.new_zeros(*frames.shape[:2], n_fft)
-    torch.sub(frames[..., 1:], frames[..., :-1], alpha=_PREEMPHASIS, out=emphasised[..., 1:window])
+    # Product and difference rounded one after the other, as in training: fused, a pure tone's empty bins differ by 0.02.
+    torch.sub(frames[..., 1:], frames[..., :-1] * _PREEMPHASIS, out=emphasised[..., 1:window])
     emphasised[..., 0] = frames[..., 0] * (1.0 - _PREEMPHASIS)  # the first sample stands before itself
     emphasised[..., :window] *= _povey_window(window)
     power = _power_spectrum(emphasised)  # (clips, frames, n_fft // 2 + 1)

@@ -90,6 +90,32 @@ def test_filter_bank_equals_kaldi():
         assert not batch["input_values"][row, frames:].any()
 
 
+def kaldi_float32(clip: torch.Tensor) -> torch.Tensor:
+    """Kaldi's steps one after the other in float32, as BEATs was trained: `(samples,)` -> `(frames, 128)`."""
+    mels = 1127 * (1 + torch.arange(256) * 31.25 / 700).log()
+    lowest, highest = (1127 * math.log(1 + hertz / 700) for hertz in (20, 8000))
+    left, centre, right = (lowest + (torch.arange(128.0) + i) * ((highest - lowest) / 129) for i in range(3))
+    slopes = [((mels - a) / (b - a), (c - mels) / (c - b)) for a, b, c in zip(left, centre, right, strict=True)]
+    filters = torch.stack([torch.minimum(up, down).clamp(min=0) for up, down in slopes])  # (128, 256)
+    rows = []
+    for frame in (clip * 2**15).unfold(0, 400, 160):
+        frame = frame - frame.mean()
+        frame = frame - 0.97 * torch.cat([frame[:1], frame[:-1]])
+        frame = frame * torch.hann_window(400, periodic=False).pow(0.85)
+        power = torch.fft.rfft(frame, n=512).abs().square()[:256]
+        rows.append((filters @ power).clamp(min=torch.finfo(torch.float32).eps).log())
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("sweep", [0, 50])
+def test_filter_bank_of_tones_rounds_as_in_training(sweep):
+    seconds = torch.arange(5 * RATE) / RATE
+    clip = 0.5 * torch.sin(2 * math.pi * (440 * seconds + sweep * seconds**2))
+    expected = (kaldi_float32(clip) - 15.41663) / (2 * 6.55582)
+    values = ListenFeatureExtractor()(clip, sampling_rate=RATE)["input_values"][0]
+    torch.testing.assert_close(values, expected, atol=2e-6, rtol=0)
+
+
 def test_filter_bank_of_digital_silence_is_the_floor():
     batch = ListenFeatureExtractor()(np.zeros(RATE, np.float32), sampling_rate=RATE)
     floor = (math.log(torch.finfo(torch.float32).eps) - 15.41663) / (2 * 6.55582)
