@@ -141,7 +141,7 @@ def kaldi_fbank(waveforms: torch.Tensor, num_mel_bins: int, sampling_rate: int) 
     frames = waveforms.unfold(1, window, shift) * _FULL_SCALE  # (clips, frames, window)
     frames -= frames.mean(-1, keepdim=True)
     emphasised = frames.new_zeros(*frames.shape[:2], n_fft)
-    # Product and difference rounded one after the other, as in training: fused, a pure tone's empty bins differ by 0.02.
+    # product and difference rounded one after the other, as in training: fused, a tone's empty bins differ by 0.02
     torch.sub(frames[..., 1:], frames[..., :-1] * _PREEMPHASIS, out=emphasised[..., 1:window])
     emphasised[..., 0] = frames[..., 0] * (1.0 - _PREEMPHASIS)  # the first sample stands before itself
     emphasised[..., :window] *= _povey_window(window)

@@ -89,7 +89,7 @@ normalised as `ListenFeatureExtractor` does. Output: 50 tokens a second.
 """
 
 
-def convert_config(published: dict, labels: dict | None = None) -> BeatsConfig:
+def convert_config(published: dict, labels: object = None) -> BeatsConfig:
     """`BeatsConfig` for the published configuration, with the labels of a fine-tuned checkpoint.
 
     Raises:
@@ -102,27 +102,35 @@ def convert_config(published: dict, labels: dict | None = None) -> BeatsConfig:
     if activation not in ACTIVATIONS:
         raise ConversionError(f"cfg.activation_fn={activation!r} is not supported; one of {sorted(ACTIVATIONS)} is.")
     values = {ours: published.get(name, default) for name, (ours, default) in CONFIG_NAMES.items()}
-    if published.get("finetuned_model", False):
-        num_labels = published.get("predictor_class", 527)
-        names = {int(index): str(name) for index, name in (labels or {}).items()}
-        values["id2label"] = names if len(names) == num_labels else {i: f"LABEL_{i}" for i in range(num_labels)}
-        values["label2id"] = {name: index for index, name in values["id2label"].items()}
-        values["problem_type"] = "multi_label_classification"
     try:
+        if published.get("finetuned_model", False):
+            values["id2label"] = label_names(published.get("predictor_class", 527), labels)
+            values["label2id"] = {name: index for index, name in values["id2label"].items()}
+            values["problem_type"] = "multi_label_classification"
         return BeatsConfig(hidden_act=ACTIVATIONS[activation], **values)
     except (TypeError, ValueError) as error:
         raise ConversionError(f"cfg is inconsistent: {error}") from error
+
+
+def label_names(num_labels: int, labels: object) -> dict[int, str]:
+    """The labels of a fine-tuned checkpoint; numbers where they are not one for each class, by its index."""
+    indices = [str(index) for index in range(num_labels)]
+    if isinstance(labels, dict) and {str(index) for index in labels} == set(indices):
+        return {int(index): str(name) for index, name in labels.items()}
+    return {int(index): f"LABEL_{index}" for index in indices}
 
 
 def convert_weights(published: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same tensors under the names of `BeatsForAudioClassification` without its prefix `beats.`.
 
     Raises:
-        ConversionError: a name is unknown, or layers disagree on the position bias that they share.
+        ConversionError: a name is unknown, an entry is no tensor, or layers disagree on the position bias they share.
     """
     weights: dict[str, torch.Tensor] = {}
     for name, tensor in published.items():
-        ours = rename(name)
+        ours = rename(str(name))
+        if not isinstance(tensor, torch.Tensor):
+            raise ConversionError(f"model[{name!r}] is a {type(tensor).__name__}, a tensor is needed.")
         if ours in weights and not torch.equal(weights[ours], tensor):
             raise ConversionError(f"{name} differs from layer 0's, but the layers share one relative position bias.")
         weights[ours] = tensor
@@ -186,7 +194,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         model = convert(arguments.source, arguments.output)
-    except (ConversionError, FileNotFoundError) as error:
+    except (ConversionError, OSError) as error:
         parser.exit(1, f"{error}\n")
     print(f"{type(model).__name__} with {model.num_parameters():,} parameters written to {arguments.output}")
 

@@ -419,7 +419,7 @@ def main() -> None:
     backbones = Backbones(given.speech_encoder, given.audio_encoder, given.language_model, given.download)
     try:
         config = convert(given.source, given.output, backbones, with_lora=False if given.no_lora else None)
-    except (ConversionError, FileNotFoundError) as error:
+    except (ConversionError, OSError) as error:
         parser.exit(1, f"{error}\n")
     places = ", ".join(spec["base_model_name_or_path"] for spec in config.base_models.values())
     print(f"SALMONN adapter over {places} written to {given.output}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,17 +25,26 @@ def read_checkpoint(path: Path, entries: tuple[str, ...]) -> dict[str, Any]:
         raise FileNotFoundError(f"There is no file {path}.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, LookupError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConversionError(f"{path} is truncated or no PyTorch file of plain tensors: {reason}") from error
+    except Exception as error:  # bytes of another kind raise anything: a text may be a KeyError
+        raise ConversionError(f"{path} is truncated or no PyTorch file of plain tensors: {_reason(error)}") from error
     missing = [name for name in entries if not isinstance(checkpoint, dict) or name not in checkpoint]
     if missing:
-        found = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        found = sorted(map(str, checkpoint))[:5] if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise ConversionError(f"{path} has no {' and no '.join(map(repr, missing))}; it holds {found}.")
     for name in entries:
         if not isinstance(checkpoint[name], dict):
             raise ConversionError(f"{path}: {name!r} is a {type(checkpoint[name]).__name__}, a dictionary is needed.")
     return checkpoint
+
+
+def _reason(error: Exception) -> str:
+    """Why a file cannot be read, without torch's advice to execute it."""
+    python_object = re.search(r"GLOBAL (\S+)", str(error))
+    if python_object:
+        return f"it holds the Python object {python_object[1]}"
+    if isinstance(error, (RuntimeError, OSError)):
+        return str(error).split(". ")[0]
+    return "its bytes are no saved tensors"
 
 
 def check_tensors(weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:

@@ -112,8 +112,22 @@ class Intruder:
 
 def test_code_in_the_file_is_refused_not_run(tmp_path):
     path = write(tmp_path / "evil.pt", {"cfg": Intruder(), "model": {}})
-    with pytest.raises(convert_beats.ConversionError, match="evil.pt"):
+    with pytest.raises(convert_beats.ConversionError, match=r"evil.pt .* it holds the Python object sys.exit$"):
         convert_beats.convert(path, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "content", [b"hello, not a checkpoint", b"<!DOCTYPE html>", b"version https://git-lfs", b"\xff"]
+)
+def test_a_file_of_other_bytes_is_refused_without_advice_to_run_it(tmp_path, content):
+    (tmp_path / "page.pt").write_bytes(content)
+    with pytest.raises(convert_beats.ConversionError, match=r"page.pt .*: its bytes are no saved tensors$"):
+        convert_beats.convert(tmp_path / "page.pt", tmp_path / "out")
+
+
+@pytest.mark.parametrize("labels", [None, ["a", "b"], {"a": 0, "b": 1}, {1: "a", 2: "b"}, {0: "a"}])
+def test_labels_that_do_not_fit_the_head_become_numbers(labels):
+    assert convert_beats.label_names(2, labels) == {0: "LABEL_0", 1: "LABEL_1"}
 
 
 @pytest.mark.parametrize(
@@ -145,6 +159,8 @@ def damaged(change: str) -> dict:
         weights["encoder.layers.2.self_attn.relative_attention_bias.weight"] = torch.zeros(16, 4)
     elif change == "nan":
         weights["encoder.layers.0.fc2.bias"][3] = torch.nan
+    elif change == "no tensor":
+        weights["encoder.layer_norm.bias"] = None
     return checkpoint
 
 
@@ -157,6 +173,7 @@ def damaged(change: str) -> dict:
         ("shape", r"layer_norm.weight has shape \(31,\), its configuration needs \(32,\)"),
         ("bias", "encoder.layers.2.self_attn.relative_attention_bias.weight differs from layer 0"),
         ("nan", "layers.0.output.bias has NaN"),
+        ("no tensor", r"model\['encoder.layer_norm.bias'\] is a NoneType"),
     ],
 )
 def test_wrong_weights_are_named(tmp_path, change, message):
@@ -174,3 +191,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         convert_beats.main()
     assert stopped.value.code == 1 and "There is no file" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["convert_beats.py", str(source), str(source)])
+    with pytest.raises(SystemExit) as stopped:
+        convert_beats.main()
+    assert stopped.value.code == 1 and "Not a directory" in capsys.readouterr().err
