@@ -20,7 +20,7 @@ from .configuration_listen import ListenConfig, ListenConnectorConfig, ListenPro
 from .feature_extraction_audio_classification import ListenAudioClassificationFeatureExtractor
 from .feature_extraction_listen import ListenFeatureExtractor
 from .modeling_audio_classification import ListenForAudioClassification
-from .modeling_beats import BeatsModel
+from .modeling_beats import BeatsForAudioClassification, BeatsModel
 from .modeling_listen import ListenForConditionalGeneration, ListenModel
 from .pipeline_listen import ListenPipeline
 from .processing_listen import ListenProcessor
@@ -33,6 +33,7 @@ AutoConfig.register("listen_audio_classification", ListenAudioClassificationConf
 AutoModel.register(BeatsConfig, BeatsModel, exist_ok=True)
 for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM):
     _auto_class.register(ListenConfig, ListenForConditionalGeneration, exist_ok=True)
+AutoModelForAudioClassification.register(BeatsConfig, BeatsForAudioClassification, exist_ok=True)
 AutoModelForAudioClassification.register(ListenAudioClassificationConfig, ListenForAudioClassification, exist_ok=True)
 AutoFeatureExtractor.register(ListenAudioClassificationConfig, ListenAudioClassificationFeatureExtractor, exist_ok=True)
 AutoFeatureExtractor.register(ListenConfig, ListenFeatureExtractor, exist_ok=True)
@@ -41,6 +42,7 @@ PIPELINE_REGISTRY.register_pipeline("audio-llm", pipeline_class=ListenPipeline, 
 
 __all__ = [
     "BeatsConfig",
+    "BeatsForAudioClassification",
     "BeatsModel",
     "ListenAudioClassificationConfig",
     "ListenAudioClassificationFeatureExtractor",

@@ -79,13 +79,16 @@ BEATs audio encoder (Chen et al. 2022, [arXiv 2212.09058](https://arxiv.org/abs/
 published checkpoint `{source}` by LiSTEN's `examples/convert_beats.py`. The weights are unchanged.
 
 ```python
-from listen.modeling_beats import {model_class}
+from listen import ListenFeatureExtractor  # LiSTEN registers BEATs with transformers
+from transformers import {auto_class}
 
-model = {model_class}.from_pretrained("{name}")
+model = {auto_class}.from_pretrained("{name}")
+features = ListenFeatureExtractor()(waveform, sampling_rate=16000)  # (samples,) floats in [-1, 1], or a list of those
+output = model(features["input_values"], features["input_values_mask"])
 ```
 
 {parameters:,} parameters, {layers} layers, width {width}. Input: Kaldi log-mel filter banks of 16 kHz audio, 128 bins,
-normalised as `ListenFeatureExtractor` does. Output: 50 tokens a second.
+normalised, in rows of at most 30 s. Output: {output}.
 """
 
 
@@ -161,12 +164,18 @@ def load_weights(model: BeatsModel | BeatsForAudioClassification, weights: dict[
 
 def write_card(folder: Path, source: Path, model: BeatsModel | BeatsForAudioClassification) -> None:
     """Short model card that names the source of the weights."""
-    task = "audio-classification" if isinstance(model, BeatsForAudioClassification) else "feature-extraction"
+    task, auto_class, output = "feature-extraction", "AutoModel", "50 tokens a second"
+    if isinstance(model, BeatsForAudioClassification):
+        task, auto_class = "audio-classification", "AutoModelForAudioClassification"
+        output = (
+            f"logits of {model.config.num_labels} labels, of which several may hold; their sigmoid is a probability"
+        )
     card = CARD.format(
         metadata=ModelCardData(license="mit", pipeline_tag=task, tags=["beats", "audio"]).to_yaml(),
         name=folder.name,
         source=source.name,
-        model_class=type(model).__name__,
+        auto_class=auto_class,
+        output=output,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         layers=model.config.num_hidden_layers,
         width=model.config.hidden_size,

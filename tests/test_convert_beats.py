@@ -46,6 +46,19 @@ def test_fine_tuned_file_keeps_its_head_and_labels(tmp_path):
     torch.testing.assert_close(output.double(), probabilities(checkpoint, fbank), atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("finetuned_model", [False, True])
+def test_the_code_of_the_card_runs(tmp_path, monkeypatch, finetuned_model):
+    checkpoint = synthetic_checkpoint(**TINY, finetuned_model=finetuned_model)
+    model = convert_beats.convert(write(tmp_path / "x.pt", checkpoint), tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    found = {"waveform": torch.sin(torch.arange(16_000) / 20)}
+    exec((tmp_path / "out" / "README.md").read_text().split("```")[1].removeprefix("python"), found)
+    assert type(found["model"]) is type(model) and found["output"][0].shape == (
+        (1, 5) if finetuned_model else (1, 48, 32)
+    )
+
+
 def test_published_shape_is_the_default_and_has_250_tensors():
     config = convert_beats.convert_config(PUBLISHED_CONFIG)
     assert config.to_diff_dict() == BeatsConfig().to_diff_dict()
