@@ -26,8 +26,8 @@ _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revi
 _BACKBONE_KWARGS = ("attn_implementation", "cache_dir", "token", "local_files_only", "max_memory", "offload_folder")
 _LOADERS: dict[str, Callable[..., nn.Module]] = {
     "speech_encoder": load_speech_encoder,
-    "audio_encoder": BeatsModel.from_pretrained,
-    "language_model": AutoModelForCausalLM.from_pretrained,
+    "audio_encoder": lambda source, **options: _load_whole(BeatsModel, source, **options),
+    "language_model": lambda source, **options: _load_whole(AutoModelForCausalLM, source, **options),
 }
 _SHAPE_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 _LORA_FIELDS = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora")
@@ -138,7 +138,7 @@ class FrozenBackbonesMixin:
         One that is there already, as a learned one is in a checkpoint, stays as it is. Learned ones are loaded in fp32.
 
         Raises:
-            ValueError: a backbone is not the one that the adapter was trained on.
+            ValueError: a backbone is not the one that the adapter was trained on, or its weights are not all there.
         """
         options = {**kwargs, "dtype": dtype, "quantization_config": quantization_config}
         for name, spec in self.config.base_models.items():
@@ -590,6 +590,13 @@ def _refuse_learned(guest: str, owner: str, config: PreTrainedConfig) -> None:
             "with its adapter; save it on its own (model.speech_encoder.save_pretrained(folder)) and name that folder "
             "as the frozen encoder of models that share it"
         )
+
+
+def _load_whole(model_class: Any, source: str, **options: Any) -> nn.Module:
+    """A backbone whose checkpoint has all its weights: frozen, a fresh one would never learn."""
+    backbone, info = model_class.from_pretrained(source, output_loading_info=True, **options)
+    _refuse_missing(source, info)
+    return backbone
 
 
 def _refuse_missing(source: str, info: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Configuration of LiSTEN: which frozen backbones listen and speak, and what is learned between them."""
 
 import difflib
+import os
 from fractions import Fraction
 from typing import Any
 
@@ -355,6 +356,9 @@ class ListenConfig(PreTrainedConfig):
             audio_encoder: A BEATs checkpoint in our format; `None` for no second stream.
             revisions: Revision of each backbone, by the name of its argument; `"main"` where absent.
             **kwargs: Other fields of the config.
+
+        Raises:
+            ValueError: `audio_encoder` is no BEATs in our format, or values cannot work together.
         """
         names = {"speech_encoder": speech_encoder, "audio_encoder": audio_encoder, "language_model": language_model}
         configs, base_models = {}, {}
@@ -362,8 +366,8 @@ class ListenConfig(PreTrainedConfig):
             if source is None:
                 continue
             revision = (revisions or {}).get(backbone, "main")
-            config_class = BeatsConfig if backbone == "audio_encoder" else AutoConfig
-            configs[BACKBONES[backbone]] = config_class.from_pretrained(source, revision=revision)
+            read = _beats_config if backbone == "audio_encoder" else AutoConfig.from_pretrained
+            configs[BACKBONES[backbone]] = read(source, revision=revision)
             base_models[backbone] = {"base_model_name_or_path": str(source), "revision": revision}
         return cls(**configs, base_models=base_models, **kwargs)
 
@@ -459,6 +463,17 @@ class ListenConfig(PreTrainedConfig):
                 raise ValueError(
                     f"base_models[{name!r}]={spec!r} needs 'base_model_name_or_path', a Hub id or a folder"
                 )
+
+
+def _beats_config(source: str, revision: str) -> BeatsConfig:
+    """The config of a converted BEATs."""
+    fields = {} if os.path.isfile(source) else BeatsConfig.get_config_dict(source, revision=revision)[0]
+    if fields.get("model_type") != BeatsConfig.model_type:
+        raise ValueError(
+            f"audio_encoder={str(source)!r} is no folder or Hub id of a BEATs in this package's format (model_type="
+            f"{fields.get('model_type')!r}); examples/convert_beats.py makes one of a published BEATs_x.pt"
+        )
+    return BeatsConfig.from_pretrained(source, revision=revision)
 
 
 def check_padding(connector_config: PreTrainedConfig, pad_to_30s: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,21 @@ def test_a_missing_learned_weight_is_an_error(backbones: Path, tmp_path: Path) -
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="lacks the weights.*prompt_pool.values"):
         AutoModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "weight"), [("audio_encoder", "layers.0.output.weight"), ("language_model", "model.norm.weight")]
+)
+def test_a_missing_weight_of_a_backbone_is_an_error(
+    backbones: Path, tmp_path: Path, backbone: str, weight: str
+) -> None:
+    fresh(backbones).save_pretrained(tmp_path / "adapter")
+    shutil.copytree(backbones / backbone, tmp_path / "cut")
+    weights = load_file(tmp_path / "cut" / "model.safetensors")
+    del weights[weight]
+    save_file(weights, tmp_path / "cut" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"cut' lacks the weights \['{weight}'\]"):
+        AutoModel.from_pretrained(tmp_path / "adapter", backbones={backbone: str(tmp_path / "cut")})
 
 
 def test_a_backbone_of_another_width_is_an_error(backbones: Path, tmp_path: Path) -> None:

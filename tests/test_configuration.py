@@ -95,3 +95,13 @@ def test_the_tiny_preset_describes_the_model_in_the_repository() -> None:
 def test_values_that_cannot_work_are_named(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_an_audio_encoder_that_is_no_converted_beats_is_named(tmp_path: Path) -> None:
+    backbones = Path(__file__).parents[1] / "model_cards" / "listen-tiny" / "backbones"
+    (tmp_path / "BEATs.pt").write_bytes(b"PK")
+    for source, found in ((tmp_path / "BEATs.pt", "None"), (tmp_path, "None"), (backbones / "speech_encoder", "'whis")):
+        with pytest.raises(ValueError, match=rf"audio_encoder='{source}' .*\(model_type={found}.*convert_beats"):
+            ListenConfig.from_backbones(
+                str(backbones / "speech_encoder"), str(backbones / "language_model"), str(source)
+            )
