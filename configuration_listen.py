@@ -392,6 +392,12 @@ class ListenConfig(PreTrainedConfig):
         return self.text_config.get_text_config(decoder=decoder, encoder=encoder)
 
     @property
+    def text_width(self) -> int:
+        """Width of the LLM's input embeddings; some (OPT 350M) are narrower than the layers behind them."""
+        config = self.get_text_config()
+        return getattr(config, "word_embed_proj_dim", None) or config.hidden_size
+
+    @property
     def frame_seconds(self) -> float:
         """Time from one frame of the speech encoder to the next."""
         return speech_geometry(self.speech_config).frame_seconds

@@ -6,16 +6,21 @@ what lies on either side of that point, and the rule holds for all of them:
 - Gemma's embedding layer multiplies its rows by sqrt(width). That lies before: the connector's output is not
   multiplied, and prompts start at the mean of what the layer gives, not of the rows that it stores.
 - Granite multiplies all that enters by `embedding_multiplier`. That lies behind, for text, audio and prompts alike.
-- Gemma 3n and 4 look up a second embedding for every layer by id. Text has its own, placeholders have the padding's,
-  as the images and sounds of those models do.
+- Gemma 3n and 4 look up a second embedding for every layer by id, Qwen4-Exp one for runs of ids. Text has its own,
+  placeholders have the padding's, as the images and sounds of those models do.
 
 No scale is built into the connector: its last layer is linear and learns it.
 """
 
+import inspect
+
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+_READ_IDS_ALONE = ("cpmant",)
+_BLIND_TO_MASKS = ("recurrent_gemma", "rwkv", "xlstm")
 _ROWS_AT_ONCE = 4096  # 64 MiB of a width of 4096 in fp32
 
 
@@ -44,20 +49,47 @@ def embedded_inputs(
         is_placeholder: `(batch, sequence)`, true where audio or a prompt stands.
         embeds: `(batch, sequence, text width)`.
     """
-    decoder = language_model.get_decoder()
-    if not getattr(decoder, "hidden_size_per_layer_input", 0):
-        return {"inputs_embeds": embeds}
-    padding = getattr(decoder.config, "pad_token_id", None) or 0
-    ids = input_ids.masked_fill(is_placeholder, padding)
-    return {"inputs_embeds": embeds, "per_layer_inputs": decoder.get_per_layer_inputs(ids)}
+    decoder, config = language_model.get_decoder(), language_model.config.get_text_config()
+    ids = input_ids.masked_fill(is_placeholder, getattr(config, "pad_token_id", None) or 0)
+    if getattr(decoder, "hidden_size_per_layer_input", 0):
+        return {"inputs_embeds": embeds, "per_layer_inputs": decoder.get_per_layer_inputs(ids)}
+    if getattr(config, "ple_layer_ids", None):
+        return {"inputs_embeds": embeds, "ple_input_ids": ids}
+    return {"inputs_embeds": embeds}
 
 
-def is_4bit(layer: nn.Module) -> bool:
+def is_outdated(cache: Cache | None, length: int, text_config: PreTrainedConfig) -> bool:
+    """Whether an input has outgrown a cache: behind so many positions Phi 3 turns all of them by other angles."""
+    limit = getattr(text_config.get_text_config(), "original_max_position_embeddings", None)
+    return cache is not None and limit is not None and cache.get_seq_length() <= limit < length
+
+
+def train_frozen(language_model: PreTrainedModel, mode: bool) -> None:
+    """Prepare a frozen LLM in eval mode for training what stands around it.
+
+    Gradient checkpointing, 4-bit layers and a LoRA's dropout go by a module's own mode. Those modules alone change
+    theirs, and lose the dropout that they do themselves (OPT): none is left in the LLM.
+    """
+    for name, module in language_model.named_modules():
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+            module.training = mode
+            for setting, value in vars(module).items():
+                if "drop" in setting and isinstance(value, float):
+                    setattr(module, setting, 0.0)
+        elif _is_4bit(module):
+            module.training = mode
+            if mode:
+                _unpack_4bit(module)  # gradients must pass
+        elif "lora_dropout" in name:
+            module.training = mode
+
+
+def _is_4bit(layer: nn.Module) -> bool:
     """Whether bitsandbytes holds the weight of this layer in 4 bits."""
     return getattr(getattr(layer, "weight", None), "quant_state", None) is not None
 
 
-def unpack_4bit(layer: nn.Module) -> None:
+def _unpack_4bit(layer: nn.Module) -> None:
     """Undo what a 4-bit layer does to its weight on some CPUs when it first answers without gradients.
 
     In eval mode it packs the weight for a kernel of AVX-512, many times faster, through which no gradient passes, and
@@ -67,4 +99,54 @@ def unpack_4bit(layer: nn.Module) -> None:
         layer.state_dict()
 
 
-__all__ = ["embedded_inputs", "is_4bit", "mean_embedding", "unpack_4bit"]
+# ---------------------------------------------------------------------- what cannot work
+
+
+def check_language_model(text_config: PreTrainedConfig) -> None:
+    """Refuse an LLM that reads nothing but ids.
+
+    Raises:
+        ValueError: it does; an audio embedding has no id.
+    """
+    config = text_config.get_text_config()
+    if config.model_type in _READ_IDS_ALONE or "hash_moe" in (getattr(config, "mlp_layer_types", None) or ()):
+        raise ValueError(
+            f"an LLM of type {config.model_type!r} reads token ids, not embeddings, so it cannot hear; choose another"
+        )
+
+
+def check_padded(text_config: PreTrainedConfig, attention_mask: torch.Tensor | None) -> None:
+    """Refuse padding where the LLM would read it as text.
+
+    Args:
+        text_config: The LLM's config.
+        attention_mask: `(batch, sequence)`, 1 on real positions.
+
+    Raises:
+        ValueError: there is padding, and the LLM's layers do not look at masks.
+    """
+    model_type = text_config.get_text_config().model_type
+    if model_type in _BLIND_TO_MASKS and attention_mask is not None and not attention_mask.all():
+        raise ValueError(f"LLMs of type {model_type!r} read padding as if it were text; give one row at a time")
+
+
+def check_cache(language_model: PreTrainedModel) -> None:
+    """Refuse to generate with a cache where the LLM keeps none of keys and values.
+
+    Raises:
+        ValueError: it keeps another state, or none.
+    """
+    if "past_key_values" not in inspect.signature(language_model.forward).parameters:
+        model_type = language_model.config.model_type
+        raise ValueError(f"LLMs of type {model_type!r} have no attention cache; pass use_cache=False to generate")
+
+
+__all__ = [
+    "check_cache",
+    "check_language_model",
+    "check_padded",
+    "embedded_inputs",
+    "is_outdated",
+    "mean_embedding",
+    "train_frozen",
+]

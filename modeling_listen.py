@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput, TransformersKwargs
 
 from .adapter_listen import AdapterMixin, additive_attention
@@ -22,7 +22,14 @@ from .encoder_listen import build_speech_encoder
 from .feature_extraction_listen import ListenFeatureExtractor
 from .generation_listen import PlaceholderBlindProcessors, PlaceholderFreeCandidates
 from .geometry_listen import num_resampled
-from .language_models_listen import embedded_inputs, is_4bit, unpack_4bit
+from .language_models_listen import (
+    check_cache,
+    check_language_model,
+    check_padded,
+    embedded_inputs,
+    is_outdated,
+    train_frozen,
+)
 from .modeling_beats import BeatsModel
 from .modeling_connector import WindowQFormer
 from .modeling_conv_rotary import ConvRotary
@@ -48,11 +55,10 @@ class ListenAdapter(nn.Module):
     def __init__(self, config: PreTrainedConfig, connector: PreTrainedConfig, pool: PreTrainedConfig | None) -> None:
         super().__init__()
         audio_width = config.audio_config.hidden_size if config.audio_config is not None else 0
-        text_width = config.get_text_config().hidden_size
         self.connector = _CONNECTORS[connector.type](
-            connector, config.speech_width, audio_width, text_width, config.frame_seconds
+            connector, config.speech_width, audio_width, config.text_width, config.frame_seconds
         )
-        self.prompt_pool = ListenPromptPool(pool, text_width) if pool is not None else None
+        self.prompt_pool = ListenPromptPool(pool, config.text_width) if pool is not None else None
 
 
 class ListenPreTrainedModel(AdapterMixin, PreTrainedModel):
@@ -76,6 +82,11 @@ class ListenPreTrainedModel(AdapterMixin, PreTrainedModel):
         language_model = getattr(self, "language_model", None)
         return language_model.dtype if language_model is not None else super().dtype
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: of custom code, transformers skips modules without weights, where Falcon-H1 fills its layers' buffers."""
+        return False
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -91,14 +102,10 @@ class ListenPreTrainedModel(AdapterMixin, PreTrainedModel):
     def train(self, mode: bool = True) -> "ListenPreTrainedModel":
         """Put what learns into training mode; frozen backbones stay in eval mode, without dropout."""
         super().train(mode)
-        for name, backbone in self.frozen_backbones():
+        for _, backbone in self.frozen_backbones():
             backbone.eval()
-            for child_name, child in backbone.named_modules():
-                checkpointed = isinstance(child, GradientCheckpointingLayer) and child.gradient_checkpointing
-                if checkpointed or is_4bit(child) or (name == "language_model" and "lora_dropout" in child_name):
-                    child.training = mode  # this module alone: its children keep their dropout off
-                if mode and is_4bit(child):
-                    unpack_4bit(child)  # gradients must pass
+        if getattr(self, "language_model", None) is not None:
+            train_frozen(self.language_model, mode)
         return self
 
     def frozen_backbones(self) -> Iterator[tuple[str, nn.Module]]:
@@ -143,6 +150,7 @@ class ListenModel(ListenPreTrainedModel):
 
     def __init__(self, config: ListenConfig, init_backbones: Collection[str] = tuple(BACKBONES)) -> None:
         super().__init__(config)
+        check_language_model(config.text_config)
         # an instance's own: which encoders learn is a matter of the config
         self._keep_in_fp32_modules_strict = [*type(self)._keep_in_fp32_modules_strict, *config.learned_backbones]
         if config.lora_config:  # read once the LLM is there, by `_load_lora`, which holds it against the config
@@ -343,11 +351,16 @@ class ListenModel(ListenPreTrainedModel):
             raise ValueError("the input asks for no prompts; process it with num_prompts of at least 1")
         return prompts
 
-    @property
-    def _silenced(self) -> dict[str, bool]:
-        """What the LLM would do to no use: the routers of its experts are frozen, so no loss balances them."""
-        silent = getattr(self.language_model.config, "output_router_logits", False)
-        return {"output_router_logits": False} if silent else {}
+    def _without_waste(self, use_cache: bool | None, **kwargs: Any) -> dict[str, Any]:
+        """Keywords of the LLM's forward that switch off what it would do to no use, unless they ask for it.
+
+        The routers of its experts are frozen, so no loss balances them; training reads no cache, and some LLMs fail
+        with one: they write it in place, or again when gradient checkpointing recomputes a layer.
+        """
+        if use_cache is None and self.training:
+            use_cache = False
+        silent = getattr(self.config.get_text_config(), "output_router_logits", False)
+        return {**({"output_router_logits": False} if silent else {}), "use_cache": use_cache, **kwargs}
 
     @property
     def _placeholder_ids(self) -> list[int]:
@@ -444,6 +457,11 @@ class ListenModel(ListenPreTrainedModel):
         mask = ~is_prompt  # (batch, seq)
         if attention_mask is not None:
             mask = mask & attention_mask.bool()
+        if query_mask is not None and query_mask.shape[1] > mask.shape[1]:
+            raise ValueError(
+                f"the whole input of {query_mask.shape[1]} positions picks the prompts, but this pass reads "
+                f"{mask.shape[1]} of them; generate without prefill_chunk_size"
+            )
         if query_mask is not None:  # generation appends positions that the query must not see
             mask = mask & F.pad(query_mask.bool(), (0, mask.shape[1] - query_mask.shape[1]))
         weights = mask[..., None].float()  # (batch, seq, 1)
@@ -501,6 +519,7 @@ class ListenModel(ListenPreTrainedModel):
         flat_mask = attention_mask if is_flat else None
         if input_ids is not None:
             self._check_context(input_ids, flat_mask)
+        check_padded(self.config.text_config, flat_mask)
         encoded = self._encoded(**audio)
         if inputs_embeds is not None:
             if encoded is not None:
@@ -511,10 +530,12 @@ class ListenModel(ListenPreTrainedModel):
             return {"input_ids": input_ids, "position_ids": position_ids}, None
         if labels is not None and query_mask is None:
             query_mask = (labels != -100).cumsum(-1) == 0  # the query sees no answer
-        embeds, prompts = self.embed(input_ids, flat_mask, encoded, query_mask, task_ids, adapter_names)
-        same_length = flat_mask is not None and flat_mask.shape == input_ids.shape
-        if position_ids is None and same_length:
-            position_ids = (flat_mask.long().cumsum(-1) - 1).clamp_min(0)  # a padded row counts as it does alone
+        own_mask = (
+            flat_mask if flat_mask is not None and flat_mask.shape == input_ids.shape else None
+        )  # not the cache's
+        embeds, prompts = self.embed(input_ids, own_mask, encoded, query_mask, task_ids, adapter_names)
+        if position_ids is None and own_mask is not None:
+            position_ids = (own_mask.long().cumsum(-1) - 1).clamp_min(0)  # a padded row counts as it does alone
         inputs = embedded_inputs(self.language_model, input_ids, is_placeholder, embeds)
         return {**inputs, "position_ids": position_ids}, prompts
 
@@ -548,9 +569,8 @@ class ListenModel(ListenPreTrainedModel):
         outputs = self.language_model.base_model(
             **read,
             attention_mask=merged.get("attention_mask"),
-            use_cache=use_cache,
             past_key_values=past_key_values,
-            **{**self._silenced, **kwargs},
+            **self._without_waste(use_cache, **kwargs),
         )
         picked = prompts or PromptOutput()
         return ListenModelOutput(
@@ -656,10 +676,9 @@ class ListenForConditionalGeneration(ListenModel, GenerationMixin):
         outputs = self.language_model(
             **read,
             attention_mask=attention_mask,
-            use_cache=use_cache,
             logits_to_keep=logits_to_keep,
             past_key_values=past_key_values,
-            **{**self._silenced, **kwargs},
+            **self._without_waste(use_cache, **kwargs),
         )
         return self._output(outputs, prompts, labels, logits_to_keep, num_items_in_batch)
 
@@ -710,6 +729,26 @@ class ListenForConditionalGeneration(ListenModel, GenerationMixin):
 
     # ------------------------------------------------------------------ generation
 
+    @property
+    def _is_stateful(self) -> bool:
+        """Whether the LLM cannot take back a token, as assisted decoding does."""
+        return self.language_model._is_stateful
+
+    def _supports_default_dynamic_cache(self) -> bool:
+        """Whether the LLM takes the cache that transformers makes; MiniMax makes its own."""
+        return self.language_model._supports_default_dynamic_cache()
+
+    def _prepare_cache_for_generation(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> None:
+        """As upstream, but an LLM without an attention cache is refused rather than fed its last token alone."""
+        if generation_config.use_cache is not False:
+            check_cache(self.language_model)
+        super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
+
+    def create_masks_for_generate(self, **kwargs: Any) -> Any:
+        """Masks for static caches, as the LLM makes them: Bloom counts positions by flat ones."""
+        create = getattr(self.language_model, "create_masks_for_generate", create_masks_for_generate)
+        return create(**{**kwargs, "config": self.language_model.config})
+
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, is_first_iteration: bool | None = False, **kwargs: Any
     ) -> dict[str, Any]:
@@ -718,7 +757,11 @@ class ListenForConditionalGeneration(ListenModel, GenerationMixin):
         An empty cache too means the first pass: an assistant's passes are never called so, yet it must hear.
         """
         cache = kwargs.get("past_key_values")
-        first = is_first_iteration or (cache is not None and cache.get_seq_length() == 0)
+        if is_outdated(cache, input_ids.shape[1], self.language_model.config):
+            cache = kwargs["past_key_values"] = kwargs["next_sequence_length"] = None
+            is_first_iteration = True
+        whole = kwargs.get("next_sequence_length") in (None, input_ids.shape[1])
+        first = is_first_iteration or (whole and cache is not None and cache.get_seq_length() == 0)
         inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=first, **kwargs)
         inputs = {name: value for name, value in inputs.items() if name not in _NOT_FORWARDED}
         if not first and kwargs.get("use_cache", True):

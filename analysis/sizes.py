@@ -251,7 +251,7 @@ def _adapt(config: PreTrainedConfig, frames: list[tuple[int, dict[str, tuple[int
         _add(total, _cost(adapter, lambda s=streams: adapter.connector(*s)[0], learns=True), times)
     pool = adapter.prompt_pool
     if pool is not None:
-        query = torch.zeros(1, config.get_text_config().hidden_size)
+        query = torch.zeros(1, config.text_width)
         counts, tasks = torch.tensor([pool.config.num_prompts]), torch.zeros(1, dtype=torch.long)
         tasks = tasks if pool.config.strategy == "task" else None
         _add(total, _cost(adapter, lambda: pool(query, counts, tasks)[0], learns=True), 1)
@@ -275,7 +275,7 @@ def _continue(model: ListenForConditionalGeneration, positions: int) -> tuple[in
 
 def _positions(model: ListenForConditionalGeneration, number: int) -> dict[str, torch.Tensor]:
     """What the LLM reads where a prompt or audio embedding stands at each of so many positions."""
-    width, dtype = model.config.get_text_config().hidden_size, model.language_model.dtype
+    width, dtype = model.config.text_width, model.language_model.dtype
     embeds = torch.zeros(1, number, width, dtype=dtype, requires_grad=True)
     ids = torch.zeros(1, number, dtype=torch.long)
     return embedded_inputs(model.language_model, ids, ids == 0, embeds)

@@ -90,7 +90,7 @@ def answers(
 
 def embeddings(model: ListenForConditionalGeneration, ids: torch.Tensor) -> torch.Tensor:
     """Random embeddings in the shape of the input, `(batch, positions, width)`."""
-    width, dtype = model.config.get_text_config().hidden_size, model.language_model.dtype
+    width, dtype = model.config.text_width, model.language_model.dtype
     return 0.02 * torch.randn(*ids.shape, width, dtype=dtype, device=ids.device)
 
 

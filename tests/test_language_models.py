@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import clip
+from conftest import clip, make_inputs, tiny_config, tiny_model
 from fixtures_language_models import FAMILIES, family_model, family_tokenizer
 from transformers import AutoModel, BatchFeature, LogitsProcessor
 
@@ -299,3 +301,141 @@ def test_frozen_routers_add_no_loss(family: str) -> None:
     kept = F.cross_entropy(quiet.logits[0, -3:-1], labels[0, -2:])
     torch.testing.assert_close(quiet.lm_loss, kept)
     assert torch.equal(asked.loss, quiet.loss)
+
+
+# ---------------------------------------------------------------------- LLMs with ways of their own
+
+
+def settings(**values: object) -> dict[str, object]:
+    return values
+
+
+LINEAR_AND_FULL = ["linear_attention", "full_attention"]
+LINEAR = settings(
+    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8, head_dim=12
+)
+INDEXER = settings(
+    indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=12, indexer_budget=64, indexer_compress_ratio=4
+)
+RUNS = settings(ple_layer_ids=[1], ple_embed_dim=8, ngram_vocab_size_base=101, heads_per_ngram=2, split_ngram_parts=1)
+SPARSE = settings(
+    num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16, hc_lowrank=8
+)
+OTHERS = {
+    "bloom": {},  # counts positions by a flat mask, with a static cache too
+    "falcon_h1": settings(  # layers scale by what the module above them sets
+        **settings(mamba_n_heads=12, mamba_d_head=8, mamba_d_state=8, mamba_d_ssm=96, mamba_chunk_size=8, head_dim=12),
+        ssm_multipliers=[0.5, 2.0, 0.7, 1.5, 0.9],
+    ),
+    "gpt2": {},  # learned positions; layers take the cache by position
+    "minimax": settings(  # makes a cache of its own
+        head_dim=12, num_local_experts=4, block_size=8, layer_types=LINEAR_AND_FULL[::-1]
+    ),
+    "opt": settings(word_embed_proj_dim=16, ffn_dim=64, dropout=0.5),  # narrow embeddings; layers that drop out
+    "qwen4_exp_text": settings(layer_types=LINEAR_AND_FULL, **LINEAR, **INDEXER, **RUNS, **SPARSE),
+}
+LONG_ROPE = settings(
+    original_max_position_embeddings=20,
+    rope_parameters=settings(
+        rope_type="longrope",
+        rope_theta=1e4,
+        short_factor=[1.0] * 6,
+        long_factor=[8.0] * 6,
+        original_max_position_embeddings=20,
+    ),
+)
+every_other = pytest.mark.parametrize("model_type", OTHERS)
+ROWS = [[clip(1.3, 1), clip(0.6, 5)], [], [clip(0.9, 2)]]
+
+
+@lru_cache
+def other_model(model_type: str) -> ListenForConditionalGeneration:
+    own = {"phi3": LONG_ROPE, **OTHERS}.get(model_type, {})
+    return tiny_model(text_config={**tiny_config().text_config.to_diff_dict(), **own, "model_type": model_type})
+
+
+def rows_of(model: ListenForConditionalGeneration, rows: range = range(3)) -> BatchFeature:
+    return BatchFeature(make_inputs(model, [ROWS[i] for i in rows], text=[[10 + i, 7, 8, 9] for i in rows]))
+
+
+@every_other
+def test_others_hear_in_batches_and_with_any_cache(model_type: str) -> None:
+    model = other_model(model_type)
+    batch = rows_of(model)
+    together, expected = logits(model, batch), answers(model, batch)
+    for row in range(3):
+        assert_near(together[row], logits(model, rows_of(model, range(row, row + 1)))[0])
+    for mode in ({"use_cache": False}, {"cache_implementation": "static"}):
+        assert torch.equal(answers(model, batch, **mode), expected)
+
+
+@every_other
+def test_others_return_from_a_checkpoint_with_everything(model_type: str, tmp_path: Path) -> None:
+    model = other_model(model_type)
+    model.save_pretrained(tmp_path)
+    again = ListenForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(logits(again, rows_of(model)), logits(model, rows_of(model)))
+
+
+@every_other
+def test_others_give_the_same_gradient_under_checkpointing(model_type: str) -> None:
+    model = copy.deepcopy(other_model(model_type))
+    inputs = rows_of(model)
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[:, -2:] = inputs["input_ids"][:, -2:]
+    grads = []
+    for enable in (model.gradient_checkpointing_disable, model.gradient_checkpointing_enable):
+        enable()
+        model.zero_grad()
+        model.train().adapters.eval()  # the adapter's dropout would differ
+        output = model(**inputs, labels=labels)
+        assert output.past_key_values is None  # training reads none
+        output.loss.backward()
+        grads.append(model.adapters["default"].connector.projection.weight.grad)
+    assert_near(grads[1], grads[0])
+
+
+def test_a_cache_that_the_input_outgrows_is_made_anew() -> None:
+    """As by Phi 3 itself, which turns all positions by other angles behind a limit. The audio is heard again."""
+    model = other_model("phi3")
+    text = make_inputs(model, [[]], num_prompts=0, text=[[7, 8, 9, 11, 12, 13]])
+    longer = {"max_new_tokens": 16, "min_new_tokens": 16}
+    expected = model.language_model.generate(**text, do_sample=False, **longer)[:, 7:]
+    assert torch.equal(answers(model, text, **longer), expected)
+    heard = rows_of(model, range(2, 3))
+    assert heard["input_ids"].shape[1] < 20
+    assert torch.equal(answers(model, heard, **longer), answers(model, heard, use_cache=False, **longer))
+
+
+def test_prompts_are_not_picked_by_a_part_of_the_input() -> None:
+    model = other_model("gpt2")
+    with pytest.raises(ValueError, match="8 positions picks the prompts.* reads 4 of them.* prefill_chunk_size"):
+        answers(model, rows_of(model, range(1, 2)), prefill_chunk_size=4)
+
+
+def test_an_llm_that_cannot_take_back_a_token_is_not_assisted() -> None:
+    model = other_model("falcon_h1")
+    with pytest.raises(ValueError, match="not supported with stateful models"):
+        answers(model, rows_of(model, range(1)), prompt_lookup_num_tokens=2)
+
+
+def test_an_llm_without_an_attention_cache_says_how_to_generate() -> None:
+    model = other_model("mamba")
+    batch = rows_of(model)
+    with pytest.raises(ValueError, match="'mamba' have no attention cache; pass use_cache=False"):
+        answers(model, batch)
+    together = answers(model, batch, use_cache=False)
+    for row in range(3):
+        assert torch.equal(together[row], answers(model, rows_of(model, range(row, row + 1)), use_cache=False)[0])
+
+
+def test_an_llm_that_is_blind_to_masks_takes_no_padding() -> None:
+    model = other_model("rwkv")
+    with pytest.raises(ValueError, match="'rwkv' read padding as if it were text; give one row at a time"):
+        model(**rows_of(model))
+    assert logits(model, rows_of(model, range(1))).isfinite().all()
+
+
+def test_an_llm_that_reads_ids_alone_is_refused() -> None:
+    with pytest.raises(ValueError, match="'cpmant' reads token ids, not embeddings"):
+        other_model("cpmant")
