@@ -29,6 +29,7 @@ _LOADERS: dict[str, Callable[..., nn.Module]] = {
     "audio_encoder": lambda source, **options: _load_whole(BeatsModel, source, **options),
     "language_model": lambda source, **options: _load_whole(AutoModelForCausalLM, source, **options),
 }
+_PLAIN = {nn.Parameter, torch.Tensor}
 _SHAPE_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 _LORA_FIELDS = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora")
 
@@ -117,10 +118,6 @@ class FrozenBackbonesMixin:
             raise ValueError(f"config.base_models is None; make it with {type(config).__name__}.from_backbones(...)")
         model = cls(copy.deepcopy(config), init_backbones=())
         model.load_backbones(**kwargs)
-        if kwargs.get("device_map") is not None:
-            for name, part in model.named_children():
-                if name not in BACKBONES:
-                    part.to(_main_device(kwargs["device_map"]))
         model._start_fresh()
         return model.eval()
 
@@ -154,10 +151,17 @@ class FrozenBackbonesMixin:
 
     def _after_attaching(self, device_map: Any) -> None:
         language_model = getattr(self, "language_model", None)
-        if getattr(language_model, "hf_device_map", None):
-            places = language_model.hf_device_map.items()
-            self.hf_device_map = {f"language_model.{name}".rstrip("."): place for name, place in places}
-            self.hf_device_map[""] = _main_device(device_map)
+        placed = getattr(language_model, "hf_device_map", None)  # bitsandbytes makes one without being asked
+        place = _main_device(placed or device_map)
+        if place is not None:
+            for name, part in self.named_children():
+                if name != "language_model":
+                    part.to(place)
+        if placed:
+            self.hf_device_map = whole_map(placed)
+        # the Trainer would copy it to other GPUs
+        self.is_loaded_in_4bit = getattr(language_model, "is_loaded_in_4bit", False)
+        self.is_loaded_in_8bit = getattr(language_model, "is_loaded_in_8bit", False)
         if self.can_generate() and language_model.generation_config is not None:
             self.generation_config = copy.deepcopy(language_model.generation_config)
         self.post_init()  # what it collects from the children has to be collected again
@@ -208,11 +212,13 @@ class FrozenBackbonesMixin:
                 config.quantization_config = quantization
 
     def _hide_quantization(self) -> list[tuple[PreTrainedConfig, Any]]:
-        """Take quantisation that the user asked for out of the configs: it is asked for anew each time."""
+        """Take quantisation out of the configs: the user asks for it anew, or the backbone's own checkpoint names it.
+
+        Left there, it would quantise all else too on loading.
+        """
         held = []
         for backbone in (getattr(self, name, None) for name in BACKBONES):
-            quantizer = getattr(backbone, "hf_quantizer", None)
-            if quantizer is not None and not quantizer.pre_quantized:
+            if getattr(backbone, "hf_quantizer", None) is not None:
                 held.append((backbone.config, backbone.config.quantization_config))
                 del backbone.config.quantization_config
         return held
@@ -487,7 +493,7 @@ def fingerprint(module: nn.Module) -> str:
         is_vector = parameter.dim() == 1
         if parameter.device.type == "meta":
             return "-"
-        if not parameter.is_floating_point() or type(parameter.data) is not torch.Tensor:  # quantised
+        if not parameter.is_floating_point() or {type(parameter), type(parameter.data)} != _PLAIN:  # quantised
             parts[False] = None
         elif parts[is_vector] is not None:
             head = parameter.detach().flatten()[: None if is_vector else 64].to("cpu", torch.bfloat16)
@@ -616,9 +622,17 @@ def _main_device(device_map: Any) -> Any:
     return device_map
 
 
+def whole_map(placed: dict[str, Any]) -> dict[str, Any]:
+    """The device map of a model from its LLM's; one entry for one device, as more mean that the model is spread."""
+    place = _main_device(placed)
+    if set(placed.values()) == {place}:
+        return {"": place}
+    return {**{f"language_model.{name}".rstrip("."): where for name, where in placed.items()}, "": place}
+
+
 def _count(module: nn.Module) -> tuple[int, int]:
     parameters = list(module.parameters())
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
 
-__all__ = ["AdapterMixin", "FrozenBackbonesMixin", "fingerprint"]
+__all__ = ["AdapterMixin", "FrozenBackbonesMixin", "fingerprint", "whole_map"]

@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import clip, make_inputs, tiny_config, tiny_model
 from peft import LoraConfig
-from transformers import AutoModel, BitsAndBytesConfig, TorchAoConfig
+from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig, Trainer, TrainingArguments
 
-from listen.adapter_listen import fingerprint
+from listen.adapter_listen import fingerprint, whole_map
 from listen.configuration_listen import ListenConfig
 from listen.modeling_listen import ListenForConditionalGeneration
 
@@ -133,6 +133,45 @@ def test_training_after_an_answer_has_the_same_gradients(kind: str, tmp_path: Pa
 
 
 @every_kind
+def test_transformers_trainer_takes_it(kind: str, tmp_path: Path) -> None:
+    """Without a device map: bitsandbytes places the LLM itself, and the rest goes where it is."""
+    model = ListenForConditionalGeneration.from_backbones(
+        listen_config(tmp_path), quantization_config=KINDS[kind](), device_map=None if "bits" in kind else DEVICE
+    )
+    assert {weight.device for weight in model.parameters()} == {torch.device(DEVICE)}
+    assert [model.is_loaded_in_4bit, model.is_loaded_in_8bit] == ["4 bit" in kind, "8 bit" in kind]
+    inputs, before = inputs_of(model), model.adapters["default"].prompt_pool.values.detach().clone()
+    args = {"max_steps": 1, "gradient_checkpointing": True, "report_to": [], "save_strategy": "no"}
+    args = TrainingArguments(str(tmp_path), remove_unused_columns=False, learning_rate=1e-2, disable_tqdm=True, **args)
+    Trainer(model, args, train_dataset=[{}], data_collator=lambda _: inputs).train()
+    assert not torch.equal(model.adapters["default"].prompt_pool.values, before)
+
+
+@pytest.mark.parametrize(
+    ("placed", "whole"),
+    [
+        ({"": 0}, {"": 0}),
+        ({"model": torch.device("cuda:1"), "lm_head": torch.device("cuda:1")}, {"": torch.device("cuda:1")}),
+        ({"model": 0, "lm_head": 1}, {"language_model.model": 0, "language_model.lm_head": 1, "": 0}),
+        ({"model": "cpu", "lm_head": 1}, {"language_model.model": "cpu", "language_model.lm_head": 1, "": 1}),
+        ({"": "disk"}, {"language_model": "disk", "": "cpu"}),
+    ],
+)
+def test_one_device_makes_a_map_of_one_entry(placed: dict[str, object], whole: dict[str, object]) -> None:
+    """Accelerate refuses to train a model of several in parallel processes."""
+    assert whole_map(placed) == whole
+
+
+def test_a_fingerprint_knows_4_bits_in_any_storage(tmp_path: Path) -> None:
+    config = listen_config(tmp_path)
+    quantization = bits(4)
+    quantization.bnb_4bit_quant_storage = torch.bfloat16
+    model = ListenForConditionalGeneration.from_backbones(config, quantization_config=quantization, device_map=DEVICE)
+    assert model.language_model.model.layers[0].mlp.up_proj.weight.is_floating_point()
+    assert fingerprint(model.language_model).endswith("-")
+
+
+@every_kind
 def test_its_adapter_is_saved_and_loaded_over_either_llm(kind: str, tmp_path: Path) -> None:
     model = quantised(tmp_path, kind)
     inputs = heard(model)
@@ -147,6 +186,25 @@ def test_its_adapter_is_saved_and_loaded_over_either_llm(kind: str, tmp_path: Pa
     assert not any(is_quantised(weight) for weight in whole.parameters())
     marks = [fingerprint(each.language_model) for each in (model, whole)]
     assert marks[0].split("-") == [marks[1].split("-")[0], ""]
+
+
+@every_kind
+def test_an_llm_may_come_quantised(kind: str, tmp_path: Path) -> None:
+    """Its own checkpoint says how it is held, and nothing else is held so."""
+    config = listen_config(tmp_path)
+    language_model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "language_model", quantization_config=KINDS[kind](), device_map=DEVICE
+    )
+    language_model.save_pretrained(tmp_path / "small")
+    config.base_models["language_model"]["base_model_name_or_path"] = str(tmp_path / "small")
+    model = ListenForConditionalGeneration.from_backbones(config, device_map=DEVICE)
+    model(**inputs_of(model)).loss.backward()
+    model.save_pretrained(tmp_path / "adapter")
+    again = AutoModel.from_pretrained(tmp_path / "adapter", device_map=DEVICE)
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    assert torch.equal(again.generate(**heard(model), **settings), model.generate(**heard(model), **settings))
+    found = {name for name, weight in again.named_parameters() if is_quantised(weight)}
+    assert found and all(name.startswith("language_model.model.layers.") for name in found)
 
 
 @every_kind
