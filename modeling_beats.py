@@ -40,6 +40,8 @@ from .configuration_beats import BeatsConfig
 
 # Low enough that its exponential is zero beside any score, finite in float16 so that a row of padding alone is no NaN.
 _PADDING_SCORE = -3e4
+# what `capture_outputs` reads, and what the Trainer tells every model
+_KNOWN_KWARGS = {"output_hidden_states", "output_attentions", "use_cache"}
 
 
 def relative_position_buckets(
@@ -344,7 +346,11 @@ class BeatsModel(BeatsPreTrainedModel):
 
         Raises:
             ValueError: shapes do not fit, the clip is shorter than one patch, or both masks are given.
+            TypeError: an unknown argument.
         """
+        unknown = sorted(set(kwargs) - _KNOWN_KWARGS)
+        if unknown:
+            raise TypeError(f"BeatsModel got unknown arguments {unknown}; masks are input_values_mask or token_mask.")
         token_mask = self._checked_token_mask(input_values, input_values_mask, token_mask)
         hidden_states = self.patch_embedding(input_values.to(self.dtype))  # (batch, tokens, hidden_size)
         hidden_states = hidden_states.masked_fill(~token_mask.unsqueeze(-1), 0.0)
@@ -382,6 +388,8 @@ class BeatsModel(BeatsPreTrainedModel):
 
 class BeatsForAudioClassification(BeatsPreTrainedModel):
     """BEATs with the head of its fine-tuned checkpoints: a linear map of each token, averaged over real tokens."""
+
+    accepts_loss_kwargs = False  # its loss is a mean, which the Trainer divides by the batches that it accumulates
 
     def __init__(self, config: BeatsConfig) -> None:
         super().__init__(config)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from beats_reference import TINY, bucket, encode, official_rule, probabilities, synthetic_checkpoint
 from fixtures_beats import from_checkpoint
+from transformers import Trainer, TrainingArguments
 
 from listen.configuration_beats import BeatsConfig
 from listen.modeling_beats import (
@@ -104,6 +105,27 @@ def test_classification_loss_is_binary_cross_entropy_over_labels():
     output = model(filter_banks(1, FRAMES), labels=labels)
     chance = torch.where(labels.bool(), output.logits.sigmoid(), 1 - output.logits.sigmoid())
     torch.testing.assert_close(output.loss, -chance.log().mean())
+
+
+def test_accumulated_batches_train_the_head_as_one_does(tmp_path):
+    rows = [{"input_values": filter_banks(32, seed=i), "labels": torch.tensor([i % 2, 1, 0, 0, 1])} for i in range(4)]
+    weights = []
+    for size in (4, 1):
+        model = from_checkpoint(synthetic_checkpoint(**TINY, finetuned_model=True))
+        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size, "max_steps": 1}
+        arguments = TrainingArguments(
+            tmp_path,
+            optim="sgd",
+            learning_rate=1.0,
+            max_grad_norm=0.0,
+            lr_scheduler_type="constant",
+            use_cpu=True,
+            report_to=[],
+            **settings,
+        )
+        Trainer(model, arguments, train_dataset=rows).train()
+        weights.append(model.classifier.weight)
+    torch.testing.assert_close(*weights, atol=1e-6, rtol=0)
 
 
 @torch.no_grad()
@@ -275,6 +297,11 @@ def test_gradient_checkpointing_gives_the_same_gradients(model):
 def test_input_that_does_not_fit_raises(model, arguments, message):
     with pytest.raises(ValueError, match=message):
         model(*arguments)
+
+
+def test_an_unknown_argument_raises(model):
+    with pytest.raises(TypeError, match=r"\['attention_mask'\]; masks are input_values_mask"):
+        model(torch.zeros(1, 32, 128), attention_mask=torch.ones(1, 32))
 
 
 @pytest.mark.parametrize(("samples", "frames", "tokens"), [(100, 200, 10), (1000, 10, 20)])
