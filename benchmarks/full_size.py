@@ -24,15 +24,17 @@ from listen.processing_listen import feature_extractor_for
 
 
 def build(options: Namespace) -> ListenForConditionalGeneration:
-    """The preset with random weights, made on the device: backbones in `dtype`, the adapter in float32."""
+    """The preset with random weights, made on the device: frozen backbones in `dtype`, what learns in float32."""
     config = ListenConfig.from_preset(options.preset)
     if config.audio_token_id is None:
         config.audio_token_id, config.prompt_token_id = (config.get_text_config().vocab_size + i for i in range(2))
-    for backbone in BACKBONES.values():
-        if getattr(config, backbone) is not None:
-            getattr(config, backbone).dtype = getattr(torch, options.dtype)
+    for name, section in BACKBONES.items():
+        if getattr(config, section) is not None:
+            dtype = torch.float32 if name in config.trainable else getattr(torch, options.dtype)
+            getattr(config, section).dtype = dtype
     with torch.device(options.device):
         model = ListenForConditionalGeneration(config)
+    model.to(options.device)  # some encoders of transformers make a parameter on the CPU all the same
     model.generation_config.pad_token_id = 0
     return model
 
@@ -47,7 +49,8 @@ def make_inputs(model: ListenForConditionalGeneration, options: Namespace) -> di
     pool = model.config.prompt_pool_config
     prompts = torch.full((options.batch, pool.num_prompts if pool is not None else 0), model.config.prompt_token_id)
     audio = torch.full((options.batch, total // options.batch), model.config.audio_token_id)
-    text = torch.randint(3, model.config.get_text_config().vocab_size - 8, (options.batch, options.text))
+    ordinary = min(model.config.audio_token_id, model.config.prompt_token_id)  # ids below stand for text
+    text = torch.randint(3, ordinary, (options.batch, options.text))
     inputs["input_ids"] = torch.cat([prompts, audio, text], dim=1).to(options.device)  # (batch, positions)
     return inputs
 

@@ -2,10 +2,14 @@
 
 import importlib
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
+
+from listen.configuration_listen import BACKBONES
+from listen.presets_listen import PRESETS
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 SMALLEST = {
@@ -62,6 +66,17 @@ def test_benchmark_compares_with_its_baseline(name: str, harness, capsys: pytest
     assert len(rows) >= 2 and all(row.seconds > 0 for row in rows)
     printed = capsys.readouterr().out
     assert "1.00x" in printed and "torch" in printed
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_whole_models_are_made_on_one_device(preset: str, harness) -> None:
+    build = importlib.import_module("full_size").build
+    model = build(Namespace(preset=preset, device="meta", dtype="bfloat16"))
+    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
+    for name in BACKBONES:
+        backbone, dtype = getattr(model, name), torch.float32 if name in model.config.trainable else torch.bfloat16
+        assert backbone is None or {parameter.dtype for parameter in backbone.parameters()} == {dtype}
+    assert {parameter.dtype for parameter in model.adapters.parameters()} == {torch.float32}
 
 
 def test_ratios_tell_time_and_memory_apart(harness) -> None:
