@@ -38,7 +38,7 @@ def text_inputs(model: ListenForConditionalGeneration, connector: WindowQFormer,
     embeddings = int(connector.lengths(torch.tensor([frames])))
     prompts = [config.prompt_token_id] * config.prompt_pool_config.num_prompts
     before = prompts + [config.audio_token_id] * embeddings
-    text = torch.randint(3, config.text_config.vocab_size, (chunks, INSTRUCTION + RESPONSE))
+    text = torch.randint(3, config.get_text_config().vocab_size, (chunks, INSTRUCTION + RESPONSE))
     ids = torch.cat([torch.tensor(before).expand(chunks, -1), text], dim=1)  # (chunks, sequence)
     labels = ids.clone()
     labels[:, :-RESPONSE] = -100
@@ -49,7 +49,7 @@ def main(given: list[str] | None = None) -> list[Measurement]:
     """Runs the comparison and prints its table."""
     options = arguments(__doc__, given, preset="listen-tiny", seconds=5.0, batch=16)
     config = ListenConfig.from_preset(options.preset)
-    vocabulary = config.text_config.vocab_size
+    vocabulary = config.get_text_config().vocab_size
     config.audio_token_id, config.prompt_token_id = vocabulary, vocabulary + 1
     model = ListenForConditionalGeneration(config).to(options.device).train()
     frames = round(options.seconds * FRAMES_PER_SECOND)
