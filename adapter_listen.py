@@ -31,7 +31,10 @@ _LOADERS: dict[str, Callable[..., nn.Module]] = {
 }
 _PLAIN = {nn.Parameter, torch.Tensor}
 _SHAPE_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+# Fields of a LoRA that a config always tells, those that say nothing of a trained one, and those that train the LLM.
 _LORA_FIELDS = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora")
+_LORA_OF_NO_MATTER = ("task_type", "base_model_name_or_path", "revision", "inference_mode", "init_lora_weights")
+_BEYOND_LORA = ("modules_to_save", "trainable_token_indices")
 
 
 class FrozenBackbonesMixin:
@@ -273,7 +276,7 @@ class AdapterMixin(FrozenBackbonesMixin):
             adapter_name: Its name.
 
         Raises:
-            ValueError: the name is taken, or an encoder learns.
+            ValueError: the name is taken, an encoder learns, or a PEFT config is more than a LoRA.
         """
         if hasattr(adapter_config, "peft_type"):
             self._attach_lora(adapter_config, adapter_name)
@@ -408,12 +411,21 @@ class AdapterMixin(FrozenBackbonesMixin):
 
         if isinstance(lora_config, dict):
             lora_config = LoraConfig(**lora_config)
+        if not isinstance(lora_config, LoraConfig):
+            raise ValueError(
+                f"{type(lora_config).__name__} is no LoraConfig, the one of PEFT's that checkpoints tell of"
+            )
+        for name in _BEYOND_LORA:
+            if getattr(lora_config, name, None):
+                raise ValueError(f"{name}={getattr(lora_config, name)}: the LLM itself stays frozen; take it out")
         self.language_model.add_adapter(lora_config, adapter_name)
         self.train(self.training)  # PEFT's layers start in training mode: a loaded model would drop out
-        settings = lora_config.to_dict()
-        targets = lora_config.target_modules
-        self.config.lora_config = {name: settings[name] for name in _LORA_FIELDS}
-        self.config.lora_config["target_modules"] = targets if isinstance(targets, str) else sorted(targets)
+        usual = LoraConfig().to_dict()
+        self.config.lora_config = {
+            name: sorted(value) if isinstance(value, set) else value
+            for name, value in lora_config.to_dict().items()
+            if name in _LORA_FIELDS or (value != usual.get(name) and name not in _LORA_OF_NO_MATTER)
+        }
         if self.config.base_models:
             # the adapted layers have new names
             self._keys_to_ignore_on_save = self._frozen_keys()

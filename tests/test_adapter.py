@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import clip, make_inputs, tiny_config, tiny_model
-from peft import LoraConfig
+from peft import IA3Config, LoraConfig, PeftConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
@@ -343,6 +343,37 @@ def test_lora_is_part_of_the_adapter_checkpoint(backbones: Path, tmp_path: Path)
     assert {n for n, p in loaded.named_parameters() if p.requires_grad} == {
         n for n, p in model.named_parameters() if p.requires_grad
     }
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"alpha_pattern": {"q_proj": 64}},
+        {"rank_pattern": {"q_proj": 4}},
+        {"use_dora": True},
+        {"layers_to_transform": [0]},
+        {"exclude_modules": ["v_proj"]},
+    ],
+)
+def test_all_settings_of_a_lora_come_back(backbones: Path, tmp_path: Path, settings: dict) -> None:
+    model = fresh(backbones)
+    model.add_adapter(LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, **settings))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModel.from_pretrained(tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]), r"modules_to_save=\['lm_head'\]: the LLM"),
+        (IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "IA3Config is no LoraConfig"),
+    ],
+)
+def test_more_than_a_lora_on_the_llm_is_refused(backbones: Path, config: PeftConfig, message: str) -> None:
+    model = fresh(backbones)
+    with pytest.raises(ValueError, match=message):
+        model.add_adapter(config)
+    assert model.config.lora_config is None
 
 
 def test_lora_dropout_is_on_in_training_while_the_llm_rests(backbones: Path) -> None:
