@@ -33,7 +33,10 @@ _PLAIN = {nn.Parameter, torch.Tensor}
 _SHAPE_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 # Fields of a LoRA that a config always tells, those that say nothing of a trained one, and those that train the LLM.
 _LORA_FIELDS = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora")
-_LORA_OF_NO_MATTER = ("task_type", "base_model_name_or_path", "revision", "inference_mode", "init_lora_weights")
+_LORA_OF_NO_MATTER = (
+    *("task_type", "base_model_name_or_path", "revision", "inference_mode", "init_lora_weights"),
+    *("auto_mapping", "peft_version"),
+)
 _BEYOND_LORA = ("modules_to_save", "trainable_token_indices")
 
 
@@ -276,7 +279,7 @@ class AdapterMixin(FrozenBackbonesMixin):
             adapter_name: Its name.
 
         Raises:
-            ValueError: the name is taken, an encoder learns, or a PEFT config is more than a LoRA.
+            ValueError: the name is taken, an encoder learns, or a PEFT config is more than a LoRA or not the default.
         """
         if hasattr(adapter_config, "peft_type"):
             self._attach_lora(adapter_config, adapter_name)
@@ -298,13 +301,13 @@ class AdapterMixin(FrozenBackbonesMixin):
             **kwargs: Hub arguments, or PEFT's for a PEFT checkpoint.
 
         Raises:
-            ValueError: the name is taken, a weight is missing, the adapter was trained on other backbones, or an
-                encoder learned together with an adapter, its own or this model's.
+            ValueError: the name is taken, a weight is missing, the adapter was trained on other backbones, an encoder
+                learned together with an adapter, its own or this model's, or PEFT's is more than a LoRA.
         """
         source = os.fspath(peft_model_id)
         hub = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
         if cached_file(source, "adapter_config.json", _raise_exceptions_for_missing_entries=False, **hub):
-            return self.language_model.load_adapter(source, adapter_name=adapter_name, **kwargs)
+            return self._load_peft(source, adapter_name, hub, **kwargs)
         config = self.config_class.from_pretrained(source, **hub)
         _refuse_learned(f"adapter {source!r}", "this model", self.config)
         _refuse_learned("this model", f"adapter {source!r}", config)
@@ -411,16 +414,23 @@ class AdapterMixin(FrozenBackbonesMixin):
 
         if isinstance(lora_config, dict):
             lora_config = LoraConfig(**lora_config)
-        if not isinstance(lora_config, LoraConfig):
-            raise ValueError(
-                f"{type(lora_config).__name__} is no LoraConfig, the one of PEFT's that checkpoints tell of"
-            )
-        for name in _BEYOND_LORA:
-            if getattr(lora_config, name, None):
-                raise ValueError(f"{name}={getattr(lora_config, name)}: the LLM itself stays frozen; take it out")
-        self.language_model.add_adapter(lora_config, adapter_name)
+        _check_lora(lora_config, adapter_name)
+        self.language_model.add_adapter(lora_config)
+        self._carry_lora(lora_config)
+
+    def _load_peft(self, source: str, adapter_name: str, hub: dict[str, Any], **kwargs: Any) -> Any:
+        from peft import PeftConfig
+
+        lora_config = PeftConfig.from_pretrained(source, **hub)
+        _check_lora(lora_config, adapter_name)
+        loaded = self.language_model.load_adapter(source, **kwargs)
+        self._carry_lora(lora_config)
+        return loaded
+
+    def _carry_lora(self, lora_config: Any) -> None:
+        """Let config and checkpoints tell of the LoRA that the LLM has now."""
         self.train(self.training)  # PEFT's layers start in training mode: a loaded model would drop out
-        usual = LoraConfig().to_dict()
+        usual = type(lora_config)().to_dict()
         self.config.lora_config = {
             name: sorted(value) if isinstance(value, set) else value
             for name, value in lora_config.to_dict().items()
@@ -598,6 +608,19 @@ def _check_fingerprint(name: str, whose: str, spec: dict[str, Any], other: str, 
             f"(revision {spec.get('revision') or 'main'!r}), but {other} holds {have}; give the weights that it was "
             "trained on, or drop the fingerprint from base_models in config.json to override"
         )
+
+
+def _check_lora(lora_config: Any, adapter_name: str) -> None:
+    """Refuse what checkpoints do not carry: other methods of PEFT, weights of the LLM itself, a second name."""
+    from peft import LoraConfig
+
+    if not isinstance(lora_config, LoraConfig):
+        raise ValueError(f"{type(lora_config).__name__} is no LoraConfig, the one of PEFT's that checkpoints carry")
+    for name in _BEYOND_LORA:
+        if getattr(lora_config, name, None):
+            raise ValueError(f"{name}={getattr(lora_config, name)}: the LLM itself stays frozen; take it out")
+    if adapter_name != "default":
+        raise ValueError(f"adapter_name={adapter_name!r}: checkpoints carry one LoRA, 'default'; leave the name out")
 
 
 def _refuse_learned(guest: str, owner: str, config: PreTrainedConfig) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import clip, make_inputs, tiny_config, tiny_model
-from peft import IA3Config, LoraConfig, PeftConfig
+from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
@@ -362,6 +362,19 @@ def test_all_settings_of_a_lora_come_back(backbones: Path, tmp_path: Path, setti
     assert torch.equal(logits(AutoModel.from_pretrained(tmp_path)), logits(model))
 
 
+def test_a_lora_that_peft_saved_joins_the_checkpoint(backbones: Path, tmp_path: Path) -> None:
+    llm = AutoModelForCausalLM.from_pretrained(backbones / "language_model")
+    torch.manual_seed(1)
+    peft = get_peft_model(llm, LoraConfig(lora_alpha=16, target_modules=["q_proj"], init_lora_weights=False))
+    peft.save_pretrained(tmp_path / "peft")
+    model, ids = fresh(backbones), torch.tensor([[1, 5, 9, 33]])
+    model.load_adapter(tmp_path / "peft")
+    torch.testing.assert_close(model(ids).logits, peft(ids).logits)
+    model.save_pretrained(tmp_path / "ours")
+    loaded, info = AutoModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert torch.equal(loaded(ids).logits, model(ids).logits) and not info["unexpected_keys"]
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -373,6 +386,8 @@ def test_more_than_a_lora_on_the_llm_is_refused(backbones: Path, config: PeftCon
     model = fresh(backbones)
     with pytest.raises(ValueError, match=message):
         model.add_adapter(config)
+    with pytest.raises(ValueError, match="adapter_name='mine': checkpoints carry one LoRA"):
+        model.add_adapter(LoraConfig(target_modules=["q_proj"]), "mine")
     assert model.config.lora_config is None
 
 
