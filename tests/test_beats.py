@@ -109,20 +109,13 @@ def test_classification_loss_is_binary_cross_entropy_over_labels():
 
 def test_accumulated_batches_train_the_head_as_one_does(tmp_path):
     rows = [{"input_values": filter_banks(32, seed=i), "labels": torch.tensor([i % 2, 1, 0, 0, 1])} for i in range(4)]
+    constant = dict.fromkeys(("dropout", "attention_dropout", "predictor_dropout"), 0.0)
     weights = []
     for size in (4, 1):
-        model = from_checkpoint(synthetic_checkpoint(**TINY, finetuned_model=True))
-        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size, "max_steps": 1}
-        arguments = TrainingArguments(
-            tmp_path,
-            optim="sgd",
-            learning_rate=1.0,
-            max_grad_norm=0.0,
-            lr_scheduler_type="constant",
-            use_cpu=True,
-            report_to=[],
-            **settings,
-        )
+        model = from_checkpoint(synthetic_checkpoint(**TINY, **constant, finetuned_model=True))
+        batches = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size, "max_steps": 1}
+        rates = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
+        arguments = TrainingArguments(tmp_path, **batches, **rates, use_cpu=True, report_to=[])
         Trainer(model, arguments, train_dataset=rows).train()
         weights.append(model.classifier.weight)
     torch.testing.assert_close(*weights, atol=1e-6, rtol=0)
