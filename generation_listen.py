@@ -32,15 +32,22 @@ class PlaceholderBlindProcessors(LogitsProcessorList):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: object) -> torch.FloatTensor:
         """`input_ids` `(rows, sequence)`, `scores` `(rows, vocabulary)`."""
+        scores = super().__call__(ordinary_ids(input_ids, self.placeholder_ids, self.padding), scores, **kwargs)
         placeholders = torch.tensor(self.placeholder_ids, device=input_ids.device)
-        hidden = torch.isin(input_ids, placeholders)  # (rows, seq)
-        if self.padding is not None:
-            padding = self.padding.to(input_ids.device)
-            hidden[:, : padding.shape[1]] |= padding & hidden.any(-1, keepdim=True)
-        first = (~hidden).int().argmax(-1, keepdim=True)  # (rows, 1)
-        stand_in = input_ids.gather(1, first).masked_fill(hidden.all(-1, keepdim=True), 0)  # (rows, 1)
-        scores = super().__call__(torch.where(hidden, stand_in, input_ids), scores, **kwargs)
         return scores.index_fill(-1, placeholders[placeholders < scores.shape[-1]], -torch.inf)
+
+
+def ordinary_ids(
+    input_ids: torch.LongTensor, placeholder_ids: list[int], padding: torch.Tensor | None = None
+) -> torch.LongTensor:
+    """`input_ids` `(rows, sequence)` with stand-ins for what `PlaceholderBlindProcessors` hides; its arguments."""
+    hidden = torch.isin(input_ids, torch.tensor(placeholder_ids, device=input_ids.device))  # (rows, seq)
+    if padding is not None:
+        padding = padding.to(input_ids.device)
+        hidden[:, : padding.shape[1]] |= padding & hidden.any(-1, keepdim=True)
+    first = (~hidden).int().argmax(-1, keepdim=True)  # (rows, 1)
+    stand_in = input_ids.gather(1, first).masked_fill(hidden.all(-1, keepdim=True), 0)  # (rows, 1)
+    return torch.where(hidden, stand_in, input_ids)
 
 
 class PlaceholderFreeCandidates(CandidateGenerator):
@@ -72,4 +79,4 @@ class PlaceholderFreeCandidates(CandidateGenerator):
         return self.generator.update_candidate_strategy(input_ids, scores, num_matches)
 
 
-__all__ = ["PlaceholderBlindProcessors", "PlaceholderFreeCandidates"]
+__all__ = ["PlaceholderBlindProcessors", "PlaceholderFreeCandidates", "ordinary_ids"]

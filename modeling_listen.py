@@ -20,7 +20,7 @@ from .configuration_listen import BACKBONES, ListenConfig
 from .context_listen import check_context, context_limit
 from .encoder_listen import build_speech_encoder
 from .feature_extraction_listen import ListenFeatureExtractor
-from .generation_listen import PlaceholderBlindProcessors, PlaceholderFreeCandidates
+from .generation_listen import PlaceholderBlindProcessors, PlaceholderFreeCandidates, ordinary_ids
 from .geometry_listen import num_resampled
 from .language_models_listen import (
     check_cache,
@@ -819,15 +819,24 @@ class ListenForConditionalGeneration(ListenModel, GenerationMixin):
                 stacklevel=2,
             )
 
-    def _get_logits_processor(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
+    def _get_logits_processor(
+        self,
+        generation_config: GenerationConfig,
+        input_ids_seq_length: int | None = None,
+        encoder_input_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """As upstream, but processors never see placeholders, and answers never hold them."""
-        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
         placeholders = self._placeholder_ids
+        mask = (kwargs.get("model_kwargs") or {}).get("attention_mask")
+        padding = mask == 0 if mask is not None and mask.dim() == 2 else None  # (rows, prompt length)
+        if encoder_input_ids is not None and encoder_input_ids.dim() == 2:  # ids, no embeddings
+            rows = padding[:: len(padding) // len(encoder_input_ids)] if padding is not None else None
+            encoder_input_ids = ordinary_ids(encoder_input_ids, placeholders, rows)
+        processors = super()._get_logits_processor(generation_config, input_ids_seq_length, encoder_input_ids, **kwargs)
         above = all(token_id >= self.config.get_text_config().vocab_size for token_id in placeholders)
         if not processors and above:
             return processors
-        mask = (kwargs.get("model_kwargs") or {}).get("attention_mask")
-        padding = mask == 0 if mask is not None and mask.dim() == 2 else None  # (rows, prompt length)
         return PlaceholderBlindProcessors(processors, placeholders, padding)
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:

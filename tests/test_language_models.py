@@ -231,8 +231,11 @@ def test_processors_are_blind_to_placeholders(family: str) -> None:
     settings = {"repetition_penalty": 1.6, "bad_words_ids": [[int(plain[0, 0])], plain[2, :2].tolist()]}
     together = answers(model, batch, **settings)
     assert together[0, 0] != plain[0, 0] and together[2, :2].tolist() != plain[2, :2].tolist()
+    about = {"encoder_repetition_penalty": 1.3, "encoder_no_repeat_ngram_size": 2}  # what is said of the input itself
+    told = answers(model, batch, **about)
     for row, chat in enumerate(CHATS):
         assert torch.equal(together[row], answers(model, inputs_of(processor, [chat]), **settings)[0])
+        assert torch.equal(told[row], answers(model, inputs_of(processor, [chat]), **about)[0])
 
 
 @every_family
