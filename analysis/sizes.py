@@ -15,7 +15,7 @@ FLOPs: those of matrix products and convolutions as `torch.utils.flop_counter` c
 mixture of experts, those of the experts that a position is sent to.
 
 Cache: for each layer `2 * kv heads * head width * min(positions, window) * bytes of a number`, taken from the cache
-that the LLM itself fills.
+that the LLM itself fills, with its states where it has other layers; none where an LLM reads all anew for each token.
 
 Activations: bytes of the tensors that autograd keeps for the backward pass from the answer to the adapter, parameters
 left out. Attention runs in its plain form; fused kernels keep less, and gradient checkpointing far less.
@@ -266,10 +266,10 @@ def _logits(model: ListenForConditionalGeneration, positions: int) -> torch.Tens
 @torch.no_grad()
 def _continue(model: ListenForConditionalGeneration, positions: int) -> tuple[int, int]:
     """Bytes of the cache after so many positions, and FLOPs of the token that follows."""
-    cache = model.language_model(**_positions(model, positions), use_cache=True).past_key_values
-    held = cache_bytes(cache)
+    cache = model.language_model(**_positions(model, positions), use_cache=True).get("past_key_values")
+    held, unread = (0, positions + 1) if cache is None else (cache_bytes(cache), 1)  # without a cache all is read anew
     with _counter() as counter:
-        model.language_model(**_positions(model, 1), past_key_values=cache)
+        model.language_model(**_positions(model, unread), **({"past_key_values": cache} if cache is not None else {}))
     return held, counter.get_total_flops()
 
 
@@ -292,9 +292,10 @@ def _grouped_flops(rows: torch.Size, matrices: torch.Size, *_: Any, **__: Any) -
 
 
 def cache_bytes(cache: Any) -> int:
-    """Memory of all tensors in the layers of a transformers `Cache`."""
-    tensors = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
-    return sum(tensor.nbytes for tensor in tensors)
+    """Memory of all tensors in the layers of a transformers `Cache`: keys, values, and states of linear attention."""
+    fields = [field for layer in cache.layers for field in vars(layer).values()]
+    values = [value for field in fields for value in (field.values() if isinstance(field, dict) else [field])]
+    return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
 
 
 def _cost(module: nn.Module, run: Callable[[], torch.Tensor], learns: bool) -> Cost:

@@ -99,6 +99,30 @@ def test_cache_is_that_of_a_real_one(sizes: Sizes) -> None:
     assert cache_bytes(cache) == sizes.cache_bytes == formula
 
 
+def other_llm(model_type: str, **settings: object) -> dict[str, dict]:
+    """A config override for an LLM of the tiny one's sizes."""
+    return {"text_config": {**tiny_config().text_config.to_diff_dict(), "model_type": model_type, **settings}}
+
+
+@torch.no_grad()
+def test_states_of_linear_layers_are_in_the_cache() -> None:
+    sizes = {"mamba_n_heads": 12, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_d_ssm": 96, "mamba_chunk_size": 8}
+    hybrid = other_llm("falcon_h1", head_dim=12, **sizes)
+    found = measure_sizes(tiny_config(**hybrid), audio_seconds=0.5, text_tokens=5)
+    cache = tiny_model(**hybrid).language_model(torch.full((1, found.positions), 5)).past_key_values
+    held = [(layer.keys, layer.values, layer.conv_states[0], layer.recurrent_states[0]) for layer in cache.layers]
+    assert found.cache_bytes == sum(tensor.nbytes for layer in held for tensor in layer)
+
+
+@torch.no_grad()
+def test_an_llm_without_a_cache_reads_all_anew() -> None:
+    mamba = other_llm("mamba")
+    found = measure_sizes(tiny_config(**mamba), audio_seconds=0.5, text_tokens=5)
+    with FlopCounterMode(display=False) as counter:
+        tiny_model(**mamba).language_model(torch.full((1, found.positions + 1), 5), use_cache=False)
+    assert found.cache_bytes == 0 and found.flops_per_new_token == counter.get_total_flops()
+
+
 def test_kept_activations_are_those_that_autograd_keeps(sizes: Sizes) -> None:
     model = tiny_model()
     model.set_attn_implementation("eager")
