@@ -9,13 +9,14 @@ def context_limit(text_config: PreTrainedConfig) -> int | None:
     """Positions of an LLM; `None` for those that name no limit.
 
     `max_position_embeddings`, or what scaled rotary positions stretch it to. A sliding window narrows what a layer
-    looks back upon and not the positions, so it sets no limit; recurrent models and linear biases (ALiBi) have none.
+    looks back upon and not the positions, so it sets no limit; recurrent models and linear biases (ALiBi) have none,
+    but for the table of MPT's.
 
     Args:
         text_config: The LLM's config.
     """
     config = text_config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None))
     if limit is None or getattr(config, "alibi", False):
         return None
     rope = getattr(config, "rope_parameters", None) or {}

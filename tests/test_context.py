@@ -101,6 +101,7 @@ def test_long_audio_is_heard_chunk_by_chunk(
         (text_config("mamba"), None),
         (text_config("bloom"), None),
         (text_config("falcon", alibi=True), None),
+        (text_config("mpt", max_seq_len=2048), 2048),
         (
             text_config(
                 "llama",
@@ -130,7 +131,17 @@ def test_long_audio_is_heard_chunk_by_chunk(
             131072,
         ),
     ],
-    ids=["llama", "learned", "sliding window", "recurrent", "alibi", "alibi of falcon", "llama3 rope", "yarn"],
+    ids=[
+        "llama",
+        "learned",
+        "sliding window",
+        "recurrent",
+        "alibi",
+        "alibi of falcon",
+        "alibi of a table",
+        "llama3 rope",
+        "yarn",
+    ],
 )
 def test_context_is_what_the_config_says(config: AutoConfig, limit: int | None) -> None:
     assert context_limit(config) == limit
