@@ -31,9 +31,11 @@ def mean_embedding(language_model: PreTrainedModel) -> torch.Tensor:
     The layer is called, so that its scale counts and quantised or offloaded weights are read as it reads them.
     """
     layer = language_model.get_input_embeddings()
-    size = layer.num_embeddings
+    size, device = layer.num_embeddings, language_model.device
+    if device.type == "meta":  # offloaded: ids go where the weights are fetched to
+        device = torch.device("cpu")
     total: torch.Tensor | float = 0.0
-    for ids in torch.arange(size, device=language_model.device).split(_ROWS_AT_ONCE):
+    for ids in torch.arange(size, device=device).split(_ROWS_AT_ONCE):
         total = total + layer(ids).float().sum(0)  # (width,)
     return total / size
 

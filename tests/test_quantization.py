@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, To
 
 from listen.adapter_listen import fingerprint, whole_map
 from listen.configuration_listen import ListenConfig
+from listen.language_models_listen import mean_embedding
 from listen.modeling_listen import ListenForConditionalGeneration
 
 ROWS = [[clip(1.3, 1), clip(0.6, 5)], [], [clip(0.9, 2)]]
@@ -227,3 +228,19 @@ def test_a_checkpoint_with_everything_in_it_is_not_quantised(tmp_path: Path) -> 
     ListenForConditionalGeneration(tiny_config()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="quantization_config.*base_models"):
         ListenForConditionalGeneration.from_pretrained(tmp_path, quantization_config=quantization)
+
+
+def test_an_llm_may_lie_on_disk(tmp_path: Path) -> None:
+    """Its embeddings too, at whose mean prompts start."""
+    config = listen_config(tmp_path)
+    places = {"model.embed_tokens": "disk", "model.layers": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    places = {**places, "lm_head": "cpu"}
+    model = ListenForConditionalGeneration.from_backbones(config, device_map=places, offload_folder=tmp_path / "off")
+    whole = ListenForConditionalGeneration.from_backbones(config)
+    assert model.language_model.device.type == "meta"
+    assert torch.equal(mean_embedding(model.language_model), mean_embedding(whole.language_model))
+    whole.adapters.load_state_dict(model.adapters.state_dict())
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    assert torch.equal(model.generate(**heard(whole), **settings), whole.generate(**heard(whole), **settings))
+    model.train()(**inputs_of(whole)).loss.backward()
+    assert model.adapters["default"].prompt_pool.values.grad.any()
