@@ -33,10 +33,8 @@ _PLAIN = {nn.Parameter, torch.Tensor}
 _SHAPE_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 # Fields of a LoRA that a config always tells, those that say nothing of a trained one, and those that train the LLM.
 _LORA_FIELDS = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora")
-_LORA_OF_NO_MATTER = (
-    *("task_type", "base_model_name_or_path", "revision", "inference_mode", "init_lora_weights"),
-    *("auto_mapping", "peft_version"),
-)
+_LORA_ORIGIN = ("task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version")
+_LORA_OF_NO_MATTER = (*_LORA_ORIGIN, "inference_mode", "init_lora_weights")
 _BEYOND_LORA = ("modules_to_save", "trainable_token_indices")
 
 

@@ -530,9 +530,8 @@ class ListenModel(ListenPreTrainedModel):
             return {"input_ids": input_ids, "position_ids": position_ids}, None
         if labels is not None and query_mask is None:
             query_mask = (labels != -100).cumsum(-1) == 0  # the query sees no answer
-        own_mask = (
-            flat_mask if flat_mask is not None and flat_mask.shape == input_ids.shape else None
-        )  # not the cache's
+        covers_input = flat_mask is not None and flat_mask.shape == input_ids.shape  # and not the cache too
+        own_mask = flat_mask if covers_input else None
         embeds, prompts = self.embed(input_ids, own_mask, encoded, query_mask, task_ids, adapter_names)
         if position_ids is None and own_mask is not None:
             position_ids = (own_mask.long().cumsum(-1) - 1).clamp_min(0)  # a padded row counts as it does alone
@@ -860,7 +859,7 @@ def chunk_rows(lengths: torch.Tensor, is_audio: torch.Tensor) -> torch.Tensor:
     """
     chunk_ends, row_ends = lengths.cumsum(0), is_audio.sum(-1).cumsum(0)
     ends = [0, *chunk_ends.tolist()]
-    if any(end not in set(ends) for end in row_ends.tolist()) or ends[-1] != int(row_ends[-1]):
+    if not set(row_ends.tolist()) <= set(ends) or ends[-1] != int(row_ends[-1]):
         raise ValueError(
             f"the rows hold {is_audio.sum(-1).tolist()} audio placeholders but the chunks of audio give "
             f"{lengths.tolist()} embeddings, in order; process text and audio together with ListenProcessor"
