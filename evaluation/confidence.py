@@ -29,13 +29,15 @@ def bootstrap_intervals(
 
     Returns:
         `(low, high)` for each value; values that some resample leaves undefined are taken over the others, and left
-        out where every resample does.
+        out where every resample does. None of a single example, whose resamples are all alike.
 
     Raises:
         ValueError: `num_resamples` is below 1, or `level` is not between 0 and 1.
     """
     if num_resamples < 1 or not 0 < level < 1:
         raise ValueError(f"num_resamples={num_resamples} must be at least 1 and level={level} between 0 and 1")
+    if len(rows) < 2:
+        return {}
     rng = np.random.default_rng(seed)
     draws = [metric.aggregate(rows[rng.integers(len(rows), size=len(rows))]) for _ in range(num_resamples)]
     intervals = {}

@@ -22,7 +22,7 @@ from listen.data.tasks import get_task
 
 from .generate import Prediction, generate_predictions
 from .report import write_report
-from .scoring import TaskScores, score_task
+from .scoring import TaskScores, check_references, score_task
 
 
 @dataclass
@@ -108,10 +108,13 @@ def evaluate_model(
         **generate_kwargs: passed to `model.generate`; greedy and at most 200 new tokens by default.
 
     Raises:
-        ValueError: no rows are left, or a reference that a metric cannot use.
+        ValueError: no rows are left, or a reference that a metric cannot use, found before anything is asked.
         UnknownTaskError: the data holds a task that is not registered.
     """
     dataset = _select(dataset, tasks, max_examples)
+    examples = _examples(dataset)
+    for name in task_names(dataset["task"]):
+        check_references(get_task(name), [example for example in examples if example["task"] == name])
     generate_kwargs = {"do_sample": False, "max_new_tokens": 200, **generate_kwargs}
     predictions = generate_predictions(
         model,
@@ -125,7 +128,6 @@ def evaluate_model(
         progress=progress,
         **generate_kwargs,
     )
-    examples = _examples(dataset)
     result = EvaluationResult(predictions=[_record(e, p) for e, p in zip(examples, predictions, strict=True)])
     _score(result, examples, predictions, spelling_mapping, num_resamples)
     result.pool = _analyse(extract_model_from_parallel(model), examples, predictions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -153,8 +154,8 @@ def write_report(result: EvaluationResult, folder: str | Path, plots: Sequence[P
     markdown = Environment(keep_trailing_newline=True)
     markdown.filters["cell"] = _markdown_cell
     (folder / "report.md").write_text(markdown.from_string(_MARKDOWN).render(content), encoding="utf-8")
-    html = Environment(autoescape=True).from_string(_HTML).render(content)
-    (folder / "report.html").write_text(html, encoding="utf-8")
+    page = Environment(autoescape=True).from_string(_HTML).render(content)
+    (folder / "report.html").write_text(page, encoding="utf-8")
 
 
 def _rows(task: str, result: EvaluationResult) -> list[_Row]:
@@ -226,7 +227,8 @@ def _number(metric: str, value: float) -> str:
 
 
 def _markdown_cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    # a renderer of Markdown would take <happy> for a tag and hide it
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
 
 
 def metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> list[Sequence[str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,19 +101,38 @@ def score_task(
     if not examples:
         raise ValueError(f"task {task.name!r} has no examples to score")
     scores = TaskScores(num_examples=len(examples), row_values=[{} for _ in examples])
-    references = [example["response"] for example in examples]
-    for metric_class in metrics_for(task):
-        options = _options(metric_class, task, yes_no_scores, spelling_mapping)
-        if metric_class is EventF1:
-            references = [example.get("events") for example in examples]
-            if any(events is None for events in references):
-                logger.warning("%s: examples without 'events', so no event_f1", task.name)
-                continue
-        metric = metric_class()
+    for metric, references in _metrics(task, examples):
+        options = _options(type(metric), task, yes_no_scores, spelling_mapping)
         _add(scores, metric, metric.row_statistics(predictions, references, **options), task, num_resamples)
     named = {name: scores.values[name] for name in task.metrics if name in scores.values}
     scores.values = {**named, **scores.values}  # the task's own order first
     return scores
+
+
+def check_references(task: Task, examples: Sequence[Mapping[str, Any]]) -> None:
+    """Find out before a model has answered whether `score_task` will take the references.
+
+    Raises:
+        ValueError: as `score_task`.
+    """
+    silence = [""] * len(examples)
+    for metric, references in _metrics(task, examples):
+        try:
+            metric.row_statistics(silence, references, **_options(type(metric), task, None, None))
+        except ValueError as error:
+            raise ValueError(f"task {task.name!r}: {error}") from error
+
+
+def _metrics(task: Task, examples: Sequence[Mapping[str, Any]]) -> Iterator[tuple[RowMetric, list[Any]]]:
+    """The metrics of a task, each with what it takes as references."""
+    for metric_class in metrics_for(task):
+        references = [example["response"] for example in examples]
+        if metric_class is EventF1:
+            references = [example.get("events") for example in examples]
+            if any(events is None for events in references) or not any(references):
+                logger.warning("%s: examples without 'events', so no event_f1", task.name)
+                continue
+        yield metric_class(), references
 
 
 def _options(
@@ -138,7 +157,7 @@ def _add(scores: TaskScores, metric: RowMetric, rows: np.ndarray, task: Task, nu
     """Put a metric's values into `scores`: those the task asks for and diagnostics, not the others it could give."""
     kept = [name for name in metric.aggregate(rows) if name in task.metrics or name not in metric.names]
     scores.values |= {name: value for name, value in metric.aggregate(rows).items() if name in kept}
-    if num_resamples and len(rows) > 1:
+    if num_resamples:
         intervals = bootstrap_intervals(metric, rows, num_resamples)
         scores.intervals |= {name: interval for name, interval in intervals.items() if name in kept}
     for place, row_values in enumerate(scores.row_values):

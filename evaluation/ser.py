@@ -105,7 +105,7 @@ def _scored(rows: Dataset, log_likelihoods: np.ndarray, num_resamples: int) -> E
     scores.values = {name: metric.aggregate(statistics)[name] for name in metric.names}
     if num_resamples:
         intervals = bootstrap_intervals(metric, statistics, num_resamples)
-        scores.intervals = {name: intervals[name] for name in metric.names}
+        scores.intervals = {name: ends for name, ends in intervals.items() if name in metric.names}
     return scores
 
 

@@ -94,15 +94,14 @@ def main() -> None:
         dataset = tag_rows(dataset, load_recogniser(arguments.cascade, arguments.batch_size)(dataset))
     evaluate = partial(evaluate_model, model, processor, dataset, **options)
     result = evaluate(num_prompts=arguments.num_prompts)
-    sweep = None
-    if arguments.sweep is not None:
-        sweep = sweep_num_prompts(evaluate, arguments.sweep or default_counts(processor.num_prompts))
     if state.is_main_process:
         folder = result.save(arguments.output)
-        if sweep is not None:
-            sweep.save(folder / "sweep")
         print_metrics(result)
         print(f"report: {folder / 'report.html'}")
+    if arguments.sweep is not None:
+        sweep = sweep_num_prompts(evaluate, arguments.sweep or default_counts(processor.num_prompts))
+        if state.is_main_process:
+            sweep.save(arguments.output / "sweep")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
+from datasets import Dataset
 from fixtures_training import tiny_processor, write_clip, write_manifest
 
 from listen.data.collator import ListenCollator
@@ -197,6 +198,20 @@ def test_captions_without_events_have_no_event_f1(caplog):
     assert set(scores.values) == {"cider", "rouge_l"} and "without 'events'" in caplog.text
     named = [{**example, "events": [event]} for example, event in zip(examples, ["dog", "rain"], strict=True)]
     assert score_task(get_task("acap"), named, ["a dog", "a dog"], num_resamples=0).values["event_f1"] == 0.5
+    empty = [{**example, "events": []} for example in examples]
+    assert set(score_task(get_task("acap"), empty, ["a dog", "rain"], num_resamples=0).values) == {"cider", "rouge_l"}
+
+
+@pytest.mark.parametrize(
+    ("name", "response", "message"),
+    [("sqa", "医生", "'sqa': example 1: ROUGE cannot read"), ("er", "Happy", "'er': label 'happy'.*rename it")],
+)
+def test_references_that_a_metric_refuses_are_found_before_the_model_is_asked(setup, dataset, name, response, message):
+    rows = dataset.filter(lambda row: row["task"] == name)
+    changed = [rows[0], {**rows[1], "response": [response]}]
+    with first_forward(setup[0]) as prefill, pytest.raises(ValueError, match=message):
+        evaluate_model(*setup, Dataset.from_list(changed, features=rows.features), max_new_tokens=2, progress=False)
+    assert prefill.output is None
 
 
 def test_a_metric_gives_only_what_the_task_asks_for():
@@ -219,6 +234,7 @@ def test_bootstrap_leaves_out_what_is_undefined_and_refuses_bad_settings():
     assert set(bootstrap_intervals(Verification(), rows, num_resamples=20)) == {"accuracy", "unparsable_rate"}
     with pytest.raises(ValueError, match="num_resamples=0"):
         bootstrap_intervals(Verification(), rows, num_resamples=0)
+    assert bootstrap_intervals(Verification(), rows[:1], num_resamples=20) == {}  # one example tells no spread
 
 
 # evaluation
@@ -266,6 +282,7 @@ def test_report_is_readable_and_needs_no_other_file(saved):
     for task in METRICS:
         assert get_task(task).title in markdown and get_task(task).title in html
     assert "two \\| three" in markdown  # a cell's bar would break the table
+    assert "&lt;b&gt;tree" in markdown  # a tag would not be shown
     assert "<b>tree" not in html and "&lt;b&gt;tree" in html
     assert "我爱你" in markdown and "我爱你" in html
     assert html.count("data:image/png;base64,") == 4 and 'src="http' not in html and "href" not in html

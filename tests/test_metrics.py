@@ -281,6 +281,8 @@ def test_exact_match_ignores_case_punctuation_and_articles():
         references=[["garden", "a garden"], ["in the garden"], ["two nine"], ["the"]],
     )
     assert value["exact_match"] == 2 / 4
+    signs = ExactMatch().compute(predictions=["", "?", " ? "], references=["?", "!", "?"])
+    assert signs["exact_match"] == 1 / 3  # nothing but signs is not nothing
 
 
 def test_rouge_by_hand():

@@ -30,5 +30,5 @@ class ExactMatch(RowMetric):
 
 def _answer(text: str) -> list[str]:
     words = plain_words(text).split()
-    # an answer that is nothing but an article stays itself
-    return [word for word in words if word not in _ARTICLES] or words
+    # an answer that is nothing but an article or signs stays itself
+    return [word for word in words if word not in _ARTICLES] or words or [text.strip()]
