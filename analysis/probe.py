@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -76,7 +77,7 @@ def probe_split(
 
 
 def probe_groups(
-    embeddings: np.ndarray, labels: Sequence[str], groups: Sequence[str], folds: int = 5, strength: float = 1.0
+    embeddings: np.ndarray, labels: Sequence[str], groups: Sequence[str | None], folds: int = 5, strength: float = 1.0
 ) -> Probe:
     """Test every example once, by a probe that heard no example of its group.
 
@@ -84,18 +85,23 @@ def probe_groups(
         embeddings: `(examples, width)`.
         labels: their classes.
         groups: whom each example belongs to, such as its speaker.
-        folds: parts that the groups are dealt to; fewer where there are fewer groups.
+        folds: parts that the groups are dealt to; fewer where there are fewer groups, or examples of each class.
         strength: see `probe_split`.
 
     Raises:
-        ValueError: lengths differ, fewer than two groups, or a part of the groups that lacks all classes but one.
+        ValueError: lengths differ, an example of no group, fewer than two groups, no class of two examples, or a part
+            of the groups that lacks all classes but one.
     """
     _check(embeddings, labels)
     _check(embeddings, groups)
-    names = sorted(set(groups))
+    if None in groups:
+        raise ValueError(f"{list(groups).count(None)} of {len(groups)} examples name no speaker to hold out; name them")
+    names, most = sorted(set(groups)), max(Counter(labels).values())
     if len(names) < 2:
         raise ValueError(f"holding speakers out needs two or more, got {names}")
-    splitter = StratifiedGroupKFold(min(folds, len(names)))
+    if most < 2:
+        raise ValueError(f"no class has two examples among {len(labels)}; give more")
+    splitter = StratifiedGroupKFold(min(folds, len(names), most))
     truths, predictions, sizes = np.array(labels), np.empty(len(labels), dtype=object), []
     for train, test in splitter.split(embeddings, truths, groups):
         if len(test):

@@ -8,7 +8,9 @@ is ever guessed.
 
 from __future__ import annotations
 
+import logging
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +21,8 @@ from tqdm.auto import tqdm
 from listen.data.chat_models import ChatModel
 
 from .confidence import bootstrap_intervals
+
+logger = logging.getLogger(__name__)
 
 RUBRICS = {
     "quality": """\
@@ -95,6 +99,7 @@ class Judgement:
         intervals: their 95 % bootstrap intervals.
         unparsable: verdicts without a score, of each of the two.
         failed: requests that got no verdict, of each of the two.
+        errors: why, and how often.
         verdicts: `{"quality", "emotion"}` of each item: what the judge wrote; `None` where the request failed.
         settings: who judged, and how.
     """
@@ -104,6 +109,7 @@ class Judgement:
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     unparsable: dict[str, int] = field(default_factory=dict)
     failed: dict[str, int] = field(default_factory=dict)
+    errors: dict[str, int] = field(default_factory=dict)
     verdicts: list[dict[str, str | None]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -163,15 +169,21 @@ def judge_responses(
     requests = [(place, name) for place in range(len(items)) for name in RUBRICS]
     order = np.random.default_rng(seed).permutation(len(requests))
     verdicts: list[dict[str, str | None]] = [{} for _ in items]
+    errors: Counter[str] = Counter()
     with tqdm(total=len(requests), desc="judging", disable=not progress) as bar:
         for start in range(0, len(order), batch_size):
             some = [requests[i] for i in order[start : start + batch_size]]
             answers = judge.answer([_conversation(items[place], name) for place, name in some], seed=seed + start)
             for (place, name), answer in zip(some, answers, strict=True):
                 verdicts[place][name] = answer.text
+            errors.update(answer.error for answer in answers if answer.text is None)
             bar.update(len(some))
     settings = {"judge": judge.describe(), "seed": seed, "rubrics": RUBRICS}
-    return _summarise(verdicts, settings, num_resamples)
+    if errors:
+        logger.warning("%d of %d requests to the judge failed: %s", errors.total(), len(requests), dict(errors))
+    judgement = _summarise(verdicts, settings, num_resamples)
+    judgement.errors = dict(errors)
+    return judgement
 
 
 def scored(scores: np.ndarray, settings: dict[str, Any], num_resamples: int = 1000) -> Judgement:

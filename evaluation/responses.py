@@ -15,8 +15,10 @@ from datasets import Dataset
 from transformers import PreTrainedModel, ProcessorMixin
 
 from listen.analysis.probe import Probe, plot_embeddings, probe_groups, probe_split
+from listen.data.chat_models import ChatModelError
 from listen.data.manifest import extra_fields
 from listen.data.processes import launched_processes
+from listen.data.tasks import get_task
 
 from .bert_score import BertScore
 from .cascade import tag_rows
@@ -25,6 +27,7 @@ from .embeddings import pooled_embeddings
 from .generate import generate_predictions
 from .judge import JudgeItem, Judgement
 from .metrics import Classification, Rouge, RowMetric
+from .scoring import check_references
 from .ser import EmotionScores, emotion_rows, recognise_emotions, row_emotion, scores_of
 
 logger = logging.getLogger(__name__)
@@ -118,8 +121,8 @@ def evaluate_responses(
         system: name of the system in tables.
         references: rows to be answered, in place of those of the task `response` in `dataset`.
         classes: emotions to choose from, see `emotion_rows`.
-        probe_train: rows that the probe learns from. Without, the probe holds out speakers of `dataset`, and there is
-            no probe where the rows name fewer than two.
+        probe_train: rows that the probe learns from. Without, the probe holds out speakers of `dataset`, which each
+            row has to name. Where they are too few there is no probe, with a line in the log.
         recognise: names emotions, for a cascade: its tag is written before the speech, its accuracy is that of the
             system, and embeddings, which it does not use, are not probed.
         bert_score: the metric over some text model; no BERTScore without.
@@ -133,7 +136,7 @@ def evaluate_responses(
 
     Raises:
         ValueError: neither rows to answer nor emotions, a row that a judge needs more of, or emotions that are none of
-            the classes.
+            the classes; found before anything is asked.
     """
     generate_kwargs = {"do_sample": False, "max_new_tokens": 200, **generate_kwargs}
     asked = _responses(dataset if references is None else references)
@@ -141,6 +144,9 @@ def evaluate_responses(
     has_emotions = any(row_emotion(row) for row in dataset)
     if not len(asked) and not has_emotions:
         raise ValueError("nothing to evaluate: no rows of the task 'response', and none with an emotion")
+    heard = emotion_rows(dataset, classes) if has_emotions else None
+    learned = None if probe_train is None or heard is None else emotion_rows(probe_train, _classes(heard))
+    _check(asked, judged=judge is not None)
     options = {"batch_size": batch_size, "progress": progress}
     if len(asked):
         rows = asked if recognise is None else tag_rows(asked, recognise(asked))
@@ -148,23 +154,38 @@ def evaluate_responses(
             model, processor, rows, num_prompts=num_prompts, **options, **generate_kwargs
         )
         _score_responses(result, asked, [p.text for p in predictions], bert_score, num_resamples)
-        if judge is not None and launched_processes().is_main_process:
-            _judge(result, judge)
-    if has_emotions:
-        rows = emotion_rows(dataset, classes)
+    if heard is not None:
         if recognise is None:
             scores = recognise_emotions(
-                model, processor, rows, num_resamples=num_resamples, num_prompts=num_prompts, **options
+                model, processor, heard, num_resamples=num_resamples, num_prompts=num_prompts, **options
             )
-            _probe(result, model, processor, rows, probe_train, num_resamples, options)
+            _probe(result, model, processor, heard, learned, num_resamples, options)
         else:
-            scores = scores_of(rows, recognise(rows), num_resamples)
-        _add_emotions(result, rows, scores)
+            scores = scores_of(heard, recognise(heard), num_resamples)
+        _add_emotions(result, heard, scores)
+    # last: it may take hours on one process, for which the others must not wait
+    if judge is not None and result.responses and launched_processes().is_main_process:
+        _judge(result, judge)
     return result
 
 
 def _responses(rows: Dataset) -> Dataset:
     return rows.select([place for place, task in enumerate(rows["task"]) if task == "response"])
+
+
+def _classes(rows: Dataset) -> list[str]:
+    """The classes that rows of `emotion_rows` choose from."""
+    return extra_fields(rows[0])["options"]
+
+
+def _check(asked: Dataset, judged: bool) -> None:
+    """Find what cannot be scored before anything is asked."""
+    if len(asked):
+        check_references(get_task("response"), asked.select_columns(["response"]))
+    for row in asked if judged else ():
+        missing = [name for name in ("transcript", "emotion") if not extra_fields(row).get(name)]
+        if missing:
+            raise ValueError(f"row {row['id']!r} has no {missing[0]!r}, which a judge has to know; add the field")
 
 
 def _score_responses(
@@ -190,16 +211,16 @@ def _score_responses(
 
 
 def _judge(result: ResponseEvaluation, judge: Callable[[Sequence[JudgeItem]], Judgement]) -> None:
-    items = []
-    for record in result.responses:
-        missing = [name for name in ("transcript", "emotion") if not record.get(name)]
-        if missing:
-            raise ValueError(f"row {record['id']!r} has no {missing[0]!r}, which a judge has to know; add the field")
-        items.append(JudgeItem(record["transcript"], record["emotion"], record["prediction"]))
-    found = judge(items)
+    try:
+        found = judge([JudgeItem(r["transcript"], r["emotion"], r["prediction"]) for r in result.responses])
+    except ChatModelError as error:  # all else is done, and a wrong key must not cost it
+        logger.error("nobody judged: %s", error)
+        result.settings["judge"] = {"error": str(error)}
+        return
     result.values |= found.values
     result.intervals |= found.intervals
-    result.settings["judge"] = {**found.settings, "unparsable": found.unparsable, "failed": found.failed}
+    counts = {"unparsable": found.unparsable, "failed": found.failed, "errors": found.errors}
+    result.settings["judge"] = {**found.settings, **counts}
     for place, record in enumerate(result.responses):
         scores = zip(found.values, found.scores[place].tolist(), strict=True)
         record["judge"] = {name: None if math.isnan(score) else score for name, score in scores}
@@ -220,26 +241,37 @@ def _probe(
     model: PreTrainedModel,
     processor: ProcessorMixin,
     rows: Dataset,
-    probe_train: Dataset | None,
+    learned: Dataset | None,
     num_resamples: int,
     options: dict[str, Any],
 ) -> None:
     """Probe the embeddings, trained on other rows or on other speakers."""
-    embeddings = pooled_embeddings(model, processor, rows, **options)
-    labels = [row["response"][0] for row in rows]
+    embeddings, labels, speakers = pooled_embeddings(model, processor, rows, **options), _labels(rows), _speakers(rows)
     result.embeddings = embeddings
-    speakers = [str(extra_fields(row).get("speaker")) for row in rows]
-    if probe_train is not None:
-        learned = emotion_rows(probe_train, extra_fields(rows[0])["options"])
-        heard = pooled_embeddings(model, processor, learned, **options)
-        probe, how = probe_split(heard, [row["response"][0] for row in learned], embeddings, labels), "other rows"
-    elif len(set(speakers)) > 1:
-        probe, how = probe_groups(embeddings, labels, speakers), "other speakers of the same rows"
-    else:
-        logger.warning("no linear probe: the rows name fewer than two speakers; give rows to learn from")
+    how = "other speakers of the same rows" if learned is None else "other rows"
+    heard = None if learned is None else pooled_embeddings(model, processor, learned, **options)
+    try:
+        if learned is None:
+            probe = probe_groups(embeddings, labels, speakers)
+        else:
+            probe = probe_split(heard, _labels(learned), embeddings, labels)
+    except ValueError as error:  # too little to learn from takes nothing from the other scores
+        logger.warning("no linear probe: %s", error)
         return
     _add_probe(result, probe, num_resamples)
     result.settings["probe"] = {"learned_from": how, "num_train": probe.num_train}
+    shared = set(speakers) & set(_speakers(learned) if learned is not None else ()) - {None}
+    if shared:
+        logger.warning("the probe learned from %d of the speakers that it was tested on", len(shared))
+        result.settings["probe"]["shared_speakers"] = len(shared)
+
+
+def _labels(rows: Dataset) -> list[str]:
+    return [response[0] for response in rows["response"]]
+
+
+def _speakers(rows: Dataset) -> list[str | None]:
+    return [extra_fields(row).get("speaker") for row in rows.select_columns(["extra"])]
 
 
 def _add_probe(result: ResponseEvaluation, probe: Probe, num_resamples: int) -> None:

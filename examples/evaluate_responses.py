@@ -76,6 +76,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.model and not arguments.data:
         parser.error("--model needs --data")
+    if arguments.max_examples is not None and arguments.max_examples < 1:
+        parser.error(f"--max-examples {arguments.max_examples} must be at least 1")
     if arguments.judge_endpoint and arguments.judge in ("none", "rules"):
         parser.error("--judge-endpoint needs the model's name there: --judge NAME")
     return arguments

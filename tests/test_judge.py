@@ -66,6 +66,7 @@ def test_an_endpoint_judges_and_what_has_no_score_is_counted() -> None:
     assert np.array_equal(found.scores[:, 1], [3, 9, np.nan, np.nan, 3, 9], equal_nan=True)
     assert found.values == {"quality": 3.5, "emotion": 6.0}
     assert found.unparsable == {"quality": 0, "emotion": 1} and found.failed == {"quality": 0, "emotion": 1}
+    assert [count for error, count in found.errors.items() if "HTTPError" in error] == [1]
     assert found.verdicts[2]["emotion"] == "I cannot say." and found.verdicts[3]["emotion"] is None
     low, high = found.intervals["quality"]
     assert 1 <= low < 3.5 < high <= 6 and found.settings["judge"]["model"] == "judge"

@@ -25,6 +25,7 @@ from listen.data.collator import ListenCollator
 from listen.data.manifest import load_manifest
 from listen.evaluation.bert_score import BertScore
 from listen.evaluation.embeddings import pooled_embeddings
+from listen.evaluation.generate import first_forward
 from listen.evaluation.judge import JudgeItem, judge_by_rules, judge_responses
 from listen.evaluation.metrics import Rouge
 from listen.evaluation.response_table import load_scores
@@ -132,6 +133,8 @@ def test_a_probe_learns_from_other_rows_where_they_are_given(setup: tuple, datas
     train, test = dataset.select(range(4)), dataset.select(range(4, 8))
     found = evaluate_responses(*setup, test, probe_train=train, **OPTIONS)
     assert found.settings["probe"] == {"learned_from": "other rows", "num_train": 4}
+    known = evaluate_responses(*setup, test, probe_train=dataset, **OPTIONS)
+    assert known.settings["probe"]["shared_speakers"] == 1  # told, as it flatters the probe
     assert "rouge_l" not in found.values and found.settings["num_responses"] == 0
     assert emotion_rows(train, CLASSES)["response"] == [["happy"], ["sad"]] * 2
 
@@ -147,6 +150,42 @@ def test_what_cannot_be_evaluated_is_refused(setup: tuple, dataset: Dataset) -> 
         evaluate_responses(*setup, bare.select([5]), **OPTIONS)
     with pytest.raises(ValueError, match="has no 'transcript', which a judge has to know"):
         evaluate_responses(*setup, bare.select([0]), judge=judge_by_rules, **OPTIONS)
+    with first_forward(setup[0]) as asked:
+        with pytest.raises(ValueError, match="emotions \\['sad'\\] are none of the classes"):
+            evaluate_responses(*setup, dataset, **{**OPTIONS, "classes": ["happy", "angry"]})
+        with pytest.raises(ValueError, match="ROUGE cannot read the reference"):
+            evaluate_responses(*setup, _but(dataset, response=["你好"]), **OPTIONS)
+    assert asked.output is None  # neither waits for the answers
+
+
+def _but(dataset: Dataset, **values: object) -> Dataset:
+    """The rows with other values in the first of them."""
+    return Dataset.from_list([{**dataset[0], **values}, *dataset.select(range(1, len(dataset)))], dataset.features)
+
+
+@pytest.mark.parametrize(
+    ("places", "extra", "reason"),
+    [
+        ([0, 4], None, "a probe needs two classes to learn"),  # one class
+        ([0, 5], None, "no class has two examples"),
+        (range(8), json.dumps({"emotion": "sad", "transcript": "a"}), "1 of 8 examples name no speaker"),
+    ],
+)
+def test_what_is_too_little_for_a_probe_leaves_the_other_scores(
+    setup: tuple, dataset: Dataset, caplog: pytest.LogCaptureFixture, places: list[int], extra: str | None, reason: str
+) -> None:
+    rows = dataset.select(places)
+    found = evaluate_responses(*setup, _but(rows, extra=extra) if extra else rows, **OPTIONS)
+    assert reason in caplog.text and "probe_accuracy" not in found.values
+    assert {"rouge_l", "ser_accuracy"} <= set(found.values)
+
+
+def test_a_judge_that_cannot_be_reached_costs_no_other_score(setup: tuple, dataset: Dataset) -> None:
+    with serve_chat(lambda body: (401, "who are you?")) as server:
+        judge = partial(judge_responses, EndpointChatModel(server.url, "judge"), progress=False)
+        found = evaluate_responses(*setup, dataset, judge=judge, **OPTIONS)
+    assert "check the URL" in found.settings["judge"]["error"] and "quality" not in found.values
+    assert {"rouge_l", "ser_accuracy", "probe_accuracy"} <= set(found.values)
 
 
 def test_rules_of_the_corpus_judge_exactly() -> None:
