@@ -41,6 +41,7 @@ logger = logging.get_logger(__name__)
 SETTINGS_FILE = "settings.json"
 SUMMARY_FILE = "summary.json"
 DATASET_FOLDER = "dataset"
+_PATIENCE = 4
 
 
 class TargetError(ValueError):
@@ -132,7 +133,7 @@ def generate_targets(
 
     Raises:
         TargetError: an unknown kind, an utterance without the emotion that a kind needs, a folder of another LLM or
-            other settings, or an LLM that fails for a whole batch.
+            other settings, or an LLM that fails for whole batches, of four new requests or more.
     """
     folder, state = Path(folder), launched_processes()
     _check(utterances, kinds, llm, options)
@@ -295,6 +296,7 @@ def _ask(
     state = launched_processes()
     mine = list(batches[state.process_index :: state.num_processes])
     errors: Counter[str] = Counter()
+    silence = 0  # requests in a row that failed
     bar = tqdm(total=sum(map(len, mine)), desc="targets", disable=not (progress and state.is_main_process))
     with bar, (folder / f"answers-{state.process_index:03d}.jsonl").open("a", encoding="utf-8") as file:
         if file.tell():
@@ -309,7 +311,10 @@ def _ask(
                 file.write("".join(_as_line(r, a) for r, a in zip(pending, answers, strict=True) if a.text is not None))
                 file.flush()
                 errors.update(answer.error for answer in answers if answer.text is None)
-                if all(answer.text is None for answer in answers):
+                is_silent = all(answer.text is None for answer in answers)
+                # the rest of a batch that was answered failed before, too: the fault is its own, not the LLM's
+                silence = silence + len(batch) if is_silent and len(pending) == len(batch) else 0
+                if silence >= _PATIENCE:
                     raise TargetError(f"every answer of a batch failed, so the LLM is at fault: {answers[0].error}")
             bar.update(len(batch))
     return errors

@@ -80,10 +80,14 @@ def read_utterances(
     rows = read_json_lines(Path(path)) if is_manifest else _load_rows(str(path), columns or {}, name, split, revision)
     folder = Path(path).parent.resolve() if is_manifest else Path.cwd()
     recordings: dict[str, dict[str, Any]] = {}
+    absent = set((columns or {}).values())
     for where, record in rows:
+        absent -= record.keys()
         found = _read(where, record, columns or {}, folder, check_files and is_manifest)
         key = _recording_key(found["audio"])
         recordings[key] = {**found, **{k: v for k, v in recordings.get(key, {}).items() if v is not None}}
+    if absent:
+        raise ManifestError(f"{path}: no row has the field {sorted(absent)[0]!r} that columns={dict(columns)} names")
     spoken = [found for found in recordings.values() if found["transcript"]]
     if not spoken:
         raise ManifestError(f"{path}: no row has words; name their field with columns={{'transcript': ...}}")

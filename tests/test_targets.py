@@ -132,6 +132,8 @@ def test_sources_that_say_nothing_are_refused(tmp_path: Path) -> None:
     assert read_utterances(silent, columns={"transcript": "caption"})[0].transcript == "rain"
     with pytest.raises(ManifestError, match=r"columns names \['words'\]"):
         read_utterances(silent, columns={"words": "caption"})
+    with pytest.raises(ManifestError, match="no row has the field 'capton'"):
+        read_utterances(silent, columns={"transcript": "caption", "id": "capton"})
     with pytest.raises(ManifestError, match="there is no audio file"):
         read_utterances(write_manifest(tmp_path / "gone.jsonl", [{"audio": "b.wav", "text": "hello"}]))
 
@@ -280,6 +282,21 @@ def test_an_llm_that_has_nothing_to_say_leaves_empty_manifests(utterances: list[
         summary = make(utterances, tmp_path, EndpointChatModel(server.url, "m"), kinds=["response"])
     assert (summary.rows, summary.empty, summary.failed) == ({"response": 0}, {"response": 6}, {"response": 0})
     assert len(load_manifest(tmp_path / "response.jsonl")) == 0 and not (tmp_path / "dataset").exists()
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_one_request_that_always_fails_does_not_keep_a_run_from_its_end(
+    utterances: list[Utterance], tmp_path: Path, batch_size: int
+) -> None:
+    def reply(body: dict) -> tuple[int, str]:
+        return (400, "no") if "<sad>" in body["messages"][0]["content"] else (200, "Yes.")
+
+    with serve_chat(reply) as server:
+        llm = EndpointChatModel(server.url, "m")
+        for asked in (6, 7):
+            summary = make(utterances, tmp_path, llm, kinds=["response"], batch_size=batch_size)
+            assert (summary.rows, summary.failed) == ({"response": 5}, {"response": 1})
+            assert list(summary.errors.values()) == [1] and len(server.requests) == asked
 
 
 def test_an_endpoint_that_answers_nothing_ends_the_run(utterances: list[Utterance], tmp_path: Path) -> None:
