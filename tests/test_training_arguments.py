@@ -69,11 +69,38 @@ def test_later_files_win(config: Path, tmp_path: Path) -> None:
         ),
         (["--model.dtype.x", "1", "--model.dtype.x.y", "2"], "which has no fields"),
         (["max_steps", "5"], "expected --name before 'max_steps'"),
+        (["--training.learning_rate", "'1e-4'"], "training.learning_rate='1e-4' must be a number"),
+        (["--training.max_steps", "1.5"], "training.max_steps=1.5 must be a whole number"),
+        (["--training.use_cpu", "flase"], "training.use_cpu='flase' must be true or false"),
+        (["--data.join_tasks", "sv"], "data.join_tasks='sv' must be a list, each item text"),
+        (["--data.join_tasks", "[svv]"], r"data.join_tasks: unknown task 'svv'. Did you mean 'sv'\?"),
+        (["--data.train", "{path: a.jsonl, tasks: asr}"], "data.train: tasks='asr' must be a list"),
+        (["--data.train", "{path: a.jsonl, tasks: [asrr]}"], "a.jsonl: tasks: unknown task 'asrr'"),
+        (["--data.train", "{path: a.jsonl, split: dev}"], "a.jsonl: split='dev' has no meaning for format='manifest'"),
+        (["--data.max_eval_rows", "0"], "data.max_eval_rows=0 must be at least 1"),
+        (["--model.revisions", "{speech: v2}"], "model.revisions names .'speech'.; the backbones are speech_encoder"),
+        (["--model.trainable", "[]"], "model.trainable=.. names no part"),
+        (["--model.lora", "8"], "model.lora=8 must be a mapping or null"),
+        (
+            ["--training.train_sampling_strategy", "group_by_lenght"],
+            "'group_by_lenght' is unknown; choose one of random",
+        ),
+        (["--training.optim", "adamm"], "section training: adamm is not a valid OptimizerNames"),
+        (["--training.gradient_accumulation_steps", "0"], "gradient_accumulation_steps=0 must be at least 1"),
+        (["--training.neftune_noise_alpha", "5"], "neftune_noise_alpha does nothing here"),
     ],
 )
 def test_a_wrong_argument_is_named_with_the_fix(argv: list[str], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         parse_arguments([*BACKBONES, *argv])
+
+
+def test_values_take_the_types_of_their_fields() -> None:
+    argv = ["--max_steps", "1e2", "--save_strategy", "no", "--resume_from_checkpoint", "--data.train", "a.jsonl"]
+    run = parse_arguments([*BACKBONES, "--use_cpu", *argv])
+    assert (type(run.training.max_steps), run.training.max_steps) == (int, 100)
+    assert run.training.save_strategy == "no" and run.training.resume_from_checkpoint is True
+    assert [source.path for source in run.data.train] == ["a.jsonl"]
 
 
 def test_unknown_keys_of_a_file_are_refused(tmp_path: Path) -> None:

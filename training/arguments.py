@@ -7,7 +7,7 @@ section has it:
         --model.prompt_pool.pool_size 200 --training.learning_rate 1e-4 --bf16
 
 Values are read as YAML (`true`, `1e-4`, `[a, b]`, `{x: 1}`, `null`); a flag without a value is `true`. A name that no
-section knows is an error which names the closest one.
+section knows is an error which names the closest one, and so is a value of another type than its field's.
 """
 
 from __future__ import annotations
@@ -26,12 +26,10 @@ from transformers import TrainingArguments
 
 from ..data.manifest import LOADERS
 from ..data.mixing import STRATEGIES
+from ..data.tasks import UnknownTaskError, get_task
+from .values import ArgumentError, check_values
 
 ALIGNMENTS = ("lm", "distill")
-
-
-class ArgumentError(ValueError):
-    """An argument that does not exist or has an impossible value; the message names it and the fix."""
 
 
 @dataclass
@@ -77,7 +75,7 @@ class ModelArguments:
         """Check that it is clear what to build.
 
         Raises:
-            ArgumentError: neither a checkpoint nor backbones, or both.
+            ArgumentError: neither a checkpoint nor backbones, or both; or a revision of something else.
         """
         sources = ("preset", "speech_encoder", "audio_encoder", "language_model")
         named = [name for name in sources if getattr(self, name)]
@@ -88,6 +86,11 @@ class ModelArguments:
             )
         if not self.checkpoint and not (self.speech_encoder and self.language_model):
             raise ArgumentError("name model.speech_encoder and model.language_model, or a model.checkpoint to train on")
+        unknown = sorted(set(self.revisions) - set(sources[1:]))
+        if unknown:
+            raise ArgumentError(f"model.revisions names {unknown}; the backbones are {', '.join(sources[1:])}")
+        if self.trainable is not None and not self.trainable:
+            raise ArgumentError("model.trainable=[] names no part; leave it out, or name what learns")
 
 
 @dataclass
@@ -126,22 +129,23 @@ class DataSource:
         """Tell the format.
 
         Raises:
-            ArgumentError: an unknown format, or a field that this format does not read.
+            ArgumentError: an unknown format or task, or a field that this format does not read.
         """
         endings = {".jsonl": "manifest", ".json": "salmonn"}
         self.format = self.format or endings.get(Path(self.path).suffix, "datasets")
         if self.format not in LOADERS:
             raise ArgumentError(f"{self.path}: format={self.format!r} is unknown; choose one of {', '.join(LOADERS)}")
         for name, formats in _FORMATS_OF_FIELDS.items():
-            if getattr(self, name) and self.format not in formats:
+            if getattr(self, name) not in (None, False, {}, "train") and self.format not in formats:
                 raise ArgumentError(
                     f"{self.path}: {name}={getattr(self, name)!r} has no meaning for format={self.format!r}, only for "
                     f"{' and '.join(formats)}; leave it out"
                 )
+        check_tasks(f"{self.path}: tasks", self.tasks)
 
 
 _FORMATS_OF_FIELDS = {
-    **dict.fromkeys(("task", "columns", "name", "revision", "data_files", "streaming"), ("datasets",)),
+    **dict.fromkeys(("task", "columns", "name", "split", "revision", "data_files", "streaming"), ("datasets",)),
     "task_names": ("salmonn",),
 }
 
@@ -183,7 +187,7 @@ class DataArguments:
         """Bring the sources into one form.
 
         Raises:
-            ArgumentError: an unknown mixing strategy or field of a source.
+            ArgumentError: an unknown mixing strategy, task or field of a source, or a value without meaning.
         """
         self.train, self.eval = parse_sources("data.train", self.train), parse_sources("data.eval", self.eval)
         if self.mixing not in STRATEGIES:
@@ -192,6 +196,16 @@ class DataArguments:
             raise ArgumentError(f"data.long_audio={self.long_audio!r} is unknown; choose leave_out or cut")
         if self.long_audio == "cut" and self.max_audio_seconds is None:
             raise ArgumentError("data.long_audio=cut needs data.max_audio_seconds, the length to cut to")
+        if self.max_eval_rows is not None and self.max_eval_rows < 1:
+            raise ArgumentError(
+                f"data.max_eval_rows={self.max_eval_rows} must be at least 1; leave out data.eval instead"
+            )
+        check_tasks("data.join_tasks", self.join_tasks)
+
+
+_COUNTS = ("min_prompts", "pad_to_multiple_of", "generation_max_new_tokens", "generation_num_beams")
+_BATCHES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+_LEAST = {**dict.fromkeys((*_COUNTS, *_BATCHES), 1), **dict.fromkeys(("keys_from_rows", "generation_eval_rows"), 0)}
 
 
 @dataclass
@@ -241,6 +255,7 @@ class ListenTrainingArguments(TrainingArguments):
     num_threads: int | None = field(default=None)
     pad_to_multiple_of: int = field(default=8)
     resume: bool | str = field(default=False)
+    resume_from_checkpoint: bool | str | None = field(default=None)
 
     def __post_init__(self) -> None:
         """As upstream.
@@ -249,14 +264,16 @@ class ListenTrainingArguments(TrainingArguments):
             ArgumentError: a value out of range.
         """
         super().__post_init__()
-        for name in ("min_prompts", "pad_to_multiple_of", "generation_max_new_tokens", "generation_num_beams"):
-            if getattr(self, name) < 1:
-                raise ArgumentError(f"training.{name}={getattr(self, name)} must be at least 1")
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise ArgumentError(f"training.{name}={getattr(self, name)} must be at least {least}")
         if not 0.0 < self.layerwise_lr_decay <= 1.0:
             raise ArgumentError(f"training.layerwise_lr_decay={self.layerwise_lr_decay} must lie in (0, 1]")
         self._check_alignment()
         if self.label_smoothing_factor:
             raise ArgumentError("training.label_smoothing_factor would replace the model's own loss; leave it at 0")
+        if self.neftune_noise_alpha:
+            raise ArgumentError("training.neftune_noise_alpha does nothing here: the LLM's embeddings do not learn")
 
     def _check_alignment(self) -> None:
         if self.alignment not in ALIGNMENTS:
@@ -332,8 +349,17 @@ def build_arguments(raw: Mapping[str, Any], sections: Mapping[str, type] = SECTI
     for section, kind in sections.items():
         values = raw.get(section) or {}
         _refuse_unknown(values, _field_names(kind), f"{section}.")
-        built[section] = kind(**values)
+        built[section] = _construct(section, kind, check_values(f"{section}.", kind, values))
     return RunArguments(**built, raw={section: dict(raw.get(section) or {}) for section in sections})
+
+
+def _construct(section: str, kind: type, values: Mapping[str, Any]) -> Any:
+    try:
+        return kind(**values)
+    except ArgumentError:
+        raise
+    except ValueError as error:  # of transformers
+        raise ArgumentError(f"section {section}: {error}") from error
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -423,6 +449,19 @@ def _merge(base: dict[str, Any], other: Mapping[str, Any]) -> None:
             base[name] = value
 
 
+def check_tasks(where: str, names: Sequence[str] | None) -> None:
+    """Refuse names of tasks that are not registered.
+
+    Raises:
+        ArgumentError: there is one.
+    """
+    for name in names or ():
+        try:
+            get_task(name)
+        except UnknownTaskError as error:
+            raise ArgumentError(f"{where}: {error}") from error
+
+
 def parse_sources(where: str, value: Any) -> list[DataSource]:
     """Sources from what a file holds: a path, a mapping with the fields of `DataSource`, or a list of these.
 
@@ -440,7 +479,7 @@ def _source(where: str, item: Any) -> DataSource:
     if not isinstance(item, Mapping) or "path" not in item:
         raise ArgumentError(f"{where}: a source is a path or a mapping with 'path', found {item!r}")
     _refuse_unknown(item, _field_names(DataSource), f"{where}: ")
-    return DataSource(**item)
+    return DataSource(**check_values(f"{where}: ", DataSource, item))
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -101,6 +101,7 @@ class ClassifierTrainingArguments(TrainingArguments):
     label_names: list[str] | None = field(default_factory=lambda: ["labels"])
     num_threads: int | None = field(default=None)
     resume: bool | str = field(default=False)
+    resume_from_checkpoint: bool | str | None = field(default=None)
 
     def __post_init__(self) -> None:
         """As upstream.

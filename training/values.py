@@ -1,0 +1,95 @@
+"""Values from files and command lines, checked against the types that the fields of a dataclass declare."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import types
+import typing
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+
+
+class ArgumentError(ValueError):
+    """An argument that does not exist or has an impossible value; the message names it and the fix."""
+
+
+def check_values(prefix: str, kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values for fields of a dataclass, in the types that it declares.
+
+    Whole floats become whole numbers where those are needed (`1e4`), and `no`, which YAML reads as false, becomes the
+    word again where a field knows that word.
+
+    Args:
+        prefix: what the error puts before the name of a field.
+        kind: the dataclass.
+        values: names of its fields -> values.
+
+    Raises:
+        ArgumentError: a value of another type, or none of the field's choices.
+    """
+    hints = typing.get_type_hints(kind)
+    notes = {entry.name: entry.metadata for entry in dataclasses.fields(kind)}
+    return {name: _checked(f"{prefix}{name}", hints[name], notes[name], value) for name, value in values.items()}
+
+
+def _checked(name: str, hint: Any, notes: Mapping[str, Any], value: Any) -> Any:
+    if value is True and notes.get("const") is True:  # a flag, beside what its type says
+        return value
+    for option in _options(hint):
+        if value is False and isinstance(option, type) and issubclass(option, Enum) and "no" in _members(option):
+            return "no"
+        if _fits(option, value):
+            value = int(value) if option is int else value
+            break
+    else:
+        raise ArgumentError(f"{name}={value!r} must be {_describe(hint)}")
+    choices = notes.get("choices")
+    if choices and value is not None and value not in choices:
+        raise ArgumentError(f"{name}={value!r} is unknown; choose one of {', '.join(map(str, choices))}")
+    return value
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    origin, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(option, value) for option in inner)
+    if origin is typing.Literal:
+        return value in inner
+    if hint == list[Any]:  # a lone item too: whoever takes items of any kind looks at them
+        return True
+    if origin is list:
+        return isinstance(value, (list, tuple)) and all(_fits(inner[0], item) for item in value if inner)
+    if origin is dict:
+        return isinstance(value, Mapping) and all(_fits(inner[1], item) for item in value.values() if inner)
+    if origin in (int, float):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return number and (origin is float or float(value).is_integer())
+    if origin is str:
+        return isinstance(value, (str, os.PathLike))
+    return origin is Any or not isinstance(origin, type) or isinstance(value, origin)
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+
+
+def _members(kind: type[Enum]) -> list[Any]:
+    return [member.value for member in kind]
+
+
+def _describe(hint: Any) -> str:
+    """The types of a hint in plain words."""
+    words = []
+    for option in _options(hint):
+        origin, inner = typing.get_origin(option) or option, typing.get_args(option)
+        if origin is list:
+            words.append("a list" if not inner or inner[0] is Any else f"a list, each item {_describe(inner[0])}")
+        elif origin is dict:
+            words.append("a mapping" if not inner or inner[1] is Any else f"a mapping to {_describe(inner[1])}")
+        else:
+            words.append(_WORDS.get(origin, getattr(origin, "__name__", str(origin))))
+    return " or ".join(words)
