@@ -101,9 +101,9 @@ def load_salmonn(
     path = Path(path)
     names = {**SALMONN_TASKS, **(task_names or {})}
     try:
-        annotation = json.loads(path.read_text(encoding="utf-8"))["annotation"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ManifestError(f'{path}: expected {{"annotation": [...]}}, SALMONN\'s format') from error
+        annotation = list(json.loads(path.read_text(encoding="utf-8-sig"))["annotation"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ManifestError(f'{path}: expected {{"annotation": [...]}}, SALMONN\'s format, in UTF-8') from error
     numbered = ((f"{path}: annotation {number}", entry) for number, entry in enumerate(annotation))
     return _build(((where, _from_salmonn(where, entry, names)) for where, entry in numbered), path.parent, check_files)
 
@@ -221,18 +221,26 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """The objects of a JSONL file, each after its file and line.
 
     Raises:
-        ManifestError: a line that is not JSON.
+        ManifestError: a line that is not JSON, or a file that is not UTF-8.
         FileNotFoundError: there is no such file.
     """
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                yield where, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ManifestError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from error
+    with path.open(encoding="utf-8-sig") as lines:  # some editors put a mark before the first line
+        try:
+            yield from _parse_lines(path, lines)
+        except UnicodeDecodeError as error:
+            raise ManifestError(f"{path}: not UTF-8 ({error}); convert it") from error
+
+
+def _parse_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ManifestError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from error
+        yield where, record
 
 
 def _build(records: Iterable[tuple[str, Any]], folder: Path, check_files: bool) -> Dataset:
@@ -244,9 +252,10 @@ def _from_salmonn(where: str, entry: Any, names: Mapping[str, str]) -> dict[str,
     if not isinstance(entry, Mapping) or "path" not in entry or "text" not in entry:
         raise ManifestError(f"{where}: expected an object with 'path' and 'text'")
     task = entry.get("task", "asr")
-    clips = [entry["path"], *entry.get("expand_wav", [])]
+    clips = [entry["path"], *_as_list(entry.get("expand_wav") or [])]
     record = {name: value for name, value in entry.items() if name not in ("path", "text", "Q", "expand_wav", "task")}
-    record |= {"audio": clips, "response": entry["text"], "task": names.get(task, task), "question": entry.get("Q")}
+    task = names.get(task, task) if isinstance(task, str) else task
+    record |= {"audio": clips, "response": entry["text"], "task": task, "question": entry.get("Q")}
     record["join"] = "concatenate" if len(clips) > 1 else None
     return record
 
@@ -282,7 +291,7 @@ def _text(where: str, name: str, value: Any) -> str | None:
 
 def _task(where: str, name: Any, has_question: bool) -> str:
     try:
-        task = get_task(name)
+        task = get_task(str(name))
     except UnknownTaskError as error:
         raise ManifestError(f"{where}: {error}") from error
     if task.needs_question and not has_question:

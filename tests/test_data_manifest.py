@@ -55,6 +55,7 @@ def test_rows_have_one_schema_whatever_they_hold(folder: Path) -> None:
         ('{"audio": "audio/0.wav", "task": "asrr", "response": "x"}', r"m.jsonl:2: unknown task 'asrr'.*'asr'"),
         ('{"audio": "audio/9.wav", "task": "asr", "response": "x"}', r"m.jsonl:2: there is no audio file .*9.wav"),
         ('{"audio": "audio/0.wav", "task": "sqa", "response": "x"}', r"m.jsonl:2: task 'sqa' needs a 'question'"),
+        ('{"audio": "audio/0.wav", "task": ["asr"], "response": "x"}', r"m.jsonl:2: unknown task"),
         ('{"audio": [], "task": "asr", "response": "x"}', r"m.jsonl:2: 'audio' holds no clip"),
         ('{"audio": "audio/0.wav", "task": "asr", "response": 3}', r"m.jsonl:2: 'response' must be text"),
         ('{"audio": "audio/0.wav", "task": "asr", "response": "x", "join": "mix"}', r"m.jsonl:2: join='mix'"),
@@ -68,6 +69,15 @@ def test_a_bad_line_is_named(folder: Path, line: str, message: str) -> None:
         load_manifest(folder / "m.jsonl")
 
 
+def test_a_mark_before_the_first_line_is_no_part_of_it(folder: Path) -> None:
+    row = {"audio": "audio/0.wav", "task": "asr", "response": "\u00e4"}
+    (folder / "m.jsonl").write_text(json.dumps(row) + "\r\n", encoding="utf-8-sig")
+    assert load_manifest(folder / "m.jsonl")["response"][0] == ["\u00e4"]
+    (folder / "m.jsonl").write_text(json.dumps(row, ensure_ascii=False), encoding="latin-1")
+    with pytest.raises(ManifestError, match=r"m.jsonl: not UTF-8 .*0xe4.*; convert it"):
+        load_manifest(folder / "m.jsonl")
+
+
 def test_missing_files_can_be_left_for_later(folder: Path) -> None:
     path = write_manifest(folder / "m.jsonl", [{"audio": "none.wav", "task": "asr", "response": "x"}])
     assert len(load_manifest(path, check_files=False)) == 1
@@ -75,7 +85,7 @@ def test_missing_files_can_be_left_for_later(folder: Path) -> None:
 
 def test_salmonn_annotations(folder: Path) -> None:
     entries = [
-        {"path": "audio/0.wav", "text": "hello"},
+        {"path": "audio/0.wav", "text": "hello", "expand_wav": None},
         {"path": "audio/0.wav", "text": "yes", "task": "speaker_verification", "expand_wav": ["audio/1.wav"]},
         {"path": "audio/1.wav", "text": "red", "task": "QA", "Q": "Which colour?", "speaker": "s1"},
         {"path": "audio/1.wav", "text": "sad", "task": "emotion_recognition"},
@@ -94,9 +104,10 @@ def test_salmonn_tasks_that_are_not_known_can_be_mapped(folder: Path) -> None:
     with pytest.raises(ManifestError, match="annotation 0: unknown task 'describe_voice'"):
         load_salmonn(folder / "a.json")
     assert load_salmonn(folder / "a.json", task_names={"describe_voice": "voice"})["task"][0] == "voice"
-    (folder / "b.json").write_text("[]")
-    with pytest.raises(ManifestError, match="SALMONN's format"):
-        load_salmonn(folder / "b.json")
+    for content in ("[]", '{"annotation": null}'):
+        (folder / "b.json").write_text(content)
+        with pytest.raises(ManifestError, match="SALMONN's format"):
+            load_salmonn(folder / "b.json")
 
 
 def test_any_data_set_becomes_the_same_schema(folder: Path) -> None:
