@@ -83,8 +83,8 @@ def mix_datasets(
     sizes = {name: 1 if name in streams else len(part) for name, part in datasets.items()}
     shares = mixing_weights(sizes, strategy, temperature, weights)
     parts = [part for name, part in datasets.items() if shares[name] > 0]
-    if len(parts) == 1:
-        return parts[0]
+    if len(parts) == 1:  # rows of a data set are drawn at random anyway, those of a stream come as they lie
+        return parts[0].shuffle(seed=seed) if streams else parts[0]
     if strategy == "proportional":
         return concatenate_datasets(parts).shuffle(seed=seed)
     return interleave_datasets(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from pathlib import Path
 
 import pytest
 from conftest import tiny_config
-from fixtures_training import small_corpus, tiny_processor
+from datasets import IterableDataset
+from fixtures_training import small_corpus, tiny_processor, write_manifest
 
 from listen.data.audio import row_seconds
-from listen.training.arguments import DataArguments
+from listen.data.manifest import ManifestError
+from listen.training.arguments import ArgumentError, DataArguments
 from listen.training.datasets import build_eval_dataset, build_train_dataset
 from listen.training.run import _embeddings_per_second
 
@@ -27,3 +31,30 @@ def test_lengths_follow_the_rate_of_the_connector(tmp_path: Path, rate: float) -
 def test_the_rate_is_what_the_processor_counts() -> None:
     processor = tiny_processor(tiny_config())
     assert _embeddings_per_second(processor) == pytest.approx(3.0, abs=0.1)  # a window of a third of a second
+
+
+def test_a_source_without_rows_is_named(tmp_path: Path) -> None:
+    manifest = str(small_corpus(tmp_path, num_rows=6))
+    for source in (str(write_manifest(tmp_path / "empty.jsonl", [])), {"path": manifest, "tasks": ["sqa"]}):
+        with pytest.raises(ArgumentError, match=r"(empty.jsonl gives no row|with tasks=\['sqa'\]).*; fill it"):
+            build_train_dataset(DataArguments(train=[manifest, source]), 0)
+
+
+def test_an_empty_response_is_found_before_the_run(tmp_path: Path) -> None:
+    lines = small_corpus(tmp_path, num_rows=3).read_text().splitlines()
+    manifest = write_manifest(tmp_path / "m.jsonl", [json.loads(lines[0]), {**json.loads(lines[1]), "response": " "}])
+    data = DataArguments(train=[str(manifest)], eval=[str(manifest)])
+    for build in (build_train_dataset, build_eval_dataset):
+        with pytest.raises(ManifestError, match=r"rows \['m.jsonl:2'\] \(1 in all\) have an empty response"):
+            build(data, 0)
+
+
+def test_a_stream_has_no_end_and_comes_in_random_order(tmp_path: Path) -> None:
+    rows = [{"audio": f"{i}.wav", "response": str(i)} for i in range(40)]
+    files = str(write_manifest(tmp_path / "rows.jsonl", rows))
+    source = {"path": "json", "format": "datasets", "data_files": files, "streaming": True, "task": "asr"}
+    stream = build_train_dataset(DataArguments(train=[source]), 0)
+    assert isinstance(stream, IterableDataset)
+    seen = [row["response"][0] for row in itertools.islice(stream, 200)]
+    assert seen != [row["response"] for row in rows] * 5 and set(seen) == {row["response"] for row in rows}
+    assert seen == [row["response"][0] for row in itertools.islice(stream, 200)]

@@ -10,7 +10,7 @@ from datasets import Dataset, Features, IterableDataset, Value, concatenate_data
 from transformers.utils import logging
 
 from ..data.audio import row_seconds
-from ..data.manifest import FEATURES, load_manifest, load_salmonn, load_source
+from ..data.manifest import FEATURES, ManifestError, load_manifest, load_salmonn, load_source
 from ..data.mixing import mix_datasets, split_by_task, subset_per_task
 from .arguments import ArgumentError, DataArguments, DataSource
 
@@ -30,10 +30,11 @@ def build_train_dataset(
         embeddings_per_second: of audio, to add a `length` column for length-grouped batches; none adds none.
 
     Returns:
-        Rows of the manifest schema; iterable if a source streams.
+        Rows of the manifest schema; iterable if a source streams, and then without an end: where a stream begins again,
+        an accumulated batch goes on, and a resumed run finds its place.
 
     Raises:
-        ArgumentError: no training source, or nothing is left of it.
+        ArgumentError: no training source, or one without a row, or nothing is left of them.
         ManifestError: a row that cannot be used.
     """
     if not arguments.train:
@@ -41,7 +42,9 @@ def build_train_dataset(
     longest = None if arguments.long_audio == "cut" else arguments.max_audio_seconds
     parts: dict[str, list[Dataset | IterableDataset]] = {}
     for source in arguments.train:
-        for task, part in _tasks_of(load(source, arguments, seed), source).items():
+        rows = _answered(load(source, arguments, seed))
+        rows = rows.repeat(None) if isinstance(rows, IterableDataset) else rows
+        for task, part in _tasks_of(rows, source).items():
             parts.setdefault(task, []).append(_short_enough(part, longest, task))
     by_task = {task: _concatenate(task, group) for task, group in parts.items()}
     mixed = mix_datasets(
@@ -67,7 +70,7 @@ def build_eval_dataset(
     """
     if not arguments.eval:
         return None
-    parts = [load(source, arguments, seed) for source in arguments.eval]
+    parts = [_answered(load(source, arguments, seed)) for source in arguments.eval]
     if any(isinstance(part, IterableDataset) for part in parts):
         raise ArgumentError("data.eval cannot stream; give streaming=false and max_rows")
     dataset = concatenate_datasets(parts)
@@ -77,7 +80,12 @@ def build_eval_dataset(
 
 
 def load(source: DataSource, arguments: DataArguments, seed: int = 0) -> Dataset | IterableDataset:
-    """Read one source, keep the asked tasks and rows, and join the clips of tasks in `join_tasks`."""
+    """Read one source, keep the asked tasks and rows, and join the clips of tasks in `join_tasks`.
+
+    Raises:
+        ArgumentError: no row is left of it.
+        ManifestError: a row that cannot be used.
+    """
     if source.format == "manifest":
         dataset = load_manifest(source.path, check_files=arguments.check_files)
     elif source.format == "salmonn":
@@ -90,6 +98,9 @@ def load(source: DataSource, arguments: DataArguments, seed: int = 0) -> Dataset
         dataset = dataset.filter(lambda task: task in wanted, input_columns="task")
     if source.max_rows is not None:
         dataset = _first(dataset.shuffle(seed=seed), source.max_rows)
+    if isinstance(dataset, Dataset) and not len(dataset):
+        asked = f" with tasks={source.tasks} and max_rows={source.max_rows}" if source.tasks or source.max_rows else ""
+        raise ArgumentError(f"{source.path} gives no row{asked}; fill it, or take it out")
     return join_clips(dataset, arguments.join_tasks)
 
 
@@ -120,6 +131,15 @@ def add_lengths(dataset: Dataset | IterableDataset, embeddings_per_second: float
 def count_tasks(dataset: Dataset | IterableDataset | None) -> dict[str, int]:
     """Rows of each task; empty for streams."""
     return dict(Counter(dataset["task"])) if isinstance(dataset, Dataset) else {}
+
+
+def _answered(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """The rows as they are: an empty response is an error now and not amid the run; streams tell it as they come."""
+    rows = zip(dataset["id"], dataset["response"], strict=True) if isinstance(dataset, Dataset) else ()
+    empty = [name for name, responses in rows if not all(response.strip() for response in responses)]
+    if empty:
+        raise ManifestError(f"the rows {empty[:5]} ({len(empty)} in all) have an empty response; take them out")
+    return dataset
 
 
 def _tasks_of(dataset: Dataset | IterableDataset, source: DataSource) -> dict[str, Dataset | IterableDataset]:
