@@ -143,6 +143,9 @@ class ListenCollator:
         response = draw.choice(responses) if draw else responses[0]
         if not response:
             raise ValueError(f"row {row['id']!r} has an empty response; take it out or give it one")
+        for token in (self.processor.audio_token, self.processor.prompt_token):
+            if token in response:
+                raise ValueError(f"row {row['id']!r}: the response holds {token!r}, a placeholder; take it out")
         instruction = row.get("instruction") or get_task(row["task"]).instruction(
             row.get("question"), draw, extra_fields(row).get("options")
         )

@@ -166,6 +166,7 @@ def test_task_ids_follow_the_pool(rows: list[dict]) -> None:
     ("change", "message"),
     [
         ({"response": ["  "]}, "row 'train.jsonl:1' has an empty response"),
+        ({"response": ["a <|prompt|>"]}, r"row 'train.jsonl:1': the response holds '<\|prompt\|>', a placeholder"),
         ({"audio": [{"path": "none.wav", "bytes": None}]}, "row 'train.jsonl:1'"),
         ({"audio": [{"path": None, "bytes": b"no audio"}]}, "row 'train.jsonl:1'"),
     ],
