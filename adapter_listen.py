@@ -309,7 +309,7 @@ class AdapterMixin(FrozenBackbonesMixin):
         config = self.config_class.from_pretrained(source, **hub)
         _refuse_learned(f"adapter {source!r}", "this model", self.config)
         _refuse_learned("this model", f"adapter {source!r}", config)
-        self._check_same_backbones(source, config)
+        self.check_same_backbones(source, config)
         weights = load_file(cached_file(source, WEIGHTS_FILE, **hub))
         prefix = "adapters.default."
         state = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
@@ -395,7 +395,16 @@ class AdapterMixin(FrozenBackbonesMixin):
         described = {"connector_config": connector.to_dict(), "prompt_pool_config": pool.to_dict() if pool else None}
         self.config.extra_adapters = {**(self.config.extra_adapters or {}), name: described}
 
-    def _check_same_backbones(self, source: str, config: PreTrainedConfig) -> None:
+    def check_same_backbones(self, source: str, config: PreTrainedConfig) -> None:
+        """Refuse the adapter of a checkpoint that was trained over other backbones than this model's.
+
+        Args:
+            source: The checkpoint.
+            config: Its config.
+
+        Raises:
+            ValueError: it was, or has other encoders.
+        """
         for name, sub in BACKBONES.items():
             mine, theirs = getattr(self.config, sub), getattr(config, sub)
             if (mine is None) != (theirs is None):

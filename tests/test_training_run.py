@@ -16,7 +16,7 @@ import torch
 import yaml
 from fixtures_backbones import model_section, save_backbones
 from fixtures_encoders import random_encoder
-from fixtures_training import small_corpus
+from fixtures_training import save_tiny_llm, small_corpus, write_manifest
 from safetensors.torch import load_file
 from transformers import ASTFeatureExtractor, Wav2Vec2FeatureExtractor
 
@@ -142,6 +142,18 @@ def test_two_processes_that_accumulate_equal_one_batch(
 
 
 @pytest.mark.slow
+def test_processes_that_average_their_own_means_log_means(backbones: dict, manifest: Path, tmp_path: Path) -> None:
+    """Of equal rows the mean of means is the mean."""
+    row = json.loads(manifest.read_text().splitlines()[0])
+    alike = write_manifest(tmp_path / "alike.jsonl", [{**row, "audio": str(manifest.parent / row["audio"])}] * 4)
+    one, two = tmp_path / "one", tmp_path / "two"
+    options = {**ONE_STEP, "average_tokens_across_devices": False}
+    run(sections(backbones, alike, one, EXACT, **options, **batches(4, 1)))
+    launch(sections(backbones, alike, two, EXACT, **options, **batches(2, 1)), two, 2)
+    assert_same_step(two, one)
+
+
+@pytest.mark.slow
 def test_two_processes_train_an_encoder_as_one_does(backbones: dict, manifest: Path, tmp_path: Path) -> None:
     model = {**EXACT, "trainable": ["speech_encoder", "adapter"]}
     one, two = tmp_path / "one", tmp_path / "two"
@@ -199,6 +211,60 @@ def test_a_resumed_run_equals_a_straight_one(backbones: dict, manifest: Path, tm
     assert [entry["step"] for entry in logs[1]] == [1, 2, 3, 4, 5, 6]  # with those of the checkpoint
     for name in ("loss", "lm_loss", "key_loss", "pool_used_share"):
         assert [entry[name] for entry in logs[0]] == [entry[name] for entry in logs[1]], name
+
+
+def as_stream(manifest: Path, folder: Path) -> dict:
+    """The rows of a manifest as a source that streams."""
+    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+    rows = [{**row, "audio": str(manifest.parent / row["audio"])} for row in lines]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"path": "json", "format": "datasets", "data_files": str(folder / "rows.jsonl"), "streaming": True}
+
+
+def test_a_stream_is_resumed_in_a_later_pass_and_accumulates_across_its_end(
+    backbones: dict, manifest: Path, tmp_path: Path
+) -> None:
+    """Eight rows, six a step: step 3 lies in the third pass, and no pass ends with a step."""
+    uneven = {**RESUMABLE, **batches(2, 3), "max_steps": 4}
+    settings = sections(backbones, manifest, tmp_path / "straight", EXACT, **uneven)
+    settings["data"]["train"] = [as_stream(manifest, tmp_path)]
+    run(settings)
+    shutil.copytree(tmp_path / "straight" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
+    settings["training"].update(output_dir=str(tmp_path / "resumed"), resume=True)
+    run(settings)
+    settings["training"].update(output_dir=str(tmp_path / "whole"), resume=False, **batches(6, 1))
+    run(settings)
+    one, two, whole = (learned(tmp_path / name) for name in ("straight", "resumed", "whole"))
+    for name, weight in one.items():
+        assert torch.equal(weight, two[name]), name
+        torch.testing.assert_close(weight, whole[name], atol=1e-4, rtol=1e-4)
+
+
+def test_a_run_goes_on_from_the_last_checkpoint_that_is_whole(backbones: dict, manifest: Path, tmp_path: Path) -> None:
+    settings = sections(backbones, manifest, tmp_path, NOISY, **RESUMABLE, resume=True)
+    run(settings)
+    straight = learned(tmp_path)
+    (tmp_path / "checkpoint-6" / "trainer_state.json").write_text("{")  # stopped amid writing
+    shutil.rmtree(tmp_path / "model")
+    run(settings)
+    assert all(torch.equal(straight[name], weight) for name, weight in learned(tmp_path).items())
+    for folder in tmp_path.glob("checkpoint-*"):
+        (folder / "optimizer.pt").unlink()
+    with pytest.raises(ArgumentError, match="checkpoint-6 holds no state of the optimiser"):
+        run(settings)
+    settings["training"]["resume"] = "flase"
+    with pytest.raises(ArgumentError, match="training.resume='flase' is no checkpoint folder"):
+        run(settings)
+
+
+def test_a_run_over_other_backbones_is_not_resumed(backbones: dict, manifest: Path, tmp_path: Path) -> None:
+    settings = sections(backbones, manifest, tmp_path / "run", **RESUMABLE)
+    run(settings)
+    settings["training"]["resume"] = True
+    settings["model"]["language_model"] = save_tiny_llm(tmp_path / "other", seed=7)
+    with pytest.raises(ValueError, match="language_model: adapter .*checkpoint-6' was trained over weights"):
+        run(settings)
 
 
 def test_a_run_folder_is_complete_and_repeats_the_run(backbones: dict, manifest: Path, tmp_path: Path) -> None:
@@ -363,12 +429,13 @@ def test_rows_that_are_too_long_are_cut_where_that_is_asked(backbones: dict, man
 
 
 def test_streams_train(backbones: dict, manifest: Path, tmp_path: Path) -> None:
-    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
-    rows = [{"sound": str(manifest.parent / row["audio"]), "text": row["response"]} for row in lines]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = sections(backbones, manifest, tmp_path / "run", **{**RESUMABLE, "max_steps": 2})
-    source = {"path": "json", "format": "datasets", "data_files": str(tmp_path / "rows.jsonl"), "streaming": True}
-    settings["data"]["train"] = [{**source, "task": "asr", "columns": {"audio": "sound", "response": "text"}}]
+    columns = {"audio": "sound", "response": "text"}
+    stream = as_stream(manifest, tmp_path)
+    rows = [json.loads(line) for line in Path(stream["data_files"]).read_text().splitlines()]
+    rows = [{theirs: row[ours] for ours, theirs in columns.items()} for row in rows]
+    Path(stream["data_files"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings["data"]["train"] = [{**stream, "task": "asr", "columns": columns}]
     assert run(settings).metrics["train_loss"] > 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import logging
 
 from ..data.collator import ListenCollator
 from ..data.features import FeatureStore, store_info
@@ -25,7 +27,10 @@ from .distillation import DistillationTrainer
 from .run_folder import write_run_folder
 from .trainer import GenerationEvaluator, ListenTrainer
 
+logger = logging.get_logger(__name__)
+
 MODEL_FOLDER = "model"
+_OPTIMIZER_FILES = ("*optimizer*", "global_step*")  # the Trainer's or FSDP's, and DeepSpeed's
 
 
 @dataclass
@@ -171,9 +176,16 @@ def run_trainer(trainer: ListenTrainer) -> TrainResult:
 
     Returns:
         The trained model and the run's figures.
+
+    Raises:
+        ArgumentError: the checkpoint to go on from holds the model alone.
+        ValueError: it was trained over other backbones.
     """
-    arguments = trainer.args
-    output = trainer.train(resume_from_checkpoint=checkpoint_to_resume(arguments))
+    arguments, checkpoint = trainer.args, checkpoint_to_resume(trainer.args)
+    if checkpoint is not None:
+        config = trainer.model.config_class.from_pretrained(checkpoint)
+        trainer.model.check_same_backbones(checkpoint, config)
+    output = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_state()
     trainer.save_metrics("train", output.metrics)
     folder = Path(arguments.output_dir) / MODEL_FOLDER
@@ -204,11 +216,40 @@ def _evaluate(trainer: ListenTrainer) -> dict[str, float]:
 
 
 def checkpoint_to_resume(arguments: TrainingArguments) -> str | None:
-    """The checkpoint that the fields `resume` and `resume_from_checkpoint` ask for."""
+    """The checkpoint that the fields `resume` and `resume_from_checkpoint` ask for.
+
+    Raises:
+        ArgumentError: it is not there, or holds the model alone.
+    """
     wanted = arguments.resume_from_checkpoint or arguments.resume
     if wanted is True or wanted == "true":
-        return get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
+        wanted = _last_complete_checkpoint(Path(arguments.output_dir))
+    if wanted and not Path(wanted).is_dir():
+        raise ArgumentError(f"training.resume={wanted!r} is no checkpoint folder; give one, or true for the last")
+    if wanted and not any(path for pattern in _OPTIMIZER_FILES for path in Path(wanted).glob(pattern)):
+        raise ArgumentError(
+            f"{wanted} holds no state of the optimiser (save_only_model), so no run goes on from it; leave "
+            "training.resume out, and train on with model.checkpoint"
+        )
     return wanted or None
+
+
+def _last_complete_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end: its last file tells the state of the run."""
+    found = {path: int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*[0-9]") if path.is_dir()}
+    for path in sorted(found, key=found.__getitem__, reverse=True):
+        if _is_complete(path):
+            return str(path)
+        logger.warning(f"{path} was not written to its end; it is left aside")
+    return None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _embeddings_per_second(processor: ListenProcessor) -> float:

@@ -112,7 +112,8 @@ class ListenTrainer(Trainer):
         sums = torch.tensor(
             [float(self._parts[name]) for name in self.loss_parts], dtype=torch.float32, device=self.args.device
         )
-        sums = self.accelerator.reduce(sums, reduction="sum")  # each process has its share of every step
+        shares = self.args.average_tokens_across_devices  # of every step; else each process has its own mean
+        sums = self.accelerator.reduce(sums, reduction="sum" if shares else "mean")
         figures = {name: value / steps for name, value in zip(self.loss_parts, sums.tolist(), strict=True)}
         if self._monitor is None:
             figures.pop("key_loss")
