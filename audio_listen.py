@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.utils import httpx
 from transformers.audio_utils import load_audio
 
 _MOST_CHANNELS = 8
@@ -30,6 +31,7 @@ def load_waveform(audio: Any, sampling_rate: int | None = None, target_rate: int
 
     Raises:
         FileNotFoundError: no file at the path.
+        ConnectionError: a URL that cannot be fetched.
         TypeError: not a source of audio.
         ValueError: undecodable, empty, NaN or infinite samples, no sampling rate, or an unclear channel axis.
     """
@@ -65,7 +67,7 @@ def resample(waveform: np.ndarray, sampling_rate: int, target_rate: int) -> np.n
         ValueError: `sampling_rate` is not a positive whole number.
         ImportError: soxr is missing.
     """
-    if isinstance(sampling_rate, bool) or int(sampling_rate) != sampling_rate or sampling_rate < 1:
+    if isinstance(sampling_rate, (bool, str)) or not sampling_rate >= 1 or sampling_rate % 1:
         raise ValueError(f"sampling_rate={sampling_rate!r} must be a positive whole number of samples a second")
     if sampling_rate == target_rate:
         return waveform
@@ -86,7 +88,7 @@ def cut_waveform(waveform: np.ndarray, max_seconds: float | None, sampling_rate:
     """
     if max_seconds is None:
         return waveform
-    if isinstance(max_seconds, bool) or not max_seconds * sampling_rate >= 1:
+    if isinstance(max_seconds, (bool, str)) or not max_seconds * sampling_rate >= 1:
         raise ValueError(
             f"max_audio_seconds={max_seconds!r} must be a number of seconds above 0, or None to cut nothing"
         )
@@ -123,6 +125,8 @@ def _decode(source: str | os.PathLike | bytes, target_rate: int) -> np.ndarray:
             raise FileNotFoundError(f"no audio file at {text!r}; give a path that exists, a URL, bytes or an array")
     try:
         return load_audio(text, target_rate, backend="soundfile")
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ConnectionError(f"cannot fetch {text!r}: {error}; check the address, or give a file") from error
     except RuntimeError as error:  # soundfile's own error too is one
         try:
             return load_audio(text, target_rate, backend="torchcodec")

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any
 
@@ -22,7 +22,8 @@ DEFAULT_CHAT_TEMPLATE = (
 # Where an instruction wants the recordings, or a text in their stead; without it they come first.
 INPUT_FIELD = "{input}"
 
-_AUDIO_KEYS = ("audio", "path", "url", "bytes", "array")
+_PROBE = 7_304_118_526_000  # no text of a template
+_AUDIO_KEYS = ("audio", "array", "bytes", "path", "url")  # a row of datasets names its path beside the first
 
 
 def as_conversations(conversation: Any) -> tuple[list[list[dict[str, Any]]], bool]:
@@ -44,23 +45,67 @@ def plain_message(message: dict[str, Any]) -> dict[str, Any]:
     """The message with its content as a string in which clips are `<|audio|>`.
 
     Raises:
-        ValueError: content that is neither text nor audio.
+        ValueError: no message, or content that is neither text nor audio.
     """
+    if not isinstance(message, dict):
+        raise ValueError(f"a message is a dict with 'role' and 'content', not {message!r:.80}")
     message = {key: value for key, value in message.items() if value is not None}
-    if isinstance(message.get("content"), (list, tuple)):
-        message["content"] = "".join(_plain_item(item) for item in message["content"])
+    content = message.get("content", "")
+    if isinstance(content, (list, tuple)):
+        message["content"] = "".join(_plain_item(item) for item in content)
+    elif not isinstance(content, str):
+        raise ValueError(f"content {content!r:.120} cannot be read; give a string, or a list of texts and clips")
     return message
 
 
 def _plain_item(item: Any) -> str:
     if isinstance(item, str):
         return item
-    kind = item.get("type")
+    kind = item.get("type") if isinstance(item, dict) else None
     if kind == "text" and isinstance(item.get("text"), str):
         return item["text"]
     if kind == "audio":
         return AUDIO_TOKEN
     raise ValueError(f"content {item!r:.120} cannot be read; give {{'type': 'text', 'text': ...}} or 'type': 'audio'")
+
+
+def fit_template(messages: list[dict[str, Any]], render: Callable[[list], str]) -> list[dict[str, Any]]:
+    """The messages, each with its content as a list of one text where the template reads no other.
+
+    Which form it reads is told by a number in the place of each text: one that only a list brings into the rendering,
+    and not the list itself with it, asks for a list. Numbers, as templates may trim texts or change their case.
+
+    Args:
+        messages: What `plain_message` makes.
+        render: Renders messages by the template; may fail.
+    """
+    texts = [place for place, message in enumerate(messages) if isinstance(message.get("content"), str)]
+    numbers = {place: str(_PROBE + place) for place in texts}
+    probes = [
+        {**message, "content": numbers[place]} if place in numbers else message
+        for place, message in enumerate(messages)
+    ]
+    written = _rendered_or_nothing(probes, render)
+    lost = {place for place, number in numbers.items() if number not in written}
+    if not lost:
+        return messages
+    written = _rendered_or_nothing(_with_lists(probes, lost), render).replace('"', "'")
+    read = {place for place in lost if numbers[place] in written and f"'text': '{numbers[place]}'" not in written}
+    return _with_lists(messages, read)
+
+
+def _rendered_or_nothing(messages: list[dict[str, Any]], render: Callable[[list], str]) -> str:
+    try:
+        return render(messages)
+    except Exception:  # of any type: the template's own doing, and told when the messages themselves are rendered
+        return ""
+
+
+def _with_lists(messages: list[dict[str, Any]], places: set[int]) -> list[dict[str, Any]]:
+    return [
+        {**message, "content": [{"type": "text", "text": message["content"]}]} if place in places else message
+        for place, message in enumerate(messages)
+    ]
 
 
 def place_input(instruction: str, text: str, separator: str = "") -> str:
@@ -130,6 +175,7 @@ __all__ = [
     "as_conversations",
     "clips_or_none",
     "conversation_clips",
+    "fit_template",
     "numbered_messages",
     "place_audio",
     "place_input",

@@ -135,6 +135,8 @@ class ListenPipeline(Pipeline):
         if isinstance(input_, Chat):
             if text is not None:
                 raise ValueError(f"chat messages bring their own text; text={text!r} has no place there")
+            if task is not None and self.processor.tasks is None:
+                raise ValueError(f"chat messages bring their own text; write the wording of task={task!r} into them")
             rendered, clips = self._render_chat(input_.messages, number_clips)
         else:
             sample = self._as_sample(input_, text, task)
@@ -164,16 +166,22 @@ class ListenPipeline(Pipeline):
             meant = [key for key in difflib.get_close_matches(name, _INPUT_KEYS, n=1, cutoff=0.7) if key not in row]
             if meant:
                 raise ValueError(f"the input has a key {name!r}; did you mean {meant[0]!r}?")
+        if "audio" not in row:
+            raise ValueError(f"the input with the keys {sorted(row)} has no 'audio'; text alone goes in chat messages")
         for name, value in (("text", text), ("task", task)):
             if value is not None and name in row:
                 raise ValueError(f"{name} was given twice: {row[name]!r} in the input and {value!r} as a keyword")
             row.setdefault(name, value)
-        if "audio" not in row:
-            raise ValueError(f"the input with the keys {sorted(row)} has no 'audio'; text alone goes in chat messages")
         return row
 
     def _render_question(self, sample: dict[str, Any], number_clips: bool) -> tuple[str, list[Any]]:
         clips = [sample["audio"]] if is_one_clip(sample["audio"]) else list(sample["audio"])
+        if not clips:
+            raise ValueError("the input holds no clip: its 'audio' is an empty list; text alone goes in chat messages")
+        if not isinstance(sample["text"] or "", str):
+            raise ValueError(
+                f"text={sample['text']!r:.80} must be a string; give inputs with texts of their own as dicts"
+            )
         if sample["task"] is not None:
             question = self.processor.instruction(sample["task"], sample["text"])
         elif sample["text"]:

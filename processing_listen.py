@@ -7,6 +7,7 @@ are the tokenizer's own placeholders where it has some, else reserved tokens of 
 
 import difflib
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,14 @@ from transformers.utils import logging
 from transformers.utils.chat_template_utils import _get_template_variables, render_jinja_template
 
 from .audio_listen import cut_waveform, is_one_clip, load_waveform
-from .chat_listen import DEFAULT_CHAT_TEMPLATE, as_conversations, clips_or_none, numbered_messages, plain_message
+from .chat_listen import (
+    DEFAULT_CHAT_TEMPLATE,
+    as_conversations,
+    clips_or_none,
+    fit_template,
+    numbered_messages,
+    plain_message,
+)
 from .configuration_listen import ListenConnectorConfig, check_padding
 from .context_listen import check_context, context_limit
 from .feature_extraction_listen import ListenFeatureExtractor
@@ -286,6 +294,8 @@ class ListenProcessor(ProcessorMixin):
             chosen["add_special_tokens"] = not self._begin_with_bos(texts)
         if chosen.get("truncation") and options.get("max_length"):
             chosen["max_length"] = options["max_length"] - k
+            if chosen["max_length"] < 0:
+                raise ValueError(f"max_length={options['max_length']} has no room for num_prompts={k}; raise it")
         return {"padding": False, "return_token_type_ids": False, "return_attention_mask": True, **chosen}
 
     def _begin_with_bos(self, texts: list[str]) -> bool:
@@ -402,8 +412,8 @@ class ListenProcessor(ProcessorMixin):
         """Render chat messages, and process them with `tokenize=True`.
 
         Content is a string, or a list of `{"type": "text", "text": ...}` and `{"type": "audio", ...}`, the clip under
-        `audio`, `path`, `url`, `bytes`, or `array` with `sampling_rate`. It becomes a plain string with `<|audio|>`
-        before the LLM's template sees it, so that any template will do.
+        `audio`, `path`, `url`, `bytes`, or `array` with `sampling_rate`. It becomes plain text with `<|audio|>` before
+        the LLM's template sees it, as a string or as a list of one text, whichever the template reads; so any will do.
 
         Args:
             conversation: Messages (`{"role", "content"}`), or a list of conversations.
@@ -440,15 +450,15 @@ class ListenProcessor(ProcessorMixin):
             )
         conversations, is_batch = as_conversations(conversation)
         plain = [[plain_message(message) for message in messages] for messages in conversations]
-        texts, spans = render_jinja_template(
-            conversations=[numbered_messages(messages) for messages in plain] if number_clips else plain,
-            tools=tools,
-            documents=documents,
-            chat_template=template,
+        if number_clips:
+            plain = [numbered_messages(messages) for messages in plain]
+        variables = {**self.tokenizer.special_tokens_map, **variables, "tools": tools, "documents": documents}
+        render = partial(render_jinja_template, chat_template=template, **variables)
+        texts, spans = render(
+            conversations=[fit_template(messages, lambda probes: render([probes])[0][0]) for messages in plain],
             return_assistant_tokens_mask=return_assistant_tokens_mask,
             continue_final_message=continue_final_message,
             add_generation_prompt=add_generation_prompt,
-            **{**self.tokenizer.special_tokens_map, **variables},
         )
         if not tokenize:
             return texts if is_batch else texts[0]
@@ -480,8 +490,8 @@ class ListenProcessor(ProcessorMixin):
         Raises:
             ValueError: an unknown task, a question that is missing, or one that the task has no place for.
         """
-        if task not in self.task_instructions:
-            raise ValueError(_unknown(f"task {task!r}", task, self.task_instructions))
+        if not isinstance(task, str) or task not in self.task_instructions:
+            raise ValueError(_unknown(f"task {task!r}", str(task), self.task_instructions))
         wording = self.task_instructions[task]
         if ("{question}" in wording) != bool(question):
             need = "needs a question as text" if not question else f"has its own wording and no place for {question!r}"

@@ -259,6 +259,8 @@ def test_tasks_become_ids_where_the_pool_is_divided_among_them() -> None:
         ({"text": "a", "padding": True, "text_kwargs": {"padding": True}}, ValueError, "padding was given twice"),
         ({"text": "a", "padding": "left"}, ValueError, "padding='left' is unknown"),
         ({"text": "a", "padding": "max_length"}, ValueError, "needs max_length="),
+        ({"text": "a", "truncation": True, "max_length": 2}, ValueError, "max_length=2 has no room for num_prompts=3"),
+        ({"text": "<|audio|>", "audio": wave(1), "max_audio_seconds": "1"}, ValueError, "max_audio_seconds='1'"),
         ({"text": 5}, ValueError, "text must be a string"),
         ({"text": []}, ValueError, "text must be a string"),
         ({}, ValueError, "give text, audio or both"),
@@ -304,6 +306,36 @@ def test_audio_content_is_plain_text_before_any_template(template: str) -> None:
     assert (inputs.input_ids == processor.tokenizer.bos_token_id).sum() == 1  # never two
 
 
+@pytest.mark.parametrize("system", ["{{ m.content }}", "{{ m.content[0].text }}"])
+@pytest.mark.parametrize(
+    "turn",
+    [
+        "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}",
+        "{% for c in m.content | selectattr('type', 'equalto', 'text') %}"
+        "{% generation %}{{ c.text }}{% endgeneration %}{% endfor %}",
+        "{{ '' + m.content[0].text }}",  # fails on strings
+    ],
+)
+def test_templates_that_read_lists_alone_get_them(system: str, turn: str) -> None:
+    body = f"{{% if m.role == 'system' %}}{system}{{% else %}}{turn}{{% endif %}}"
+    lists = "{% for m in messages %}{{ m.role + ':' }}" + body + "{{ '\n' }}{% endfor %}"
+    strings = "{% for m in messages %}{{ m.role + ':' + m.content + '\n' }}{% endfor %}"
+    chat = [{"role": "system", "content": "the fox"}, *user("What?"), {"role": "assistant", "content": "lazy dog"}]
+    for messages in (chat, chat[1:], chat[:2], [*chat, *user("Which? ", audio(1), "is ", audio(0.5))]):
+        for kwargs in ({}, {"number_clips": True}, {"continue_final_message": True}):
+            expected = build_processor(template=strings).apply_chat_template(messages, **kwargs)
+            assert build_processor(template=lists).apply_chat_template(messages, **kwargs) == expected
+
+
+@pytest.mark.parametrize("change", ["upper", "capitalize", "trim", "title", "tojson", "replace('the', 'a')"])
+def test_templates_that_rewrite_strings_get_strings(change: str) -> None:
+    template = "{% for m in messages %}{% if not loop.first %}{{ m.content | " + change + " }}{% endif %}{% endfor %}"
+    processor = build_processor(template=template)
+    chat = [{"role": "system", "content": "unread"}, *user(" the quick brown fox ")]
+    plain = [chat[0], {"role": "user", "content": " the quick brown fox "}]
+    assert processor.apply_chat_template(chat) == processor.tokenizer.apply_chat_template(plain, tokenize=False)
+
+
 def test_a_batch_of_conversations_is_rendered_row_by_row() -> None:
     processor = build_processor(template=LLAMA_3_TEMPLATE)
     chats = [user(audio(1), "What?"), user("the fox"), user(audio(0.5), audio(0.7), "Which?")]
@@ -323,6 +355,7 @@ def test_every_way_to_name_a_clip_in_a_message_is_the_same(tmp_path: Path) -> No
         {"audio": wave(1), "sampling_rate": RATE}, {"array": wave(1), "sampling_rate": RATE},
         {"audio": str(path)}, {"path": path}, {"url": str(path)}, {"bytes": path.read_bytes()},
         {"audio": {"array": wave(1), "sampling_rate": RATE}}, {"audio": None, "path": str(path), "text": None},
+        {"bytes": path.read_bytes(), "path": "gone.wav"}, {"array": wave(1), "sampling_rate": RATE, "path": "gone.wav"},
     ]  # fmt: skip
     inputs = [processor.apply_chat_template(user({"type": "audio", **form}), tokenize=True) for form in forms]
     assert all(torch.equal(inputs[0].input_features, other.input_features) for other in inputs)
@@ -382,6 +415,9 @@ def test_variables_reach_the_template_and_keywords_the_processor() -> None:
         (user("a <|audio|>"), {"tokenize": True}, ValueError, r"\[1\] <\|audio\|> but 0 clips"),
         ([], {}, ValueError, "a list of messages"),
         ("hello", {}, ValueError, "a list of messages"),
+        ([user("a"), ["b"]], {}, ValueError, "a message is a dict with 'role' and 'content', not 'b'"),
+        (user(5), {}, ValueError, "content 5 cannot be read"),
+        ([{"role": "user", "content": {"type": "audio", "path": "x"}}], {}, ValueError, "content .* cannot be read"),
     ],
 )
 def test_wrong_chat_raises(messages: object, kwargs: dict, error: type, message: str) -> None:
@@ -409,6 +445,8 @@ def test_task_wordings_are_those_of_evaluation(processor: ListenProcessor) -> No
         processor.instruction("asr", "Who jumps?")
     with pytest.raises(ValueError, match="task 'asrr' is unknown; did you mean 'asr'"):
         processor.instruction("asrr")
+    with pytest.raises(ValueError, match=r"task \['asr'\] is unknown"):
+        processor.instruction(["asr"])
 
 
 @pytest.mark.parametrize("kind", EXTRAS)
