@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ logger = logging.get_logger(__name__)
 
 WEIGHTS_FILE = "model.safetensors"
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+_OUTDATED_KWARGS = {"safe_serialization"}  # scripts still give it; all is saved so
 _BACKBONE_KWARGS = ("attn_implementation", "cache_dir", "token", "local_files_only", "max_memory", "offload_folder")
 _LOADERS: dict[str, Callable[..., nn.Module]] = {
     "speech_encoder": load_speech_encoder,
@@ -70,8 +72,8 @@ class FrozenBackbonesMixin:
                 quantised, unless `quantization_config` is a dict of configs by backbone.
 
         Raises:
-            ValueError: a learned weight is missing, a backbone is not the one that the adapter was trained on, or
-            `quantization_config` is given for a checkpoint that holds everything.
+            ValueError: a learned weight is missing, a backbone is not there or not the one that the adapter was
+            trained on, or `quantization_config` is given for a checkpoint that holds everything.
         """
         source = os.fspath(pretrained_model_name_or_path)
         hub = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
@@ -191,9 +193,13 @@ class FrozenBackbonesMixin:
             **kwargs: Passed to `PreTrainedModel.save_pretrained`.
 
         Raises:
+            TypeError: an unknown keyword; with `push_to_hub` they are left to the Hub.
             ValueError: `save_full` with an unmerged LoRA, whose base weights have other names, or with a quantised
                 backbone.
         """
+        unknown = kwargs.keys() - inspect.signature(PreTrainedModel.save_pretrained).parameters - _OUTDATED_KWARGS
+        if unknown and not kwargs.get("push_to_hub"):
+            raise TypeError(f"save_pretrained() got unknown arguments {sorted(unknown)}; take them out")
         bases, ignored = self.config.base_models, self._keys_to_ignore_on_save
         if save_full and getattr(self.config, "lora_config", None):
             raise ValueError("save_full=True with a LoRA: merge it into the LLM, or save the adapter alone")
@@ -552,6 +558,14 @@ def _locate(
                 f"backbones names {name!r}, but those of this checkpoint are {sorted(specs) or 'inside it'}"
             )
         specs[name].update(place if isinstance(place, dict) else {"base_model_name_or_path": str(place)})
+    for name, spec in specs.items():
+        path = spec["base_model_name_or_path"]
+        is_local = os.path.isabs(path) or path.startswith(os.path.join(os.path.normpath(source), ""))
+        if is_local and not os.path.exists(path) and name not in _learned(config):
+            raise ValueError(
+                f"{source!r} needs the {name} in {path!r}, which is not there; name its folder or Hub id now: "
+                f"from_pretrained(..., backbones={{{name!r}: ...}})"
+            )
     config.base_models = specs or None
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import BatchFeature, GenerationConfig, Pipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
-from transformers.utils.chat_template_utils import Chat
+from transformers.utils.chat_template_utils import Chat, is_valid_message
 
 from .audio_listen import is_one_clip, load_waveform
 from .chat_listen import conversation_clips, place_audio
@@ -99,8 +99,8 @@ class ListenPipeline(Pipeline):
             inputs = {"audio": inputs} if isinstance(inputs, (list, tuple)) else inputs
         elif not len(inputs):
             return []
-        elif isinstance(inputs, tuple):
-            inputs = list(inputs)
+        elif isinstance(inputs, (list, tuple)):
+            inputs = [Chat(item) if _is_chat(item) else item for item in inputs]
         if type(inputs).__module__.partition(".")[0] == "datasets":
             inputs = (row for row in inputs)  # known to the base class as a stream
         return super().__call__(inputs, **kwargs)
@@ -283,6 +283,10 @@ class ListenPipeline(Pipeline):
         """
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
+
+
+def _is_chat(item: Any) -> bool:
+    return isinstance(item, (list, tuple)) and len(item) > 0 and is_valid_message(item[0])
 
 
 def _suggestion(name: str, known: tuple[str, ...]) -> str:

@@ -8,6 +8,7 @@ python examples/ask.py some.wav "Who is late?" --model my/checkpoint --num-promp
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from listen import ListenForConditionalGeneration, ListenPipeline, ListenProcessor
@@ -38,8 +39,8 @@ def main() -> None:
     clips, question = arguments.inputs, None
     if arguments.task is None or "{question}" in processor.task_instructions.get(arguments.task, ""):
         *clips, question = arguments.inputs
-    if not clips:
-        raise SystemExit(f"no sound file before the question {question!r}: ask.py FILE ... QUESTION")
+    if not clips or os.path.isfile(question or ""):
+        raise SystemExit(f"{question!r} stands where the question should: ask.py FILE ... QUESTION")
     (answer,) = listen(
         {"audio": clips, "text": question, "task": arguments.task},
         num_prompts=arguments.num_prompts,

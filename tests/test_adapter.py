@@ -97,6 +97,17 @@ def test_backbones_inside_the_checkpoint_travel_with_it(backbones: Path, tmp_pat
     assert str(tmp_path) not in (folder / "config.json").read_text()
     away = folder.rename(tmp_path / "there")
     assert torch.equal(logits(AutoModel.from_pretrained(away)), logits(model))
+    (away / "language_model").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="needs the language_model in '.*there/language_model', which is not there"):
+        AutoModel.from_pretrained(away)
+    found = AutoModel.from_pretrained(away, backbones={"language_model": str(tmp_path / "elsewhere")})
+    assert torch.equal(logits(found), logits(model))
+
+
+def test_an_unknown_keyword_saves_nothing(backbones: Path, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"unknown arguments \['save_ful'\]"):
+        fresh(backbones).save_pretrained(tmp_path, save_ful=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_learned_weight_is_an_error(backbones: Path, tmp_path: Path) -> None:

@@ -128,7 +128,9 @@ def test_chats_are_batched_with_and_without_audio(listen: ListenPipeline, wav_fi
         [{"role": "user", "content": "the quick brown fox"}],
         [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "the fox"}],  # is continued
     ]
-    assert listen(chats, batch_size=3, **NEW) == [listen(chat, **NEW) for chat in chats]
+    row = {"audio": wav_files[1], "text": QUESTION}
+    for mixed in (chats, [*chats, row], [row, *chats]):
+        assert listen(mixed, batch_size=3, **NEW) == [listen(item, **NEW) for item in mixed]
     continued = listen.preprocess(listen_chat(chats[2]))["text"]
     assert continued.endswith("the fox")
 
