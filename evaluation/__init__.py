@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from listen.data.processes import launched_processes
 
-from .evaluator import EvaluationResult, evaluate_model
+from .evaluator import EvaluationResult, evaluate_model, select_rows
 from .generate import Prediction, generate_predictions
 from .report import metrics_table, write_report
 from .scoring import TaskScores, score_task
@@ -24,5 +24,6 @@ __all__ = [
     "launched_processes",
     "metrics_table",
     "score_task",
+    "select_rows",
     "write_report",
 ]

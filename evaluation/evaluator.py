@@ -111,7 +111,7 @@ def evaluate_model(
         ValueError: no rows are left, or a reference that a metric cannot use, found before anything is asked.
         UnknownTaskError: the data holds a task that is not registered.
     """
-    dataset = _select(dataset, tasks, max_examples)
+    dataset = select_rows(dataset, tasks, max_examples)
     examples = _examples(dataset)
     for name in task_names(dataset["task"]):
         check_references(get_task(name), [example for example in examples if example["task"] == name])
@@ -135,8 +135,12 @@ def evaluate_model(
     return result
 
 
-def _select(dataset: Dataset, tasks: Sequence[str] | None, max_examples: int | None) -> Dataset:
-    """Rows of the named tasks, at most `max_examples` of each."""
+def select_rows(dataset: Dataset, tasks: Sequence[str] | None = None, max_examples: int | None = None) -> Dataset:
+    """Rows of the named tasks, at most `max_examples` of each.
+
+    Raises:
+        ValueError: no rows are left, or none of a named task.
+    """
     column, kept, counts = dataset["task"], [], {}
     absent = set(tasks or ()) - set(column)
     if absent:

@@ -29,7 +29,7 @@ from transformers.utils import cached_file
 from listen.analysis import default_counts, sweep_num_prompts
 from listen.data.features import FeatureStore
 from listen.data.manifest import load_manifest
-from listen.evaluation import EvaluationResult, evaluate_model, launched_processes, metrics_table
+from listen.evaluation import EvaluationResult, evaluate_model, launched_processes, metrics_table, select_rows
 from listen.evaluation.cascade import load_recogniser, tag_rows
 from listen.modeling_listen import ListenForConditionalGeneration
 from listen.processing_listen import ListenProcessor
@@ -80,8 +80,6 @@ def main() -> None:
     if arguments.max_audio_seconds is not None:
         processor.max_audio_seconds = arguments.max_audio_seconds
     options: dict[str, Any] = {
-        "tasks": arguments.tasks,
-        "max_examples": arguments.max_examples,
         "batch_size": arguments.batch_size,
         "num_workers": arguments.num_workers,
         "features": FeatureStore(arguments.features) if arguments.features else None,
@@ -89,7 +87,8 @@ def main() -> None:
         "num_beams": arguments.num_beams,
         "max_new_tokens": arguments.max_new_tokens,
     }
-    dataset = concatenate_datasets([load_manifest(path) for path in arguments.data])
+    rows = concatenate_datasets([load_manifest(path) for path in arguments.data])
+    dataset = select_rows(rows, arguments.tasks, arguments.max_examples)
     if arguments.cascade:
         dataset = tag_rows(dataset, load_recogniser(arguments.cascade, arguments.batch_size)(dataset))
     evaluate = partial(evaluate_model, model, processor, dataset, **options)

@@ -142,6 +142,17 @@ def test_impossible_arguments_are_named(manifest: Path, tmp_path: Path, model: d
         train(manifest, tmp_path, model, **data)
 
 
+def test_data_that_tells_nothing_is_named(manifest: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    with pytest.raises(ArgumentError, match="empty.jsonl: no rows"):
+        train(manifest, tmp_path / "run", held_out_speakers=0.0, eval=str(empty))
+    lines = [line for line in manifest.read_text().splitlines() if '"hum"' in line]
+    (manifest.parent / "hums.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(ArgumentError, match=r"the training rows name the classes \['hum'\]; two or more"):
+        train(manifest, tmp_path / "run", train=str(manifest.parent / "hums.jsonl"))
+
+
 def test_the_recipe_is_read_and_overridden() -> None:
     command = [
         "--config",

@@ -143,12 +143,14 @@ def build_classifier(arguments: ClassifierModelArguments, labels: Sequence[str])
         labels: class of each training row; a fresh head knows these, in alphabetical order.
 
     Raises:
-        ArgumentError: a class that the checkpoint does not know.
+        ArgumentError: a class that the checkpoint does not know, or a fresh head for fewer than two classes.
     """
     counts = Counter(labels)
     if arguments.checkpoint:
         model = ListenForAudioClassification.from_pretrained(arguments.checkpoint, dtype=arguments.dtype)
         _check_known(counts, model.config, "training")
+    elif len(counts) < 2:
+        raise ArgumentError(f"the training rows name the classes {sorted(counts)}; two or more can be told apart")
     else:
         config = ListenAudioClassificationConfig.from_backbones(
             arguments.speech_encoder, sorted(counts), revision=arguments.revision, **arguments.head
@@ -166,7 +168,7 @@ def build_rows(arguments: ClassifierDataArguments, seed: int) -> tuple[Dataset, 
     """Training and evaluation rows; the latter of other speakers, where the data tells speakers.
 
     Raises:
-        ArgumentError: a source that streams, or speakers to hold out that no row names.
+        ArgumentError: sources that stream or have no rows, or speakers to hold out that no row names.
         ManifestError: a row that cannot be used.
     """
     train_rows = _load(arguments.train, arguments, seed)
@@ -309,7 +311,10 @@ def _load(sources: Sequence[DataSource], arguments: ClassifierDataArguments, see
     parts = [load(source, DataArguments(check_files=arguments.check_files), seed) for source in sources]
     if any(isinstance(part, IterableDataset) for part in parts):
         raise ArgumentError("a classifier's data cannot stream: its classes are counted first; give streaming=false")
-    return concatenate_datasets(parts)
+    rows = concatenate_datasets(parts)
+    if not len(rows):
+        raise ArgumentError(f"{', '.join(str(source.path) for source in sources)}: no rows; name data that has some")
+    return rows
 
 
 def _speakers(rows: Dataset, speaker_field: str) -> set[str]:
