@@ -145,7 +145,7 @@ def test_impossible_arguments_are_named(manifest: Path, tmp_path: Path, model: d
 def test_data_that_tells_nothing_is_named(manifest: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty.jsonl"
     empty.touch()
-    with pytest.raises(ArgumentError, match="empty.jsonl: no rows"):
+    with pytest.raises(ArgumentError, match="empty.jsonl gives no row"):
         train(manifest, tmp_path / "run", held_out_speakers=0.0, eval=str(empty))
     lines = [line for line in manifest.read_text().splitlines() if '"hum"' in line]
     (manifest.parent / "hums.jsonl").write_text("\n".join(lines) + "\n")

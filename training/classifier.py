@@ -311,10 +311,7 @@ def _load(sources: Sequence[DataSource], arguments: ClassifierDataArguments, see
     parts = [load(source, DataArguments(check_files=arguments.check_files), seed) for source in sources]
     if any(isinstance(part, IterableDataset) for part in parts):
         raise ArgumentError("a classifier's data cannot stream: its classes are counted first; give streaming=false")
-    rows = concatenate_datasets(parts)
-    if not len(rows):
-        raise ArgumentError(f"{', '.join(str(source.path) for source in sources)}: no rows; name data that has some")
-    return rows
+    return concatenate_datasets(parts)
 
 
 def _speakers(rows: Dataset, speaker_field: str) -> set[str]:
