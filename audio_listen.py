@@ -13,7 +13,7 @@ from transformers.audio_utils import load_audio
 _MOST_CHANNELS = 8
 _LOUDEST = 128.0  # far above any float waveform, far below 16-bit samples stored as float
 _INTEGER_SCALES = {"uint8": (128.0, 128.0), "int16": (0.0, 2.0**15), "int32": (0.0, 2.0**31)}
-_ROW_KEYS = ("array", "sampling_rate", "bytes", "path")
+ROW_KEYS = ("array", "sampling_rate", "bytes", "path")
 
 
 def load_waveform(audio: Any, sampling_rate: int | None = None, target_rate: int = 16000) -> np.ndarray:
@@ -111,7 +111,7 @@ def _load_row(row: dict[str, Any], sampling_rate: int | None, target_rate: int) 
             return load_waveform(given[key], target_rate=target_rate)
     raise ValueError(
         f"an audio row with the keys {sorted(row)} holds none of 'array', 'bytes' and 'path'; "
-        f"the known keys are {', '.join(_ROW_KEYS)}"
+        f"the known keys are {', '.join(ROW_KEYS)}"
     )
 
 
@@ -185,4 +185,4 @@ def _checked(waveform: np.ndarray, source: Any = None) -> np.ndarray:
     return waveform
 
 
-__all__ = ["cut_waveform", "is_one_clip", "load_waveform", "resample"]
+__all__ = ["ROW_KEYS", "cut_waveform", "is_one_clip", "load_waveform", "resample"]

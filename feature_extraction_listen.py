@@ -321,6 +321,7 @@ class ListenFeatureExtractor(SequenceFeatureExtractor):
         return 1 + (length - window) // shift
 
     # No inference tensors: the filters that are kept, and features that a frozen encoder passes on to what learns.
+    @torch.autocast("cpu", enabled=False)  # as exact as ever, whatever the model runs in
     @torch.inference_mode(False)
     @torch.no_grad()
     def __call__(

@@ -10,7 +10,7 @@ from transformers import BatchFeature, GenerationConfig, Pipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 from transformers.utils.chat_template_utils import Chat, is_valid_message
 
-from .audio_listen import is_one_clip, load_waveform
+from .audio_listen import ROW_KEYS, is_one_clip, load_waveform
 from .chat_listen import conversation_clips, place_audio
 from .processing_listen import ListenProcessor
 
@@ -160,8 +160,10 @@ class ListenPipeline(Pipeline):
     def _as_sample(self, input_: Any, text: str | None, task: str | None) -> dict[str, Any]:
         """A dict with `audio` and what to do with it, from the input and the keywords."""
         row = {"audio": input_}
-        if isinstance(input_, dict) and not {"array", "bytes", "path"} & input_.keys():
+        if isinstance(input_, dict):
             row = {name: value for name, value in input_.items() if value is not None}
+        if "audio" not in row and {"array", "bytes", "path"} & row.keys():  # the clip itself, as datasets write it
+            row = {"audio": input_, **{name: row[name] for name in row.keys() - set(ROW_KEYS)}}
         for name in row.keys() - set(_INPUT_KEYS):
             meant = [key for key in difflib.get_close_matches(name, _INPUT_KEYS, n=1, cutoff=0.7) if key not in row]
             if meant:

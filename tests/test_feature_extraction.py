@@ -200,6 +200,14 @@ def test_every_form_of_a_clip_is_taken(clip):
     assert batch["input_features"].shape == (1, 80, 50) and not batch["input_features"].requires_grad
 
 
+def test_autocast_around_it_changes_nothing():
+    extractor, clips = ListenFeatureExtractor(), [noise(9000), noise(5000, 1)]
+    expected = extractor(clips, sampling_rate=16000)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = extractor(clips, sampling_rate=16000)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_arrays_for_numpy_users():
     batch = ListenFeatureExtractor()(noise(8_000), sampling_rate=RATE, return_tensors="np")
     assert all(isinstance(batch[name], np.ndarray) for name in ListenFeatureExtractor.model_input_names)

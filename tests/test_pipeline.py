@@ -81,6 +81,9 @@ def test_every_way_to_ask_about_a_clip_gives_the_answer_by_hand(listen: ListenPi
         listen({"audio": [path], "text": QUESTION}, **NEW),
         listen({"audio": {"array": clip, "sampling_rate": RATE}, "task": "asr"}, **NEW),
         listen({"audio": path, "text": f"<|audio|>{QUESTION}"}, **NEW),
+        listen({"audio": path, "path": "gone.wav", "text": QUESTION}, **NEW),  # columns of many data sets
+        listen({"path": path, "text": QUESTION}, **NEW),
+        listen({"array": clip, "sampling_rate": RATE, "task": "asr"}, **NEW),
         listen([{"role": "user", "content": content}], **NEW),
     ]
     assert {answer(result) for result in answers} == {expected}
@@ -240,6 +243,7 @@ def test_arguments_of_the_pipeline_are_defaults_of_its_calls(listen: ListenPipel
         ({"audios": wave(1), "text": "a"}, {}, ValueError, "'audios'; did you mean 'audio'"),
         ({"audio": wave(1), "txt": "a"}, {}, ValueError, "'txt'; did you mean 'text'"),
         ({"audio": wave(1), "text": "a"}, {"text": "b"}, ValueError, "text was given twice"),
+        ({"path": "a.wav", "text": "a"}, {"text": "b"}, ValueError, "text was given twice"),
         (wave(1), {"task": "asr", "text": "a"}, ValueError, "has its own wording"),
         (wave(1), {"task": "sqa"}, ValueError, "needs a question"),
         (wave(1), {"task": "asrr"}, ValueError, "did you mean 'asr'"),
