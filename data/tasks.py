@@ -103,8 +103,10 @@ class Task:
             The instruction as plain text, in which `{input}` is left to mark the place of the recording.
 
         Raises:
-            ValueError: the task needs a question and the row has none.
+            ValueError: the task needs a question and the row has none, or `options` is one text.
         """
+        if isinstance(options, str):
+            raise ValueError(f"options={options!r} must be a list, a text for each class")
         wording = self.instruction_test if rng is None else rng.choice(self.instructions_train)
         wording = wording.replace(_OPTIONS_FIELD, ", ".join(options or self.labels))
         if not self.needs_question:

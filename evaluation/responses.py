@@ -141,12 +141,15 @@ def evaluate_responses(
     generate_kwargs = {"do_sample": False, "max_new_tokens": 200, **generate_kwargs}
     asked = _responses(dataset if references is None else references)
     result = ResponseEvaluation(system, settings={"generation": generate_kwargs, "num_responses": len(asked)})
+    if references is not None and not len(asked):
+        raise ValueError(f"none of the {len(references)} references is of the task 'response'; give rows to answer")
     has_emotions = any(row_emotion(row) for row in dataset)
     if not len(asked) and not has_emotions:
         raise ValueError("nothing to evaluate: no rows of the task 'response', and none with an emotion")
     heard = emotion_rows(dataset, classes) if has_emotions else None
     learned = None if probe_train is None or heard is None else emotion_rows(probe_train, _classes(heard))
     _check(asked, judged=judge is not None)
+    told = None if recognise is None or heard is None else scores_of(heard, recognise(heard), num_resamples)
     options = {"batch_size": batch_size, "progress": progress}
     if len(asked):
         rows = asked if recognise is None else tag_rows(asked, recognise(asked))
@@ -155,13 +158,11 @@ def evaluate_responses(
         )
         _score_responses(result, asked, [p.text for p in predictions], bert_score, num_resamples)
     if heard is not None:
+        scores = told or recognise_emotions(
+            model, processor, heard, num_resamples=num_resamples, num_prompts=num_prompts, **options
+        )
         if recognise is None:
-            scores = recognise_emotions(
-                model, processor, heard, num_resamples=num_resamples, num_prompts=num_prompts, **options
-            )
             _probe(result, model, processor, heard, learned, num_resamples, options)
-        else:
-            scores = scores_of(heard, recognise(heard), num_resamples)
         _add_emotions(result, heard, scores)
     # last: it may take hours on one process, for which the others must not wait
     if judge is not None and result.responses and launched_processes().is_main_process:
@@ -183,9 +184,10 @@ def _check(asked: Dataset, judged: bool) -> None:
     if len(asked):
         check_references(get_task("response"), asked.select_columns(["response"]))
     for row in asked if judged else ():
-        missing = [name for name in ("transcript", "emotion") if not extra_fields(row).get(name)]
+        known = {name: value for name, value in extra_fields(row).items() if value and isinstance(value, str)}
+        missing = [name for name in ("transcript", "emotion") if name not in known]
         if missing:
-            raise ValueError(f"row {row['id']!r} has no {missing[0]!r}, which a judge has to know; add the field")
+            raise ValueError(f"row {row['id']!r} has no text {missing[0]!r}, which a judge has to know; add the field")
 
 
 def _score_responses(
@@ -271,7 +273,8 @@ def _labels(rows: Dataset) -> list[str]:
 
 
 def _speakers(rows: Dataset) -> list[str | None]:
-    return [extra_fields(row).get("speaker") for row in rows.select_columns(["extra"])]
+    names = [extra_fields(row).get("speaker") for row in rows.select_columns(["extra"])]
+    return [None if name is None else str(name) for name in names]
 
 
 def _add_probe(result: ResponseEvaluation, probe: Probe, num_resamples: int) -> None:

@@ -24,7 +24,7 @@ from listen.data.tasks import get_task
 from .batches import map_rows
 from .confidence import bootstrap_intervals
 from .metrics import Classification
-from .metrics.label_parser import plain_words
+from .metrics.label_parser import LabelParser, plain_words
 
 
 @dataclass
@@ -119,7 +119,8 @@ def emotion_rows(dataset: Dataset, classes: Sequence[str] | None = None) -> Data
             they bring any, else the classes of the task.
 
     Raises:
-        ValueError: no row knows its emotion, rows bring different `options`, or an emotion is none of the classes.
+        ValueError: no row knows its emotion, rows bring different `options`, or an emotion is none of the classes, two
+            of which may not be alike.
     """
     emotions = [row_emotion(row) for row in dataset]
     tasks = dataset["task"]
@@ -131,7 +132,7 @@ def emotion_rows(dataset: Dataset, classes: Sequence[str] | None = None) -> Data
     if not kept:
         raise ValueError("no row has an emotion: give rows of the task 'ser' or 'er', or a field 'emotion'")
     rows = dataset.select(kept)
-    names = list(classes or _options(rows))
+    names = LabelParser(classes or _options(rows)).labels
     foreign = sorted({emotions[i] for i in kept if _place(emotions[i], names) is None})
     if foreign:
         raise ValueError(f"emotions {foreign} are none of the classes {names}; pass classes= that hold them")
@@ -148,8 +149,15 @@ def _ask(row: dict[str, Any], emotion: str, classes: list[str]) -> dict[str, Any
 
 
 def row_emotion(row: dict[str, Any]) -> str | None:
-    """Emotion of a row, as `emotion_rows` finds it."""
-    return row["response"][0] if row["task"] in ("ser", "er") else extra_fields(row).get("emotion")
+    """Emotion of a row, as `emotion_rows` finds it.
+
+    Raises:
+        ValueError: it is no text.
+    """
+    emotion = row["response"][0] if row["task"] in ("ser", "er") else extra_fields(row).get("emotion")
+    if not isinstance(emotion, str | None):
+        raise ValueError(f"row {row['id']!r}: emotion={emotion!r} must be the name of a class; write it as text")
+    return emotion
 
 
 def _recording(audio: Sequence[dict[str, Any]]) -> tuple:

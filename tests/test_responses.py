@@ -125,7 +125,7 @@ def test_a_cascade_writes_its_tags_and_answers_for_the_emotions(setup: tuple, da
     tagged = evaluate_responses(*setup, dataset, recognise=recognise, **OPTIONS)
     assert tagged.values["ser_accuracy"] == 0.5 and "probe_accuracy" not in tagged.values
     assert {record["answer"] for record in tagged.emotions} == {"sad"} and tagged.embeddings is None
-    assert [len(rows) for rows in asked] == [4, 8]
+    assert [len(rows) for rows in asked] == [8, 4]
     assert [r["prediction"] for r in plain.responses] != [r["prediction"] for r in tagged.responses]
 
 
@@ -148,9 +148,13 @@ def test_what_cannot_be_evaluated_is_refused(setup: tuple, dataset: Dataset) -> 
     bare = dataset.remove_columns("extra").add_column("extra", [None] * 8)
     with pytest.raises(ValueError, match="nothing to evaluate"):
         evaluate_responses(*setup, bare.select([5]), **OPTIONS)
-    with pytest.raises(ValueError, match="has no 'transcript', which a judge has to know"):
+    with pytest.raises(ValueError, match="has no text 'transcript', which a judge has to know"):
         evaluate_responses(*setup, bare.select([0]), judge=judge_by_rules, **OPTIONS)
+    with pytest.raises(ValueError, match="none of the 4 references is of the task 'response'"):
+        evaluate_responses(*setup, dataset, references=dataset.select(range(4, 8)), **OPTIONS)
     with first_forward(setup[0]) as asked:
+        with pytest.raises(ValueError, match="\\['angry'\\] none of the classes"):
+            evaluate_responses(*setup, dataset, recognise=lambda rows: ["angry"] * len(rows), **OPTIONS)
         with pytest.raises(ValueError, match="emotions \\['sad'\\] are none of the classes"):
             evaluate_responses(*setup, dataset, **{**OPTIONS, "classes": ["happy", "angry"]})
         with pytest.raises(ValueError, match="ROUGE cannot read the reference"):

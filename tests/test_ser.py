@@ -70,6 +70,11 @@ def test_rows_that_cannot_be_asked_are_refused(dataset: Dataset) -> None:
         emotion_rows(dataset, ["sad", "happy"])
     with pytest.raises(ValueError, match="no row has an emotion"):
         emotion_rows(dataset.select([5]))
+    with pytest.raises(ValueError, match="label 'Sad' is empty or the same"):
+        emotion_rows(dataset, ["happy", "sad", "Sad"])
+    number = Dataset.from_list([{**dataset[5], "extra": '{"emotion": 3}'}], dataset.features)
+    with pytest.raises(ValueError, match="emotion=3 must be the name of a class"):
+        emotion_rows(number)
 
 
 def test_a_likelihood_is_that_of_the_training_loss(setup: tuple, dataset: Dataset, scores: EmotionScores) -> None:
