@@ -305,8 +305,9 @@ class AdapterMixin(FrozenBackbonesMixin):
             **kwargs: Hub arguments, or PEFT's for a PEFT checkpoint.
 
         Raises:
-            ValueError: the name is taken, a weight is missing, the adapter was trained on other backbones, an encoder
-                learned together with an adapter, its own or this model's, or PEFT's is more than a LoRA.
+            ValueError: the name is taken, a weight is missing, the adapter was trained on other backbones or with
+                another LoRA, an encoder learned together with an adapter, its own or this model's, or PEFT's is more
+                than a LoRA.
         """
         source = os.fspath(peft_model_id)
         hub = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
@@ -317,6 +318,7 @@ class AdapterMixin(FrozenBackbonesMixin):
         _refuse_learned("this model", f"adapter {source!r}", config)
         self.check_same_backbones(source, config)
         weights = load_file(cached_file(source, WEIGHTS_FILE, **hub))
+        self._check_same_lora(source, config, weights)
         prefix = "adapters.default."
         state = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
         self._add_listen_adapter(adapter_name, config.connector_config, config.prompt_pool_config)
@@ -452,6 +454,19 @@ class AdapterMixin(FrozenBackbonesMixin):
         if self.config.base_models:
             # the adapted layers have new names
             self._keys_to_ignore_on_save = self._frozen_keys()
+
+    def _check_same_lora(self, source: str, config: PreTrainedConfig, weights: dict[str, torch.Tensor]) -> None:
+        """The LLM has one LoRA: an adapter that learned with another would answer as it never did."""
+        theirs = {key: value for key, value in weights.items() if "lora_" in key}
+        if not theirs:
+            return
+        mine = self.state_dict()
+        same = all(key in mine and torch.equal(mine[key].cpu(), value) for key, value in theirs.items())
+        if not same or config.lora_config != self.config.lora_config:
+            raise ValueError(
+                f"adapter {source!r} learned together with a LoRA that this model's LLM does not have; load it as a "
+                "model of its own with from_pretrained"
+            )
 
     def _load_lora(self, source: str, hub: dict[str, Any]) -> None:
         weights = load_file(cached_file(source, WEIGHTS_FILE, **hub))

@@ -356,6 +356,20 @@ def test_lora_is_part_of_the_adapter_checkpoint(backbones: Path, tmp_path: Path)
     }
 
 
+def test_an_adapter_that_learned_with_another_lora_is_refused(backbones: Path, tmp_path: Path) -> None:
+    model = lora(backbones)
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, adapter_name="again")  # beside its own LoRA
+    moved, scaled = lora(backbones), fresh(backbones)
+    torch.nn.init.ones_(moved.get_parameter(next(name for name, _ in moved.named_parameters() if "lora_B" in name)))
+    scaled.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj", "v_proj"]))
+    scaled.load_state_dict({name: value for name, value in model.state_dict().items() if "lora_" in name}, strict=False)
+    for other in (fresh(backbones), moved, scaled):
+        with pytest.raises(ValueError, match="learned together with a LoRA that this model's LLM does not have"):
+            other.load_adapter(tmp_path, adapter_name="second")
+        assert "second" not in other.adapters
+
+
 @pytest.mark.parametrize(
     "settings",
     [
