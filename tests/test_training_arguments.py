@@ -116,6 +116,12 @@ def test_unknown_keys_of_a_file_are_refused(tmp_path: Path) -> None:
         parse_arguments(["--config", str(path)])
 
 
+@pytest.mark.parametrize("name", ["pad_to_30s", "revisions.language_model", "connector_from"])
+def test_settings_that_a_checkpoint_brings_are_refused(name: str) -> None:
+    with pytest.raises(ArgumentError, match=f"brings its own backbones and settings; leave out {name.split('.')[0]}"):
+        parse_arguments(["--model.checkpoint", "x", f"--model.{name}", "false" if name == "pad_to_30s" else "y"])
+
+
 def test_something_must_be_named_to_train() -> None:
     with pytest.raises(ArgumentError, match="model.speech_encoder and model.language_model"):
         build_arguments({})

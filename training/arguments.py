@@ -78,11 +78,12 @@ class ModelArguments:
             ArgumentError: neither a checkpoint nor backbones, or both; or a revision of something else.
         """
         sources = ("preset", "speech_encoder", "audio_encoder", "language_model")
-        named = [name for name in sources if getattr(self, name)]
-        if self.checkpoint and (named or self.connector or self.prompt_pool):
+        settings = (*sources, "revisions", "connector", "prompt_pool", "connector_from", "pad_to_30s")
+        named = [name for name in settings if getattr(self, name) not in (None, {}, "")]
+        if self.checkpoint and named:
             raise ArgumentError(
                 f"model.checkpoint={self.checkpoint!r} brings its own backbones and settings; "
-                f"leave out {', '.join(named) or 'connector and prompt_pool'}"
+                f"leave out {', '.join(named)}"
             )
         if not self.checkpoint and not (self.speech_encoder and self.language_model):
             raise ArgumentError("name model.speech_encoder and model.language_model, or a model.checkpoint to train on")

@@ -20,7 +20,7 @@ _CHARACTERS_PER_TOKEN = 4
 
 
 def build_train_dataset(
-    arguments: DataArguments, seed: int, embeddings_per_second: float | None = None
+    arguments: DataArguments, seed: int, embeddings_per_second: float | None = None, endless: bool = False
 ) -> Dataset | IterableDataset:
     """The mixture of all training sources.
 
@@ -28,10 +28,11 @@ def build_train_dataset(
         arguments: section `data`.
         seed: fixes order and subsets.
         embeddings_per_second: of audio, to add a `length` column for length-grouped batches; none adds none.
+        endless: whether streams begin again where they end: an accumulated batch then goes on, and a resumed run finds
+            its place.
 
     Returns:
-        Rows of the manifest schema; iterable if a source streams, and then without an end: where a stream begins again,
-        an accumulated batch goes on, and a resumed run finds its place.
+        Rows of the manifest schema; iterable if a source streams.
 
     Raises:
         ArgumentError: no training source, or one without a row, or nothing is left of them.
@@ -43,7 +44,7 @@ def build_train_dataset(
     parts: dict[str, list[Dataset | IterableDataset]] = {}
     for source in arguments.train:
         rows = _answered(load(source, arguments, seed))
-        rows = rows.repeat(None) if isinstance(rows, IterableDataset) else rows
+        rows = rows.repeat(None) if endless and isinstance(rows, IterableDataset) else rows
         for task, part in _tasks_of(rows, source).items():
             parts.setdefault(task, []).append(_short_enough(part, longest, task))
     by_task = {task: _concatenate(task, group) for task, group in parts.items()}
