@@ -85,7 +85,7 @@ def generate_predictions(
         **generate_kwargs: passed to `model.generate`, such as `num_beams=4` or `max_new_tokens=200`.
 
     Raises:
-        ValueError: `batch_size` below 1, or a row that cannot be read; the message names it.
+        ValueError: `batch_size` below 1, several answers asked for, or a row that cannot be read; the message names it.
         FeatureStoreError: `features` were computed by other encoders or settings, or lack a recording.
     """
     model = extract_model_from_parallel(model)
@@ -128,6 +128,8 @@ def _answer_batch(
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     with first_forward(model) as prefill:
         ids = model.generate(**inputs, **generate_kwargs)  # (batch, sequence)
+    if len(ids) != len(indices):  # they would be given to the wrong rows
+        raise ValueError(f"{len(ids)} answers for {len(indices)} rows; leave num_return_sequences at 1")
     texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     first = prefill.output
     beams = len(first.logits) // len(indices)  # beams repeat every row

@@ -145,6 +145,11 @@ def test_beams_pick_the_same_prompts_for_the_same_rows(setup, dataset):
     assert [p.yes_no_score for p in beams] == pytest.approx([p.yes_no_score for p in greedy], abs=1e-4)
 
 
+def test_several_answers_a_row_are_refused(setup, dataset):
+    with pytest.raises(ValueError, match="10 answers for 5 rows"):
+        answers(setup, dataset, batch_size=5, num_beams=2, num_return_sequences=2)
+
+
 @pytest.mark.parametrize("k", [0, 2, 12])
 def test_num_prompts_is_heeded(setup, dataset, k):
     predictions = answers(setup, dataset.select(range(3)), num_prompts=k)
