@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import requests
@@ -18,7 +19,7 @@ from requests.adapters import HTTPAdapter, Retry
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapter_listen import fingerprint
-from ..chat_listen import DEFAULT_CHAT_TEMPLATE
+from ..chat_listen import DEFAULT_CHAT_TEMPLATE, fit_template
 from ..placeholders_listen import prepare_padding
 from .collator import end_of_turn
 
@@ -100,10 +101,14 @@ class LocalChatModel:
             self.decoding = {"temperature": None, "top_p": None, "top_k": None, **self.decoding}
         self._stops = self._stop_ids()
 
+    def _render(self, messages: Conversation, **options: bool) -> str:
+        render = partial(self.tokenizer.apply_chat_template, tokenize=False)
+        return render(fit_template(list(messages), render), **options)
+
     def _stop_ids(self) -> list[int]:
         """The tokens that end an answer: those of the checkpoint and the one that its chat template writes."""
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-        written = self.tokenizer.apply_chat_template(turns, tokenize=False)
+        written = self._render(turns)
         end = end_of_turn(self.tokenizer, written[written.rfind("!") + 1 :])
         known = self.model.generation_config.eos_token_id
         known = [] if known is None else [known] if isinstance(known, int) else list(known)
@@ -120,7 +125,7 @@ class LocalChatModel:
         Returns:
             One answer a conversation, in order.
         """
-        texts = self.tokenizer.apply_chat_template(list(conversations), tokenize=False, add_generation_prompt=True)
+        texts = [self._render(messages, add_generation_prompt=True) for messages in conversations]
         bos = self.tokenizer.bos_token
         having_bos = bool(bos) and texts[0].startswith(bos)
         inputs = self.tokenizer(

@@ -39,7 +39,10 @@ def test_a_batch_answers_as_single_conversations_do(llm: LocalChatModel) -> None
     assert len({answer.text for answer in answers}) == 3
 
 
-@pytest.mark.parametrize("template", [CHAT_TEMPLATE, None])
+LIST_TEMPLATE = CHAT_TEMPLATE.replace("message['content']", "message['content'][0]['text']")
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, LIST_TEMPLATE, None])
 def test_prompts_are_written_as_a_listen_processor_writes_them(tmp_path: Path, template: str | None) -> None:
     """With the template's BOS or the tokenizer's, but never both."""
     llm = LocalChatModel(save_tiny_llm(tmp_path, template))
@@ -53,6 +56,7 @@ def test_prompts_are_written_as_a_listen_processor_writes_them(tmp_path: Path, t
     llm.answer(chats(["hello"]))
     hook.remove()
     assert torch.equal(seen[0], expected["input_ids"])
+    assert "hello" in llm.tokenizer.decode(seen[0][0])
 
 
 def test_answers_stop_where_the_chat_template_ends_a_turn(folder: str) -> None:
