@@ -104,6 +104,8 @@ def score_task(
     for metric, references in _metrics(task, examples):
         options = _options(type(metric), task, yes_no_scores, spelling_mapping)
         _add(scores, metric, metric.row_statistics(predictions, references, **options), task, num_resamples)
+    if "event_f1" in task.metrics and "event_f1" not in scores.values:
+        logger.warning("%s: examples without 'events', so no event_f1", task.name)
     named = {name: scores.values[name] for name in task.metrics if name in scores.values}
     scores.values = {**named, **scores.values}  # the task's own order first
     return scores
@@ -130,7 +132,6 @@ def _metrics(task: Task, examples: Sequence[Mapping[str, Any]]) -> Iterator[tupl
         if metric_class is EventF1:
             references = [example.get("events") for example in examples]
             if any(events is None for events in references) or not any(references):
-                logger.warning("%s: examples without 'events', so no event_f1", task.name)
                 continue
         yield metric_class(), references
 
