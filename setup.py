@@ -1,16 +1,9 @@
-"""Packaging of LiSTEN: the repository root is the package ``listen``.
-
-The flat root modules (``modeling_listen.py`` and its neighbours) travel to the Hub with each checkpoint, which accepts
-flat files only. So they stay at the root, and the root is what gets installed as ``listen``.
-"""
+"""Packaging of LiSTEN: the folder ``listen`` is the package; the modules at the root only re-export from it."""
 
 from pathlib import Path
 from shutil import rmtree
 
 from setuptools import find_packages, setup
-from setuptools.command.build_py import build_py
-
-SUBPACKAGES = ("data", "training", "evaluation", "analysis")
 
 REQUIRED = [
     # model and checkpoints
@@ -63,32 +56,14 @@ EXTRAS = {
 }
 
 
-class BuildPy(build_py):
-    """Builds ``listen`` from the repository root without the root's own tooling scripts."""
-
-    NOT_SHIPPED = frozenset({"setup", "conftest"})
-
-    def run(self) -> None:
-        """Builds into an empty folder: what an earlier build left there would be shipped too."""
-        rmtree(self.build_lib, ignore_errors=True)
-        super().run()
-
-    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
-        """Returns (package, module, file) of each module that belongs in the package."""
-        modules = super().find_package_modules(package, package_dir)
-        return [module for module in modules if module[1] not in self.NOT_SHIPPED]
-
-
-def packages() -> list[str]:
-    """Names the sub-folders of the root that are part of the package, nested ones included."""
-    return find_packages(include=[*SUBPACKAGES, *(f"{name}.*" for name in SUBPACKAGES)])
-
+ROOT = Path(__file__).parent
+rmtree(ROOT / "build" / "lib", ignore_errors=True)  # modules of an earlier build would be shipped too
 
 setup(
     name="listen",
     version="0.1.0",
     description="Audio language models that learn by selecting soft prompts, on Hugging Face transformers",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author="The LiSTEN authors",
     license="Apache-2.0",
@@ -102,11 +77,10 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
-    package_dir={"listen": ".", **{f"listen.{name}": name.replace(".", "/") for name in packages()}},
-    packages=["listen", *(f"listen.{name}" for name in packages())],
+    package_dir={"": "."},  # makes the editable install a plain path, which type checkers follow
+    packages=find_packages(include=["listen", "listen.*"]),
     package_data={"listen": ["py.typed"]},
     include_package_data=False,
-    cmdclass={"build_py": BuildPy},
     python_requires=">=3.11",  # set by transformers 5.23; the code itself keeps to Python 3.10
     install_requires=REQUIRED,
     extras_require=EXTRAS,

@@ -14,10 +14,9 @@ import yaml
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
-FLAT = sorted(path for path in ROOT.glob("*.py") if path.stem not in {"setup", "conftest", "__init__"})
-LIBRARY = [ROOT / "__init__.py", *FLAT]
-for folder in ("data", "training", "evaluation", "analysis"):
-    LIBRARY += sorted((ROOT / folder).rglob("*.py"))
+PACKAGE = ROOT / "listen"
+FLAT = sorted(path for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+LIBRARY = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = [*sorted((ROOT / "examples").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py")), ROOT / "setup.py"]
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 TEXT = [
@@ -226,7 +225,7 @@ def test_recipes_are_mappings_without_repeated_keys(path: Path) -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "model_cards").rglob("*.py")), ids=name_of)
 def test_model_folders_carry_the_code_of_today(path: Path) -> None:
     """A model folder holds copies of the flat modules, as its Hub repository would; they must not go stale."""
-    assert path.read_text(encoding="utf-8") == (ROOT / path.name).read_text(encoding="utf-8")
+    assert path.read_text(encoding="utf-8") == (PACKAGE / path.name).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("folder", sorted((ROOT / "model_cards").iterdir()), ids=name_of)

@@ -16,7 +16,6 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
-SUBPACKAGES = ("data", "training", "evaluation", "analysis")
 CARD = {  # the packages that the design names
     *("torch", "transformers", "accelerate", "peft", "datasets", "evaluate"),
     *("huggingface_hub", "safetensors", "soundfile", "librosa"),
@@ -71,10 +70,8 @@ def pins() -> list[Requirement]:
 
 
 def expected_modules() -> set[str]:
-    """Archive names of all modules by rule: the flat root modules and everything below the sub-packages."""
-    flat = {f"listen/{path.name}" for path in ROOT.glob("*.py") if path.stem not in {"setup", "conftest"}}
-    nested = {f"listen/{path.relative_to(ROOT)}" for name in SUBPACKAGES for path in (ROOT / name).rglob("*.py")}
-    return flat | nested
+    """Archive names of all modules by rule: everything below the package folder."""
+    return {str(path.relative_to(ROOT)) for path in (ROOT / "listen").rglob("*.py")}
 
 
 def test_wheel_holds_exactly_the_package(wheel: Path) -> None:
@@ -84,15 +81,10 @@ def test_wheel_holds_exactly_the_package(wheel: Path) -> None:
     assert any(name.endswith("LICENSE") for name in info)
 
 
-def test_subpackages_hold_code_only() -> None:
+def test_the_package_holds_code_only() -> None:
     """Data files would need a package_data entry to be shipped; there are none to forget."""
-    stray = [
-        path.relative_to(ROOT)
-        for name in SUBPACKAGES
-        for path in (ROOT / name).rglob("*")
-        if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts
-    ]
-    assert stray == []
+    files = [path for path in (ROOT / "listen").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert [path.name for path in files if path.suffix != ".py"] == ["py.typed"]
 
 
 def test_every_module_of_the_wheel_imports(wheel: Path, tmp_path: Path) -> None:
@@ -141,7 +133,7 @@ def test_tests_run_on_the_pins(pin: Requirement) -> None:
 
 def test_editable_install_imports_from_elsewhere(tmp_path: Path) -> None:
     where = python("-c", "import listen, listen.data.tasks; print(listen.__file__)", cwd=tmp_path)
-    assert Path(where.strip()) == ROOT / "__init__.py"
+    assert Path(where.strip()) == ROOT / "listen" / "__init__.py"
 
 
 @pytest.mark.slow
@@ -158,7 +150,7 @@ def test_editable_install_works_in_a_stock_environment(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     program = "import importlib.util; print(importlib.util.find_spec('listen').origin)"  # finds without importing torch
     found = subprocess.run([interpreter, "-c", program], cwd=tmp_path, capture_output=True, text=True)
-    assert found.stdout.strip() == str(source / "__init__.py"), found.stderr
+    assert found.stdout.strip() == str(source / "listen" / "__init__.py"), found.stderr
 
 
 def test_pytest_collects_in_a_folder_of_any_name(tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-../../adapter_listen.py
+../../listen/adapter_listen.py

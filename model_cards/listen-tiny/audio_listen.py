@@ -1,1 +1,1 @@
-../../audio_listen.py
+../../listen/audio_listen.py

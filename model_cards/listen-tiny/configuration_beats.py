@@ -1,1 +1,1 @@
-../../configuration_beats.py
+../../listen/configuration_beats.py

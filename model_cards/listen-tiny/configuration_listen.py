@@ -1,1 +1,1 @@
-../../configuration_listen.py
+../../listen/configuration_listen.py

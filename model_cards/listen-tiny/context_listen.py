@@ -1,1 +1,1 @@
-../../context_listen.py
+../../listen/context_listen.py

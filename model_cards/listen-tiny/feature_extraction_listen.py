@@ -1,1 +1,1 @@
-../../feature_extraction_listen.py
+../../listen/feature_extraction_listen.py

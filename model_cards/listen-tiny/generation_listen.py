@@ -1,1 +1,1 @@
-../../generation_listen.py
+../../listen/generation_listen.py

@@ -1,1 +1,1 @@
-../../language_models_listen.py
+../../listen/language_models_listen.py

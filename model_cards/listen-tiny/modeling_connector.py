@@ -1,1 +1,1 @@
-../../modeling_connector.py
+../../listen/modeling_connector.py

@@ -1,1 +1,1 @@
-../../modeling_conv_rotary.py
+../../listen/modeling_conv_rotary.py

@@ -1,1 +1,1 @@
-../../modeling_prompt_pool.py
+../../listen/modeling_prompt_pool.py

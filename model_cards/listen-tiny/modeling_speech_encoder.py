@@ -1,1 +1,1 @@
-../../modeling_speech_encoder.py
+../../listen/modeling_speech_encoder.py

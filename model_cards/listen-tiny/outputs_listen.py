@@ -1,1 +1,1 @@
-../../outputs_listen.py
+../../listen/outputs_listen.py

@@ -1,1 +1,1 @@
-../../speech_features_listen.py
+../../listen/speech_features_listen.py

@@ -1,1 +1,1 @@
-../../chat_listen.py
+../../listen/chat_listen.py

@@ -1,1 +1,1 @@
-../../encoder_listen.py
+../../listen/encoder_listen.py

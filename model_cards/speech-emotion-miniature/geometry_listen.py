@@ -1,1 +1,1 @@
-../../geometry_listen.py
+../../listen/geometry_listen.py

@@ -1,1 +1,1 @@
-../../modeling_beats.py
+../../listen/modeling_beats.py

@@ -1,1 +1,1 @@
-../../modeling_listen.py
+../../listen/modeling_listen.py

@@ -1,1 +1,1 @@
-../../pipeline_listen.py
+../../listen/pipeline_listen.py

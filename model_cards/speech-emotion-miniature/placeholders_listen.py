@@ -1,1 +1,1 @@
-../../placeholders_listen.py
+../../listen/placeholders_listen.py

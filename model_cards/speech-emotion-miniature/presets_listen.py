@@ -1,1 +1,1 @@
-../../presets_listen.py
+../../listen/presets_listen.py

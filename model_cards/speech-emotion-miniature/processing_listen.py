@@ -1,1 +1,1 @@
-../../processing_listen.py
+../../listen/processing_listen.py

@@ -1,0 +1,505 @@
+"""Configuration of LiSTEN: which frozen backbones listen and speak, and what is learned between them."""
+
+import difflib
+import os
+from fractions import Fraction
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+from transformers.generation import GenerationConfig
+
+from .configuration_beats import BeatsConfig
+from .geometry_listen import audio_step, speech_geometry, speech_width
+
+STRATEGIES = ("similarity", "attention", "residual", "fixed", "random", "task")
+QUERY_STRATEGIES = ("similarity", "attention", "residual")
+KEY_LOSSES = ("distance", "similarity")
+CONNECTORS = ("window_qformer", "conv_rotary")
+BACKBONES = {"speech_encoder": "speech_config", "audio_encoder": "audio_config", "language_model": "text_config"}
+TRAINABLE = ("adapter", "connector", "prompt_pool", "speech_encoder", "audio_encoder")
+
+# the kind of connector that alone reads a field
+_FIELDS_OF_CONNECTORS = {
+    "window_seconds": "window_qformer",
+    "num_queries": "window_qformer",
+    "salmonn_compat": "window_qformer",
+    "stride_seconds": "window_qformer",
+    "embedding_seconds": "conv_rotary",
+    "kernel_size": "conv_rotary",
+}
+_LAYERS_OF_CONNECTORS = {"window_qformer": 2, "conv_rotary": 1}
+_MODEL_FILE = "modeling_listen.ListenForConditionalGeneration"
+_AUTO_MAP = {
+    "AutoConfig": "configuration_listen.ListenConfig",
+    **dict.fromkeys(("AutoModel", "AutoModelForCausalLM", "AutoModelForMultimodalLM"), _MODEL_FILE),
+    "AutoProcessor": "processing_listen.ListenProcessor",
+    "AutoFeatureExtractor": "feature_extraction_listen.ListenFeatureExtractor",
+}
+_CUSTOM_PIPELINES = {"audio-llm": {"impl": "pipeline_listen.ListenPipeline", "pt": ["AutoModel"]}}
+
+
+class _StrictConfig(PreTrainedConfig):
+    """A sub-config that refuses keywords it does not know: a misspelt setting must not train in silence."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        known = {"name_or_path", "torch_dtype", "num_labels", "attn_implementation", "output_attentions", "model_type"}
+        known |= set(GenerationConfig._get_default_generation_params())
+        unknown = [name for name in kwargs if name not in known and not name.startswith("_")]
+        if unknown:
+            fields = sorted(self.__dataclass_fields__)
+            close = difflib.get_close_matches(unknown[0], fields, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(type(self).__annotations__)}"
+            raise ValueError(f"{type(self).__name__} has no field {unknown[0]!r}; {hint}")
+        super().__post_init__(**kwargs)
+
+
+class ListenConnectorConfig(_StrictConfig):
+    """What makes audio embeddings out of encoder frames: a window-level Q-Former, or a convolution and a rotary layer.
+
+    Args:
+        type: `"window_qformer"` (SALMONN, arXiv 2310.13289, sec. 3) or `"conv_rotary"` (SpeechEmotionLlama,
+            arXiv 2410.01162).
+        window_seconds: Of the Q-Former: time that one window holds, rounded to whole frames of the speech encoder: a
+            third of a second is 17 frames of 20 ms, SALMONN's `round(1500 * 0.333333 / 30)`.
+        num_queries: Of the Q-Former: learned queries, hence audio embeddings, of each window.
+        salmonn_compat: Of the Q-Former: whether clips are read exactly as SALMONN reads them, for its checkpoints:
+            padded to 30 s with the padding attended to, and without the last partial window. Every 30 s, silent or not,
+            give 88 embeddings. Needs `ListenConfig.pad_to_30s`.
+        stride_seconds: Of the Q-Former with `salmonn_compat`: time from one window to the next, where windows may
+            overlap; `window_seconds` by default.
+        embedding_seconds: Of `conv_rotary`: time from one audio embedding to the next, a whole number of encoder
+            frames. The paper's 80 ms are a stride of 2 over its frames of 40 ms, and of 4 over frames of 20 ms.
+        kernel_size: Of `conv_rotary`: encoder frames that the convolution sees for one embedding; `2 * stride - 1` by
+            default, half of each neighbour's.
+        hidden_size: Width of its layers.
+        num_hidden_layers: Transformer layers; 2 in the Q-Former, each with cross-attention to the window's frames, and
+            1 in `conv_rotary` by default.
+        num_attention_heads: Heads of each attention; divides `hidden_size`.
+        intermediate_size: Width of its feed-forward layers.
+        dropout: Dropout on its hidden states and attention weights while training.
+
+    Raises:
+        ValueError: an unknown field, an unknown `type`, a field that the type does not read, a size below 1, heads
+            that do not divide the width, or a stride without `salmonn_compat`.
+    """
+
+    model_type = "listen_connector"
+
+    type: str = "window_qformer"
+    window_seconds: float = 1 / 3
+    num_queries: int = 1
+    salmonn_compat: bool = False
+    stride_seconds: float | None = None
+    embedding_seconds: float = 0.08
+    kernel_size: int | None = None
+    hidden_size: int = 768
+    num_hidden_layers: int | None = None
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    dropout: float = 0.1
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.type not in CONNECTORS:
+            raise ValueError(f"connector type={self.type!r} is unknown; choose one of {', '.join(CONNECTORS)}")
+        self._check_fields()
+        for name in ("window_seconds", "embedding_seconds"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"connector {name}={getattr(self, name)} must be above 0")
+        if self.num_hidden_layers is None:
+            self.num_hidden_layers = _LAYERS_OF_CONNECTORS[self.type]
+        for name in ("num_queries", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"connector {name}={getattr(self, name)} must be at least 1")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"connector hidden_size={self.hidden_size} is not a multiple of "
+                f"num_attention_heads={self.num_attention_heads}; change one of them"
+            )
+        self._check_stride()
+
+    def _check_stride(self) -> None:
+        if self.stride_seconds is not None and not self.salmonn_compat:
+            raise ValueError(
+                f"connector stride_seconds={self.stride_seconds} needs salmonn_compat=True; other windows follow "
+                "one after the other"
+            )
+        if self.stride_seconds is not None and self.stride_seconds <= 0:
+            raise ValueError(f"connector stride_seconds={self.stride_seconds} must be above 0")
+
+    def settings(self) -> dict[str, Any]:
+        """The fields above, without those that transformers adds to every config."""
+        return {name: getattr(self, name) for name in type(self).__annotations__ if name != "model_type"}
+
+    def window_frames(self, frame_seconds: float) -> int:
+        """Encoder frames of `frame_seconds` that one window holds, at least 1."""
+        return self._frames(self.window_seconds, frame_seconds)
+
+    def stride_frames(self, frame_seconds: float) -> int:
+        """Encoder frames of `frame_seconds` from one window to the next, at least 1."""
+        return self._frames(self.stride_seconds or self.window_seconds, frame_seconds)
+
+    def _frames(self, seconds: float, frame_seconds: float) -> int:
+        if self.salmonn_compat:  # in SALMONN's order of operations, so that halves round alike
+            return max(1, round(round(30.0 / frame_seconds) * seconds / 30.0))
+        return max(1, round(seconds / frame_seconds))
+
+    def embedding_frames(self, frame_seconds: float) -> int:
+        """Encoder frames of `frame_seconds` from one embedding of `conv_rotary` to the next, the convolution's stride.
+
+        Raises:
+            ValueError: `embedding_seconds` is no whole number of frames.
+        """
+        frames = self.embedding_seconds / frame_seconds
+        if round(frames) < 1 or abs(frames - round(frames)) > 1e-3:
+            raise ValueError(
+                f"connector embedding_seconds={self.embedding_seconds} is {frames:.3f} frames of the speech encoder, "
+                f"which come every {frame_seconds} s; choose a multiple of that"
+            )
+        return round(frames)
+
+    def num_embeddings(self, frames: int, frame_seconds: float) -> int:
+        """Audio embeddings that this connector makes of one chunk.
+
+        Args:
+            frames: Real frames of the chunk, after the encoders; with `salmonn_compat` those of its padding too.
+            frame_seconds: Time from one frame to the next.
+        """
+        if self.type == "conv_rotary":
+            return -(-frames // self.embedding_frames(frame_seconds))
+        size, stride = self.window_frames(frame_seconds), self.stride_frames(frame_seconds)
+        windows = max(0, (frames - size) // stride + 1) if self.salmonn_compat else -(-frames // size)
+        return windows * self.num_queries
+
+    def _check_fields(self) -> None:
+        for name, reader in _FIELDS_OF_CONNECTORS.items():
+            value = getattr(self, name)
+            if reader != self.type and value != type(self).__dataclass_fields__[name].default:
+                raise ValueError(f"connector {name}={value} is read by type={reader!r} alone, not by {self.type!r}")
+
+
+class ListenPromptPoolConfig(_StrictConfig):
+    """The pool of learned key-value prompts (LiSTEN, arXiv 2505.18517).
+
+    Args:
+        pool_size: P, the number of key-value pairs.
+        num_prompts: K, the prompts chosen at inference, and the largest k drawn in training.
+        strategy: How prompts are chosen: `"similarity"`, `"attention"`, `"residual"`, or the controls `"fixed"`
+            (a classic soft prompt), `"random"` and `"task"`.
+        key_loss_type: `"distance"`, the sum of ||q - k_i|| (the paper), or `"similarity"`, minus the sum of the
+            chosen softmax similarities (the authors' code).
+        key_loss_weight: alpha, the weight of the key loss beside the next-token loss.
+        stochastic: Whether training draws k uniformly from 1..`num_prompts` for each batch.
+        score_dropout: Dropout on the selection scores while training.
+        center_query: Whether a running mean is taken from the query before it meets the keys; off in the paper.
+            It keeps the keys in use when all tasks ask alike.
+        query_momentum: Share of the old running mean that each training batch keeps, with `center_query`.
+        tasks: Names of the tasks that own a part of the pool, with `strategy="task"`.
+        shared_fraction: Share of the pool that all tasks use, with `strategy="task"`.
+
+    Raises:
+        ValueError: an unknown field, strategy or key loss, or values that cannot work together.
+    """
+
+    model_type = "listen_prompt_pool"
+
+    pool_size: int = 400
+    num_prompts: int = 160
+    strategy: str = "similarity"
+    key_loss_type: str = "distance"
+    key_loss_weight: float = 1.0
+    stochastic: bool = True
+    score_dropout: float = 0.1
+    center_query: bool = False
+    query_momentum: float = 0.99
+    tasks: list[str] | None = None
+    shared_fraction: float = 0.4
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        _check_choice("prompt pool strategy", self.strategy, STRATEGIES)
+        _check_choice("prompt pool key_loss_type", self.key_loss_type, KEY_LOSSES)
+        if not 1 <= self.num_prompts <= self.pool_size:
+            raise ValueError(
+                f"num_prompts={self.num_prompts} must lie in 1..pool_size={self.pool_size}; "
+                "lower num_prompts or enlarge the pool"
+            )
+        for name in ("score_dropout", "shared_fraction", "query_momentum"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"prompt pool {name}={getattr(self, name)} must lie in [0, 1)")
+        if self.strategy == "task":
+            self._check_tasks()
+
+    @property
+    def uses_query(self) -> bool:
+        """Whether the strategy compares a query with keys."""
+        return self.strategy in QUERY_STRATEGIES
+
+    @property
+    def num_shared(self) -> int:
+        """Prompts that every task may use, with `strategy="task"`."""
+        return round(self.pool_size * self.shared_fraction)
+
+    @property
+    def num_per_task(self) -> int:
+        """Prompts that each task owns alone, with `strategy="task"`."""
+        return (self.pool_size - self.num_shared) // len(self.tasks or [None])
+
+    def _check_tasks(self) -> None:
+        if not self.tasks:
+            raise ValueError("strategy='task' needs `tasks`, the names of the tasks that own a part of the pool")
+        reachable = self.num_per_task + self.num_shared
+        if self.num_per_task < 1 or self.num_prompts > reachable:
+            raise ValueError(
+                f"num_prompts={self.num_prompts}, but each of {len(self.tasks)} tasks reaches {reachable} of "
+                f"pool_size={self.pool_size} prompts ({self.num_per_task} of its own); lower num_prompts"
+            )
+
+
+class ListenConfig(PreTrainedConfig):
+    """A whole LiSTEN model: two frozen encoders, a connector, a prompt pool and a frozen causal LLM.
+
+    Args:
+        speech_config: Config of the speech encoder, Whisper's by default; any other that `geometry_listen` knows
+            (Wav2Vec2-BERT, HuBERT, WavLM, AST, Moonshine ...). Only the encoder is built.
+        audio_config: Config of the BEATs audio encoder; `None` leaves it out.
+        connector_config: Config of the connector, see `ListenConnectorConfig`.
+        prompt_pool_config: Config of the pool, see `ListenPromptPoolConfig`; `None` leaves it out.
+        text_config: Config of any causal language model of transformers.
+        base_models: Where each frozen backbone comes from: `{"speech_encoder": {"base_model_name_or_path": ...,
+            "revision": ...}, "audio_encoder": ..., "language_model": ...}`. Set, checkpoints hold the adapter alone
+            and loading fetches the backbones; `None`, checkpoints are self-contained. A path that begins with `./`
+            is a folder inside the checkpoint.
+        trainable: What learns: `"adapter"` (connector and pool), one of `"connector"`, `"prompt_pool"`, or an encoder:
+            `"speech_encoder"`, `"audio_encoder"`. An encoder that learns is held in fp32 and part of every checkpoint;
+            `base_models` says where it started.
+        lora_config: Settings of a PEFT LoRA on the language model, as written by `add_adapter`.
+        extra_adapters: Connector and pool settings of adapters beside the default one, by name.
+        audio_token_id: Id that marks the place of one audio embedding. May lie above the LLM's vocabulary.
+        prompt_token_id: Id that marks the place of one prompt. May lie above the LLM's vocabulary.
+        pad_to_30s: Whether Whisper sees every clip padded to 30 s, as it was trained, in place of its true length.
+        chunks_at_once: Chunks of audio (30 s at most) that an encoder takes together while nothing learns in it. It
+            bounds the encoders' memory, whatever the length of the audio, and changes no result.
+
+    Raises:
+        ValueError: values that cannot work together, named with the fix.
+    """
+
+    model_type = "listen"
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "lm_loss",
+        "key_loss",
+        "prompt_indices",
+        "prompt_scores",
+        "query",
+    ]
+    sub_configs_defaults = {
+        "speech_config": SubConfigSpec(config_class=AutoConfig, model_type="whisper"),
+        "audio_config": SubConfigSpec(config_class=BeatsConfig, optional=True),
+        "connector_config": SubConfigSpec(config_class=ListenConnectorConfig),
+        "prompt_pool_config": SubConfigSpec(config_class=ListenPromptPoolConfig, optional=True),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+    }
+
+    speech_config: dict | PreTrainedConfig | None = None
+    audio_config: dict | PreTrainedConfig | None = None
+    connector_config: dict | PreTrainedConfig | None = None
+    prompt_pool_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    base_models: dict | None = None
+    trainable: list[str] | None = None
+    lora_config: dict | None = None
+    extra_adapters: dict | None = None
+    audio_token_id: int | None = None
+    prompt_token_id: int | None = None
+    pad_to_30s: bool = False
+    chunks_at_once: int = 16
+    auto_map: dict | None = None
+    custom_pipelines: dict | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.trainable = list(self.trainable or ["adapter"])
+        # only when empty: a checkpoint may point to code in another repository
+        self.auto_map = self.auto_map or dict(_AUTO_MAP)
+        self.custom_pipelines = self.custom_pipelines or {k: dict(v) for k, v in _CUSTOM_PIPELINES.items()}
+        self._check()
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "ListenConfig":
+        """The config of a named preset, its fields replaced by `overrides`.
+
+        Raises:
+            ValueError: no preset has that name; the message lists them.
+        """
+        from .presets_listen import PRESETS
+
+        _check_choice("preset", name, tuple(PRESETS))
+        return cls(**{**PRESETS[name](), **overrides})
+
+    @classmethod
+    def from_backbones(
+        cls,
+        speech_encoder: str,
+        language_model: str,
+        audio_encoder: str | None = None,
+        revisions: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> "ListenConfig":
+        """A config for backbones named by Hub id or folder; only their `config.json` files are read.
+
+        Args:
+            speech_encoder: A Whisper checkpoint, or one of any other audio encoder that is known, with a head or not.
+            language_model: Any causal language model.
+            audio_encoder: A BEATs checkpoint in our format; `None` for no second stream.
+            revisions: Revision of each backbone, by the name of its argument; `"main"` where absent.
+            **kwargs: Other fields of the config.
+
+        Raises:
+            ValueError: `audio_encoder` is no BEATs in our format, or values cannot work together.
+        """
+        names = {"speech_encoder": speech_encoder, "audio_encoder": audio_encoder, "language_model": language_model}
+        configs, base_models = {}, {}
+        for backbone, source in names.items():
+            if source is None:
+                continue
+            revision = (revisions or {}).get(backbone, "main")
+            read = _beats_config if backbone == "audio_encoder" else AutoConfig.from_pretrained
+            configs[BACKBONES[backbone]] = read(source, revision=revision)
+            base_models[backbone] = {"base_model_name_or_path": str(source), "revision": revision}
+        return cls(**configs, base_models=base_models, **kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "ListenConfig":
+        """As upstream, but fields of another model, or none at all, do not become a LiSTEN model of 7 B parameters.
+
+        Raises:
+            ValueError: `model_type` is not `"listen"`.
+        """
+        found = config_dict.get("model_type")
+        if found != cls.model_type:
+            what = f"a config of model_type={found!r}" if found else "no config.json, or one without model_type"
+            raise ValueError(f"found {what}, but a LiSTEN model is needed; name its folder or Hub id")
+        return super().from_dict(config_dict, **kwargs)
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """The config that states the LLM's width, vocabulary and layers.
+
+        That is `text_config`, or for an LLM that is itself composite (Gemma 3 with its vision tower) the config inside.
+        """
+        return self.text_config.get_text_config(decoder=decoder, encoder=encoder)
+
+    @property
+    def text_width(self) -> int:
+        """Width of the LLM's input embeddings; some (OPT 350M) are narrower than the layers behind them."""
+        config = self.get_text_config()
+        return getattr(config, "word_embed_proj_dim", None) or config.hidden_size
+
+    @property
+    def frame_seconds(self) -> float:
+        """Time from one frame of the speech encoder to the next."""
+        return speech_geometry(self.speech_config).frame_seconds
+
+    @property
+    def audio_step(self) -> Fraction:
+        """Frames of the audio encoder that go by during one frame of the speech encoder; 1 without one."""
+        if self.audio_config is None:
+            return Fraction(1)
+        patches = self.audio_config.patch_size, self.audio_config.num_mel_bins
+        return audio_step(speech_geometry(self.speech_config), *patches)
+
+    @property
+    def speech_width(self) -> int:
+        """Width of the speech encoder's frames."""
+        return speech_width(self.speech_config)
+
+    @property
+    def learned_backbones(self) -> list[str]:
+        """Encoders that learn, and therefore are part of every checkpoint."""
+        return [name for name in BACKBONES if name in self.trainable]
+
+    @property
+    def encoder_width(self) -> int:
+        """Width of the fused encoder frames."""
+        audio_width = self.audio_config.hidden_size if self.audio_config is not None else 0
+        return self.speech_width + audio_width
+
+    def _check(self) -> None:
+        self._check_speech()
+        unknown = [name for name in self.trainable if name not in TRAINABLE]
+        if "language_model" in unknown:
+            raise ValueError("trainable=['language_model']: the LLM stays frozen; use add_adapter(LoraConfig(...))")
+        if unknown:
+            raise ValueError(f"trainable={unknown} is unknown; choose among {', '.join(TRAINABLE)}")
+        if "audio_encoder" in self.trainable and self.audio_config is None:
+            raise ValueError("trainable holds 'audio_encoder' but audio_config is None; give one or take it out")
+        if "prompt_pool" in self.trainable and self.prompt_pool_config is None:
+            raise ValueError("trainable holds 'prompt_pool' but prompt_pool_config is None; give one or take it out")
+        if self.audio_token_id is not None and self.audio_token_id == self.prompt_token_id:
+            raise ValueError(f"audio_token_id and prompt_token_id are both {self.audio_token_id}; they must differ")
+        if self.chunks_at_once < 1:
+            raise ValueError(f"chunks_at_once={self.chunks_at_once} must be at least 1")
+        check_padding(self.connector_config, self.pad_to_30s)
+        self._check_base_models()
+
+    def _check_speech(self) -> None:
+        speech = self.speech_config
+        speech_geometry(speech)  # raises where it is no audio encoder
+        if self.pad_to_30s and speech.model_type != "whisper":
+            raise ValueError(f"pad_to_30s=True is Whisper's; {speech.model_type} hears clips at their true length")
+        if "speech_encoder" in self.trainable and getattr(speech, "add_adapter", False) and speech.layerdrop:
+            raise ValueError(
+                f"a trainable speech encoder with add_adapter and layerdrop={speech.layerdrop} drops layers that "
+                "shorten its output, so that frames cannot be counted; set layerdrop=0 in speech_config"
+            )
+
+    def _check_base_models(self) -> None:
+        if self.base_models is None:
+            return
+        needed = {name for name, sub in BACKBONES.items() if getattr(self, sub) is not None}
+        if set(self.base_models) != needed:
+            raise ValueError(
+                f"base_models names {sorted(self.base_models)} but this config needs {sorted(needed)}; "
+                "name each backbone once, or set base_models=None for a self-contained checkpoint"
+            )
+        for name, spec in self.base_models.items():
+            if not isinstance(spec, dict) or not spec.get("base_model_name_or_path"):
+                raise ValueError(
+                    f"base_models[{name!r}]={spec!r} needs 'base_model_name_or_path', a Hub id or a folder"
+                )
+
+
+def _beats_config(source: str, revision: str) -> BeatsConfig:
+    """The config of a converted BEATs."""
+    fields = {} if os.path.isfile(source) else BeatsConfig.get_config_dict(source, revision=revision)[0]
+    if fields.get("model_type") != BeatsConfig.model_type:
+        raise ValueError(
+            f"audio_encoder={str(source)!r} is no folder or Hub id of a BEATs in this package's format (model_type="
+            f"{fields.get('model_type')!r}); examples/convert_beats.py makes one of a published BEATs_x.pt"
+        )
+    return BeatsConfig.from_pretrained(source, revision=revision)
+
+
+def check_padding(connector_config: PreTrainedConfig, pad_to_30s: bool) -> None:
+    """Refuse a connector that listens to padding where clips are not padded.
+
+    Raises:
+        ValueError: `salmonn_compat` without `pad_to_30s`.
+    """
+    if connector_config.salmonn_compat and not pad_to_30s:
+        raise ValueError(
+            "a connector with salmonn_compat=True listens to 30 s whatever the clip, but pad_to_30s=False; set "
+            "pad_to_30s=True, or salmonn_compat=False"
+        )
+
+
+def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{what}={value!r} is unknown; choose one of {', '.join(choices)}")
+
+
+ListenConfig.register_for_auto_class()
+
+__all__ = ["ListenConfig", "ListenConnectorConfig", "ListenPromptPoolConfig"]

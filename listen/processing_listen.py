@@ -1,0 +1,618 @@
+"""From text or chat messages with audio in them to the inputs of a LiSTEN model.
+
+Whatever the LLM, texts write `<|audio|>` where a clip is heard. The processor turns each into as many ids as the clip
+has audio embeddings, and writes k prompt ids in front of everything. Both ids need no row in the LLM's embedding: they
+are the tokenizer's own placeholders where it has some, else reserved tokens of its vocabulary, else ids added above it.
+"""
+
+import difflib
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    AutoTokenizer,
+    BatchFeature,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    SequenceFeatureExtractor,
+)
+from transformers.utils import logging
+from transformers.utils.chat_template_utils import _get_template_variables, render_jinja_template
+
+from .audio_listen import cut_waveform, is_one_clip, load_waveform
+from .chat_listen import (
+    DEFAULT_CHAT_TEMPLATE,
+    as_conversations,
+    clips_or_none,
+    fit_template,
+    numbered_messages,
+    plain_message,
+)
+from .configuration_listen import ListenConnectorConfig, check_padding
+from .context_listen import check_context, context_limit
+from .feature_extraction_listen import ListenFeatureExtractor
+from .placeholders_listen import AUDIO_TOKEN, PROMPT_TOKEN, place_token, prepare_padding
+from .speech_features_listen import backbone_place, speech_settings
+
+logger = logging.get_logger(__name__)
+
+# The wording of each task at test time; `{question}` is what the user asks, `{input}` the place of the recording.
+TASK_INSTRUCTIONS = {
+    "asr": "What is being said?",
+    "er": "Which emotion does the speaker show?",
+    "sv": "Do both recordings come from the same speaker? Answer yes or no.",
+    "sqa": "{question}",
+    "en2zh": "Translate the speech into Chinese.",
+    "acap": "Describe the sounds.",
+    "voice": "Describe the voice.",
+    "response": "{input}",
+    "repeat": "Repeat after me in English: {input}",
+    "speech_caption": (
+        "You will hear a speech utterance spoken by a person. In natural language, provide a caption that faithfully "
+        "describes the scenario in which the speech utterance is being spoken. Pay attention to the spoken content, "
+        "and make sure to incorporate any emotions expressed in the speech into the caption as needed: {input}"
+    ),
+    "ser": (
+        "Identify the emotional tone of the utterance that is provided. Select from the following options: neutral, "
+        "angry, disgusted, fearful, happy, sad, surprised, bored, confused, interested, sarcastic, laughing, "
+        "projected, sleepy, whisper: {input}"
+    ),
+}
+
+_GROUPS = ("common_kwargs", "text_kwargs", "audio_kwargs")
+_ARGUMENTS = ("text", "audio", "sampling_rate", "num_prompts", "task", "num_samples", "return_tensors")
+_TOKENIZER_KEYWORDS = ("add_special_tokens", "truncation", "return_offsets_mapping")
+_AUDIO_KEYWORDS = ("max_audio_seconds",)
+_PADDING_KEYWORDS = ("padding", "max_length", "pad_to_multiple_of")
+_OFFSET_KEYWORDS = ("return_mm_token_type_ids", "return_text_replacement_offsets")
+_KEYWORDS = (*_ARGUMENTS, *_AUDIO_KEYWORDS, *_TOKENIZER_KEYWORDS, *_PADDING_KEYWORDS, *_OFFSET_KEYWORDS)
+_PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "offset_mapping")
+
+
+class ListenProcessor(ProcessorMixin):
+    """A `ListenFeatureExtractor` and any tokenizer, joined.
+
+    The tokenizer is changed: it pads on the left, with its end-of-sequence token where it has no padding token, and
+    knows both placeholder ids as special tokens.
+
+    Args:
+        feature_extractor: Makes the inputs of both encoders.
+        tokenizer: The LLM's.
+        chat_template: In place of the tokenizer's; `DEFAULT_CHAT_TEMPLATE` (`USER: ...`, `ASSISTANT: ...`) where
+            neither is given.
+        audio_token_id: Id that marks the place of one audio embedding; chosen where `None`.
+        prompt_token_id: Id that marks the place of one prompt; chosen where `None`.
+        num_prompts: k, unless a call says otherwise.
+        pool_size: Prompts of the pool, the most that a call may ask for; unchecked where `None`.
+        connector: Fields of the model's `ListenConnectorConfig`, which counts the audio embeddings of a clip; its
+            defaults where `None`.
+        tasks: Names of the tasks that own a part of the pool; a call's `task` then becomes `task_ids`.
+        task_instructions: Wording of each task, for users who name a task instead; `TASK_INSTRUCTIONS` by default.
+        context_length: Positions of the LLM; an input with audio or prompts that is longer is refused before its
+            features are made. Unchecked where `None`.
+        max_audio_seconds: Clips that are longer are cut to it, with a warning; whole where `None`.
+
+    Raises:
+        ValueError: a placeholder id that the tokenizer cannot provide, or no token to pad with.
+    """
+
+    audio_token = AUDIO_TOKEN
+    prompt_token = PROMPT_TOKEN
+    unused_input_names = ["num_samples"]
+
+    def __init__(
+        self,
+        feature_extractor: SequenceFeatureExtractor,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | dict[str, str] | None = None,
+        audio_token_id: int | None = None,
+        prompt_token_id: int | None = None,
+        num_prompts: int = 0,
+        pool_size: int | None = None,
+        connector: dict[str, Any] | None = None,
+        tasks: list[str] | None = None,
+        task_instructions: dict[str, str] | None = None,
+        context_length: int | None = None,
+        max_audio_seconds: float | None = None,
+    ) -> None:
+        template = chat_template or getattr(tokenizer, "chat_template", None) or DEFAULT_CHAT_TEMPLATE
+        super().__init__(feature_extractor, tokenizer, chat_template=template)
+        prepare_padding(tokenizer)
+        self.audio_token_id = place_token(tokenizer, AUDIO_TOKEN, audio_token_id)
+        self.prompt_token_id = place_token(tokenizer, PROMPT_TOKEN, prompt_token_id, taken=self.audio_token_id)
+        # what stands in the tokenizer's vocabulary for the two, under whatever name
+        self._audio_symbol, self._prompt_symbol = tokenizer.convert_ids_to_tokens(
+            [self.audio_token_id, self.prompt_token_id]
+        )
+        self.pool_size = pool_size
+        self.num_prompts = self._checked_num_prompts(num_prompts)
+        self._connector_config = ListenConnectorConfig(**(connector or {}))
+        check_padding(self._connector_config, feature_extractor.pad_to_30s)
+        self.connector = self._connector_config.settings()
+        self.tasks = list(tasks) if tasks is not None else None
+        self.task_instructions = dict(TASK_INSTRUCTIONS if task_instructions is None else task_instructions)
+        self.context_length = context_length
+        self.max_audio_seconds = max_audio_seconds
+
+    # ------------------------------------------------------------------ making one
+
+    @classmethod
+    def from_backbones(
+        cls, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None = None, **kwargs: Any
+    ) -> "ListenProcessor":
+        """The processor that a config needs, over the tokenizer of the LLM in `config.base_models`.
+
+        `config.audio_token_id` and `config.prompt_token_id` are filled in where they are `None`.
+
+        Args:
+            config: A `ListenConfig`.
+            tokenizer: In place of the one that `config.base_models["language_model"]` leads to.
+            **kwargs: Arguments of the processor, in place of what the config says.
+
+        Raises:
+            ValueError: no tokenizer to be found, or placeholder ids that it cannot provide.
+        """
+        pool = config.prompt_pool_config
+        settings = {
+            "audio_token_id": config.audio_token_id,
+            "prompt_token_id": config.prompt_token_id,
+            "num_prompts": pool.num_prompts if pool is not None else 0,
+            "pool_size": pool.pool_size if pool is not None else 0,
+            "tasks": pool.tasks if pool is not None and pool.strategy == "task" else None,
+            "connector": config.connector_config.settings(),
+            "context_length": context_limit(config.text_config),
+        }
+        extractor = feature_extractor_for(config)
+        processor = cls(extractor, tokenizer or _tokenizer_for(config), **{**settings, **kwargs})
+        config.audio_token_id, config.prompt_token_id = processor.audio_token_id, processor.prompt_token_id
+        return processor
+
+    # ------------------------------------------------------------------ text and audio to model inputs
+
+    def __call__(
+        self,
+        text: str | list[str] | None = None,
+        audio: Any = None,
+        sampling_rate: int | None = None,
+        num_prompts: int | None = None,
+        task: str | list[str] | None = None,
+        num_samples: list[int] | None = None,
+        return_tensors: str | None = "pt",
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Model inputs for one text or a batch.
+
+        Args:
+            text: With one `<|audio|>` for each clip; `None` for the features of the clips alone.
+            audio: One clip, a list of all clips in the order of their placeholders, or a list of clips for each text.
+                A clip is anything that `audio_listen.load_waveform` reads: array, tensor, path, URL, bytes,
+                `datasets` row.
+            sampling_rate: Of clips given as raw arrays; files and rows know theirs.
+            num_prompts: k, for all texts; `self.num_prompts` by default.
+            task: Task of each text, or one for all. Becomes `task_ids` where the pool is divided among `tasks`;
+                other pools do not read it.
+            num_samples: In place of `audio`, the lengths of clips at the extractor's rate. Placeholders are written
+                and features are not made: for encoder frames that were computed before, of whole clips.
+            return_tensors: "pt", "np", or `None` for lists (features stay tensors).
+            **kwargs: `max_audio_seconds` in place of the processor's (`inf` for whole clips), `padding` (`True` by
+                default, "max_length", `False`), `max_length`, `pad_to_multiple_of`, `truncation`, `add_special_tokens`
+                (by default unless the texts begin with BOS), `return_offsets_mapping`, `return_mm_token_type_ids`,
+                `return_text_replacement_offsets`; also inside `text_kwargs`, `audio_kwargs` or `common_kwargs`.
+
+        Returns:
+            `input_ids` and `attention_mask` `(batch, sequence)`, padded on the left; with audio `input_features`,
+            `input_features_mask`, `input_values`, `input_values_mask` over all chunks of all clips, see
+            `ListenFeatureExtractor`; `task_ids` `(batch,)`.
+
+        Raises:
+            TypeError: an unknown keyword.
+            ValueError: clips and placeholders that do not match, an input that exceeds the LLM's context, or any other
+                value that cannot be served.
+        """
+        options = _flattened(kwargs)
+        sampling_rate = options.pop("sampling_rate", sampling_rate)
+        return_tensors = options.pop("return_tensors", return_tensors)
+        data = self._process(text, audio, sampling_rate, num_prompts, task, num_samples, **options)
+        return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=self.skip_tensor_conversion)
+
+    def _process(
+        self,
+        text: str | list[str] | None,
+        audio: Any,
+        sampling_rate: int | None,
+        num_prompts: int | None,
+        task: str | list[str] | None,
+        num_samples: list[int] | None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        if audio is not None and num_samples is not None:
+            raise ValueError("give audio or num_samples, the lengths of clips encoded before, not both")
+        waveforms = self._load(audio, sampling_rate, options.get("max_audio_seconds"))
+        if text is None:
+            return self._features_alone(waveforms, num_prompts, task)
+        texts = self._checked_texts(text)
+        _check_counts(texts, audio if waveforms else num_samples, len(waveforms or num_samples or ()))
+        k = self._checked_num_prompts(self.num_prompts if num_prompts is None else num_prompts)
+        lengths = [len(waveform) for waveform in waveforms] if num_samples is None else num_samples
+        limit = options.get("max_audio_seconds") or self.max_audio_seconds
+        if limit is not None and max(lengths, default=0) > limit * self.feature_extractor.sampling_rate:
+            raise ValueError(
+                f"clips were encoded before and are longer than max_audio_seconds={limit:g}; encode them cut"
+            )
+        padded = self._padded(self._encode(texts, lengths, k, options), k, options)
+        data = {**padded, **(self._features(waveforms) if waveforms else {})}
+        task_ids = self._task_ids(task, len(texts))
+        return data if task_ids is None else {**data, "task_ids": task_ids}
+
+    def _load(self, audio: Any, sampling_rate: int | None, max_seconds: float | None) -> list[np.ndarray]:
+        if audio is None:
+            return []
+        rate, limit = (
+            self.feature_extractor.sampling_rate,
+            self.max_audio_seconds if max_seconds is None else max_seconds,
+        )
+        whole = [load_waveform(clip, sampling_rate, rate) for clip in _flat(audio)]
+        cut = [cut_waveform(waveform, limit, rate) for waveform in whole]
+        longer = [f"{len(w) / rate:.1f} s" for w, kept in zip(whole, cut, strict=True) if len(kept) < len(w)]
+        if longer:
+            logger.warning(
+                f"{len(longer)} of {len(whole)} clips cut to max_audio_seconds={limit:g}: {', '.join(longer)}"
+            )
+        return cut
+
+    def _features_alone(self, waveforms: list[np.ndarray], num_prompts: int | None, task: Any) -> dict[str, Any]:
+        if not waveforms:
+            raise ValueError("give text, audio or both")
+        if num_prompts or task is not None:
+            raise ValueError(f"num_prompts={num_prompts!r} and task={task!r} need a text that they stand with")
+        return self._features(waveforms)
+
+    def _features(self, waveforms: list[np.ndarray]) -> dict[str, torch.Tensor]:
+        features, _ = self._process_audio(waveforms)
+        return {name: value for name, value in features.items() if name not in self.unused_input_names}
+
+    def _encode(self, texts: list[str], num_samples: list[int], k: int, options: dict[str, Any]) -> dict[str, list]:
+        """Rows of ids without prompts and padding."""
+        lengths = {"num_samples": num_samples}
+        replacements = [self.replace_audio_token(lengths, index) for index in range(len(num_samples))]
+        expanded, offsets = self.get_text_with_replacements(list(texts), audio_replacements=replacements)
+        encoded = dict(self.tokenizer(expanded, **self._tokenizer_options(texts, k, options)))
+        self._check_special_mm_tokens(expanded, encoded, modalities=["audio"])
+        if options.get("return_mm_token_type_ids"):
+            encoded["mm_token_type_ids"] = self.create_mm_token_type_ids(encoded["input_ids"])
+        if options.get("return_text_replacement_offsets"):
+            encoded["text_replacement_offsets"] = offsets
+        return encoded
+
+    def _tokenizer_options(self, texts: list[str], k: int, options: dict[str, Any]) -> dict[str, Any]:
+        chosen = {name: options[name] for name in _TOKENIZER_KEYWORDS if options.get(name) is not None}
+        if "add_special_tokens" not in chosen:
+            chosen["add_special_tokens"] = not self._begin_with_bos(texts)
+        if chosen.get("truncation") and options.get("max_length"):
+            chosen["max_length"] = options["max_length"] - k
+            if chosen["max_length"] < 0:
+                raise ValueError(f"max_length={options['max_length']} has no room for num_prompts={k}; raise it")
+        return {"padding": False, "return_token_type_ids": False, "return_attention_mask": True, **chosen}
+
+    def _begin_with_bos(self, texts: list[str]) -> bool:
+        """Whether the texts, rendered by a chat template for instance, bring their BOS along."""
+        bos = self.tokenizer.bos_token
+        having = [bool(bos) and text.startswith(bos) for text in texts]
+        if any(having) and not all(having):
+            raise ValueError(f"some texts of the batch begin with {bos!r} and others do not; pass add_special_tokens=")
+        return all(having)
+
+    def _process_audio(self, audio: list[np.ndarray], **kwargs: Any) -> tuple[dict[str, Any], list[str]]:
+        """Features of the clips, and what each `<|audio|>` is replaced by."""
+        rate = self.feature_extractor.sampling_rate
+        features = dict(self.feature_extractor(audio, sampling_rate=rate, return_tensors="pt"))
+        features["num_samples"] = [len(waveform) for waveform in audio]
+        return features, [self.replace_audio_token(features, index) for index in range(len(audio))]
+
+    def replace_audio_token(self, audio_inputs: dict[str, Any], audio_idx: int, **kwargs: Any) -> str:
+        """What the `<|audio|>` of a clip is replaced by: its symbol once for each audio embedding."""
+        return self._audio_symbol * self.num_audio_embeddings(audio_inputs["num_samples"][audio_idx])
+
+    def num_audio_embeddings(self, num_samples: int) -> int:
+        """Audio embeddings of a clip: what the connector makes of each of its chunks.
+
+        Args:
+            num_samples: Length of the clip at the extractor's sampling rate.
+
+        Raises:
+            ValueError: `num_samples` is below 1.
+        """
+        if self._connector_config.salmonn_compat:  # silence is heard
+            num_samples = self.feature_extractor.num_chunks(num_samples) * self.feature_extractor.chunk_samples
+        frames, seconds = self.feature_extractor.num_encoder_frames(num_samples), self.feature_extractor.frame_seconds
+        return sum(self._connector_config.num_embeddings(count, seconds) for count in frames)
+
+    def _padded(self, encoded: dict[str, list], k: int, options: dict[str, Any]) -> dict[str, list]:
+        """Rows with the prompts in front of everything and padding in front of the prompts."""
+        pad = self.tokenizer.pad_token_id
+        fills = dict(zip(_PER_TOKEN, ((self.prompt_token_id, pad), (1, 0), (0, 0), ((0, 0), (0, 0))), strict=True))
+        lengths = [k + len(row) for row in encoded["input_ids"]]
+        longest = encoded["input_ids"][int(np.argmax(lengths))]
+        check_context(self.context_length, max(lengths), k, list(longest).count(self.audio_token_id))
+        widths = _padded_widths(lengths, **{name: options[name] for name in _PADDING_KEYWORDS if name in options})
+        data = dict(encoded)
+        for name in fills.keys() & encoded.keys():
+            prompt, padding = fills[name]
+            data[name] = [
+                [padding] * (width - length) + [prompt] * k + list(row)
+                for row, width, length in zip(encoded[name], widths, lengths, strict=True)
+            ]
+        return data
+
+    # ------------------------------------------------------------------ checks
+
+    def _checked_texts(self, text: Any) -> list[str]:
+        texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(item, str) for item in texts):
+            raise ValueError(f"text must be a string or a list of strings with at least one, not {text!r:.80}")
+        reserved = {PROMPT_TOKEN, self._prompt_symbol, self._audio_symbol} - {AUDIO_TOKEN}
+        for symbol in reserved:
+            if any(symbol in item for item in texts):
+                raise ValueError(
+                    f"the text holds {symbol!r}, which the processor alone writes; take it out, and use num_prompts= "
+                    f"for prompts and {AUDIO_TOKEN!r} for clips"
+                )
+        return list(texts)
+
+    def _checked_num_prompts(self, num_prompts: int) -> int:
+        if isinstance(num_prompts, bool) or not isinstance(num_prompts, (int, np.integer)) or num_prompts < 0:
+            raise ValueError(f"num_prompts={num_prompts!r} must be a whole number, 0 or more")
+        if self.pool_size is not None and num_prompts > self.pool_size:
+            raise ValueError(f"num_prompts={num_prompts}, but the pool holds pool_size={self.pool_size}; ask for fewer")
+        return int(num_prompts)
+
+    def _task_ids(self, task: str | list[str] | None, batch_size: int) -> torch.Tensor | None:
+        if task is None or self.tasks is None:
+            return None
+        names = [task] * batch_size if isinstance(task, str) else list(task)
+        if len(names) != batch_size:
+            raise ValueError(f"task names {len(names)} tasks for {batch_size} texts; give one for each or one for all")
+        unknown = [name for name in names if name not in self.tasks]
+        if unknown:
+            raise ValueError(f"task={unknown[0]!r} owns no part of the pool; tasks: {', '.join(self.tasks)}")
+        return torch.tensor([self.tasks.index(name) for name in names])  # (batch,)
+
+    def _check_special_mm_tokens(self, text: list[str], text_inputs: Any, modalities: list[str]) -> None:
+        """As upstream, for a symbol that need not be spelled `<|audio|>`: no audio was cut off or made up."""
+        wanted = [sample.count(self._audio_symbol) for sample in text]
+        found = [list(ids).count(self.audio_token_id) for ids in text_inputs["input_ids"]]
+        if wanted != found:
+            raise ValueError(
+                f"{wanted} audio embeddings have places in the texts, but {found} are left after tokenisation: "
+                "truncation cut audio off; raise max_length or shorten the clips"
+            )
+
+    # ------------------------------------------------------------------ chat
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        tools: list[dict | Callable] | None = None,
+        documents: list[dict[str, str]] | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        return_assistant_tokens_mask: bool = False,
+        number_clips: bool = False,
+        tokenize: bool = False,
+        return_tensors: str | None = "pt",
+        return_dict: bool = True,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Render chat messages, and process them with `tokenize=True`.
+
+        Content is a string, or a list of `{"type": "text", "text": ...}` and `{"type": "audio", ...}`, the clip under
+        `audio`, `path`, `url`, `bytes`, or `array` with `sampling_rate`. It becomes plain text with `<|audio|>` before
+        the LLM's template sees it, as a string or as a list of one text, whichever the template reads; so any will do.
+
+        Args:
+            conversation: Messages (`{"role", "content"}`), or a list of conversations.
+            chat_template: In place of `self.chat_template`: a template, or the name of one.
+            tools: For templates that write tools.
+            documents: For templates that write documents.
+            add_generation_prompt: Whether to write the beginning of the assistant's answer.
+            continue_final_message: Whether to leave the last message open, for the model to go on with it.
+            return_assistant_tokens_mask: Whether to add `assistant_masks` `(batch, sequence)`, 1 on the assistant's
+                tokens; the template must mark them by `{% generation %}`.
+            number_clips: Whether to write `Clip 1:`, `Clip 2:` ... before the clips of a conversation, each on a line
+                of its own, so that the text may speak of them by number.
+            tokenize: Whether to return model inputs in place of strings.
+            return_tensors: As in `__call__`.
+            return_dict: `False` for `input_ids` alone.
+            processor_kwargs: Keywords of `__call__`; they may also stand among `kwargs`.
+            **kwargs: Variables of the template (`enable_thinking=...`).
+
+        Returns:
+            The rendered conversation, or a list of them, or the result of `__call__`.
+
+        Raises:
+            TypeError: a keyword that neither the template nor `__call__` knows.
+            ValueError: content that cannot be read, or flags that exclude each other.
+        """
+        template = self._resolve_chat_template(chat_template)
+        options, variables = _split_keywords({**(processor_kwargs or {}), **kwargs}, template)
+        if options and not tokenize:
+            raise ValueError(f"{', '.join(sorted(options))}: these need tokenize=True")
+        if continue_final_message and (add_generation_prompt or return_assistant_tokens_mask):
+            raise ValueError(
+                "continue_final_message leaves the last message open; it excludes add_generation_prompt and "
+                "return_assistant_tokens_mask"
+            )
+        conversations, is_batch = as_conversations(conversation)
+        plain = [[plain_message(message) for message in messages] for messages in conversations]
+        if number_clips:
+            plain = [numbered_messages(messages) for messages in plain]
+        variables = {**self.tokenizer.special_tokens_map, **variables, "tools": tools, "documents": documents}
+        render = partial(render_jinja_template, chat_template=template, **variables)
+        texts, spans = render(
+            conversations=[fit_template(messages, lambda probes: render([probes])[0][0]) for messages in plain],
+            return_assistant_tokens_mask=return_assistant_tokens_mask,
+            continue_final_message=continue_final_message,
+            add_generation_prompt=add_generation_prompt,
+        )
+        if not tokenize:
+            return texts if is_batch else texts[0]
+        if return_assistant_tokens_mask:
+            inputs = self._with_assistant_masks(texts, spans, conversations, return_tensors, options)
+        else:
+            inputs = self(texts, clips_or_none(conversations), return_tensors=return_tensors, **options)
+        return inputs if return_dict else inputs["input_ids"]
+
+    def _with_assistant_masks(
+        self, texts: list[str], spans: list, conversations: list, return_tensors: str | None, options: dict[str, Any]
+    ) -> BatchFeature:
+        if not self.tokenizer.is_fast:
+            raise ValueError("return_assistant_tokens_mask needs a fast tokenizer, which knows where tokens stand")
+        wanted = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
+        inputs = self(texts, clips_or_none(conversations), return_tensors=None, **wanted, **options)
+        inputs = self._adjust_assistant_masks_indices(inputs, spans)
+        return inputs.convert_to_tensors(tensor_type=return_tensors)
+
+    # ------------------------------------------------------------------ tasks and answers
+
+    def instruction(self, task: str, question: str | None = None) -> str:
+        """The wording of a task.
+
+        Args:
+            task: A key of `task_instructions`.
+            question: For tasks whose wording holds `{question}`, and only for them.
+
+        Raises:
+            ValueError: an unknown task, a question that is missing, or one that the task has no place for.
+        """
+        if not isinstance(task, str) or task not in self.task_instructions:
+            raise ValueError(_unknown(f"task {task!r}", str(task), self.task_instructions))
+        wording = self.task_instructions[task]
+        if ("{question}" in wording) != bool(question):
+            need = "needs a question as text" if not question else f"has its own wording and no place for {question!r}"
+            raise ValueError(f"task {task!r} {need}")
+        return wording.replace("{question}", question or "")
+
+    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **kwargs: Any) -> list[str]:
+        """Texts of a batch of ids; see `decode`."""
+        return [self.decode(ids, skip_special_tokens=skip_special_tokens, **kwargs) for ids in sequences]
+
+    def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> str | list[str]:
+        """Text of ids, or texts of a batch of them.
+
+        Ids that name no token, such as the -100 of labels and the unused rows of an LLM's vocabulary, are left out;
+        placeholders are special tokens.
+
+        Args:
+            token_ids: `(sequence,)` or `(batch, sequence)`.
+            skip_special_tokens: Whether to leave special tokens out.
+            **kwargs: As the tokenizer's `decode`.
+        """
+        ids = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
+        ids = [ids] if isinstance(ids, int) else ids
+        if len(ids) and hasattr(ids[0], "__len__"):
+            return self.batch_decode(ids, skip_special_tokens=skip_special_tokens, **kwargs)
+        known = [token_id for token_id in ids if 0 <= token_id < self._num_ids]
+        return self.tokenizer.decode(known, skip_special_tokens=skip_special_tokens, **kwargs)
+
+    @property
+    def _num_ids(self) -> int:
+        return max(self.tokenizer.vocab_size, *(token_id + 1 for token_id in self.tokenizer.added_tokens_decoder))
+
+
+# ---------------------------------------------------------------------- parts of a processor
+
+
+def feature_extractor_for(config: PreTrainedConfig) -> ListenFeatureExtractor:
+    """The feature extractor that the encoders of a config need."""
+    audio = config.audio_config
+    settings = {**speech_settings(config), "num_fbank_bins": None}
+    if audio is not None:
+        settings |= {"num_fbank_bins": audio.num_mel_bins, "patch_size": audio.patch_size}
+    return ListenFeatureExtractor(**settings)
+
+
+def _tokenizer_for(config: PreTrainedConfig) -> PreTrainedTokenizerBase:
+    found = backbone_place(config, "language_model")
+    if found is None:
+        raise ValueError("config.base_models names no language_model to take the tokenizer from; pass tokenizer=")
+    place, options = found
+    return AutoTokenizer.from_pretrained(place, **options)
+
+
+# ---------------------------------------------------------------------- reading arguments
+
+
+def _unknown(what: str, name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"{what} is unknown; " + (f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}")
+
+
+def _flattened(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keywords, those inside `text_kwargs` and the like brought to the top, none of them unknown or given twice."""
+    flat = {name: value for name, value in kwargs.items() if name not in _GROUPS}
+    for group in _GROUPS:
+        for name, value in (kwargs.get(group) or {}).items():
+            if name in flat:
+                raise ValueError(f"{name} was given twice: as a keyword and in {group}")
+            flat[name] = value
+    for name in flat:
+        if name not in _KEYWORDS:
+            raise TypeError(_unknown(f"keyword {name!r}", name, _KEYWORDS))
+    return flat
+
+
+def _split_keywords(kwargs: dict[str, Any], template: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keywords of `__call__` and variables of the template."""
+    variables = set(_get_template_variables(template))
+    known = (*_KEYWORDS, *_GROUPS)
+    for name in kwargs:
+        if name not in known and name not in variables:
+            raise TypeError(_unknown(f"keyword {name!r}", name, (*known, *variables)))
+    options = {name: value for name, value in kwargs.items() if name in known}
+    return options, {name: value for name, value in kwargs.items() if name not in known}
+
+
+def _flat(audio: Any) -> list[Any]:
+    """All clips in order."""
+    if is_one_clip(audio):
+        return [audio]
+    return [clip for item in audio for clip in ([item] if is_one_clip(item) else item)]
+
+
+def _check_counts(texts: list[str], audio: Any, num_clips: int) -> None:
+    """Each `<|audio|>` has its clip, and each clip its `<|audio|>`; text by text where clips are grouped so."""
+    wanted = [text.count(AUDIO_TOKEN) for text in texts]
+    grouped = not is_one_clip(audio) and len(audio) == len(texts) and not any(is_one_clip(item) for item in audio)
+    given = [len(item) for item in audio] if grouped else num_clips
+    if given != (wanted if grouped else sum(wanted)):
+        raise ValueError(
+            f"the texts hold {wanted} {AUDIO_TOKEN} but {given} clips were given; write one {AUDIO_TOKEN} in the text "
+            "for each clip, or leave the placing to chat messages with audio content"
+        )
+
+
+def _padded_widths(
+    lengths: list[int], padding: Any = True, max_length: int | None = None, pad_to_multiple_of: int | None = None
+) -> list[int]:
+    """The width of each row after padding."""
+    strategy = getattr(padding, "value", padding)
+    if strategy in (False, "do_not_pad"):
+        return lengths
+    if strategy not in (True, "longest", "max_length"):
+        raise ValueError(f"padding={padding!r} is unknown; choose True, 'longest', 'max_length' or False")
+    if strategy == "max_length" and max_length is None:
+        raise ValueError("padding='max_length' needs max_length=")
+    width = max(*lengths, max_length) if strategy == "max_length" else max(lengths)
+    step = pad_to_multiple_of or 1
+    return [-(-width // step) * step] * len(lengths)
+
+
+ListenProcessor.register_for_auto_class()
+
+__all__ = ["TASK_INSTRUCTIONS", "ListenProcessor", "feature_extractor_for"]
