@@ -1,0 +1,69 @@
+"""What may import what: the flat modules that travel with a checkpoint, and the dependencies."""
+
+import ast
+import importlib.metadata
+import re
+import sys
+from pathlib import Path
+
+from fixtures_repository import (
+    FLAT,
+    LIBRARY,
+    ROOT,
+    SCRIPTS,
+    TESTS,
+    absolute_modules,
+    imports_of,
+    lines_of,
+    load_time_imports,
+    offenders,
+    parse,
+)
+from packaging.utils import canonicalize_name
+
+HUB_PACKAGES = {"torch", "transformers", "numpy", "safetensors", "huggingface_hub"}  # all with transformers
+PROVIDERS = importlib.metadata.packages_distributions()  # import name -> distributions
+
+
+def foreign_packages(node: ast.Import | ast.ImportFrom) -> set[str]:
+    """Top-level names outside the standard library that an absolute import asks for."""
+    return {name.split(".")[0] for name in absolute_modules(node)} - sys.stdlib_module_names
+
+
+def test_flat_modules_travel_alone() -> None:
+    """A checkpoint on the Hub carries flat neighbours only, and its user may have nothing but transformers."""
+    flat = {path.stem for path in FLAT}
+    # the pattern by which transformers finds the files to carry, docstrings included; "" stands for `from . import`
+    carried = re.compile(r"^\s*from\s+\.(\S*)\s+import", flags=re.MULTILINE)
+
+    def find(path: Path) -> set[str]:
+        neighbours = set(carried.findall("\n".join(lines_of(path))))
+        foreign = set().union(*map(foreign_packages, load_time_imports(parse(path))))  # those in functions are free
+        return {f".{name}" for name in neighbours - flat} | (foreign - HUB_PACKAGES)
+
+    assert offenders(FLAT, find) == {}
+
+
+def test_imports_are_declared() -> None:
+    """Nothing is imported, wherever the import stands, that setup.py does not ask for."""
+    setup = "\n".join(lines_of(ROOT / "setup.py"))
+    declared = {canonicalize_name(name) for name in re.findall(r'^ +.*?"([\w-]+)[<>=]=.*?"', setup, flags=re.MULTILINE)}
+    own = {"listen", *(part for script in [*SCRIPTS, *TESTS] for part in (script.stem, script.parent.name))}
+
+    def find(path: Path) -> list[str]:
+        foreign = set().union(*map(foreign_packages, imports_of(parse(path)))) - own
+        return [name for name in foreign if not declared & set(map(canonicalize_name, PROVIDERS.get(name, [name])))]
+
+    assert offenders([*LIBRARY, *SCRIPTS, *TESTS], find) == {}
+
+
+def test_configs_are_told_apart_by_model_type() -> None:
+    """A local checkpoint folder loads its code twice: isinstance on its own config classes fails there."""
+    ours = re.compile(r"(Listen|Beats)\w*Config\b")
+
+    def find(path: Path) -> list[int]:
+        calls = (node for node in ast.walk(parse(path)) if isinstance(node, ast.Call))
+        checks = (call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "isinstance")
+        return [call.lineno for call in checks if ours.search(ast.unparse(call.args[1]))]
+
+    assert offenders(FLAT, find) == {}
