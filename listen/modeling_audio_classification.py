@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from .adapter_listen import FrozenBackbonesMixin
+from .checkpoint_listen import FrozenBackbonesMixin
 from .configuration_audio_classification import ListenAudioClassificationConfig
 from .encoder_listen import build_speech_encoder
 from .feature_extraction_audio_classification import (  # noqa: F401 (checkpoints carry the files imported here)

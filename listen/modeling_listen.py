@@ -15,7 +15,8 @@ from transformers.generation.candidate_generator import PromptLookupCandidateGen
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput, TransformersKwargs
 
-from .adapter_listen import AdapterMixin, additive_attention
+from .adapter_listen import AdapterMixin
+from .checkpoint_listen import additive_attention
 from .configuration_listen import BACKBONES, ListenConfig
 from .context_listen import check_context, context_limit
 from .encoder_listen import build_speech_encoder

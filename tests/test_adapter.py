@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from listen import ListenConfig, ListenForConditionalGeneration, ListenModel, ListenPromptPoolConfig
-from listen.adapter_listen import fingerprint
+from listen.checkpoint_listen import fingerprint
 
 ROWS = [[clip(1.3, 1)], [], [clip(0.9, 2), clip(2.1, 3)]]
 POOL = {"pool_size": 12, "num_prompts": 4}

@@ -11,7 +11,7 @@ from conftest import clip, make_inputs, tiny_config, tiny_model
 from peft import LoraConfig
 from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig, Trainer, TrainingArguments
 
-from listen.adapter_listen import fingerprint, whole_map
+from listen.checkpoint_listen import fingerprint, whole_map
 from listen.configuration_listen import ListenConfig
 from listen.language_models_listen import mean_embedding
 from listen.modeling_listen import ListenForConditionalGeneration

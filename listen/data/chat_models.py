@@ -18,8 +18,8 @@ import torch
 from requests.adapters import HTTPAdapter, Retry
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..adapter_listen import fingerprint
 from ..chat_listen import DEFAULT_CHAT_TEMPLATE, fit_template
+from ..checkpoint_listen import fingerprint
 from ..placeholders_listen import prepare_padding
 from .collator import end_of_turn
 

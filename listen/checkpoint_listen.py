@@ -1,0 +1,409 @@
+"""Checkpoints of models over frozen backbones: trainable weights alone, or everything; loading, saving and checks."""
+
+import copy
+import hashlib
+import inspect
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from .configuration_listen import BACKBONES
+from .encoder_listen import load_speech_encoder
+from .modeling_beats import BeatsModel
+
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+_OUTDATED_KWARGS = {"safe_serialization"}  # scripts still give it; all is saved so
+_BACKBONE_KWARGS = ("attn_implementation", "cache_dir", "token", "local_files_only", "max_memory", "offload_folder")
+_LOADERS: dict[str, Callable[..., nn.Module]] = {
+    "speech_encoder": load_speech_encoder,
+    "audio_encoder": lambda source, **options: _load_whole(BeatsModel, source, **options),
+    "language_model": lambda source, **options: _load_whole(AutoModelForCausalLM, source, **options),
+}
+_PLAIN = {nn.Parameter, torch.Tensor}
+_SHAPE_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+
+
+class FrozenBackbonesMixin:
+    """Loading and saving for a `PreTrainedModel` whose frozen backbones have checkpoints of their own.
+
+    With `config.base_models` set, checkpoints hold what learns and the names, revisions and fingerprints of the
+    backbones; without, they hold everything. Backbones that `config.learned_backbones` lists, if the config has it,
+    start where `base_models` says and then are part of the checkpoint. The model provides `frozen_backbones()` and
+    `freeze()`, and its constructor takes `init_backbones`, the names of those to build.
+    """
+
+    # ------------------------------------------------------------------ loading
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *args: Any,
+        config: PreTrainedConfig | str | None = None,
+        backbones: dict[str, str | dict[str, str]] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load an adapter-only or a self-contained checkpoint.
+
+        Args:
+            pretrained_model_name_or_path: Hub id or folder.
+            *args: Passed to `PreTrainedModel.from_pretrained`.
+            config: A config in place of the checkpoint's.
+            backbones: Where backbones now are, in place of what the checkpoint says: a path or id by name.
+            **kwargs: As `PreTrainedModel.from_pretrained`; `dtype`, `device_map`, `quantization_config` and
+                `attn_implementation` apply to the frozen backbones, what learns stays in fp32. The LLM alone is
+                quantised, unless `quantization_config` is a dict of configs by backbone.
+
+        Raises:
+            ValueError: a learned weight is missing, a backbone is not there or not the one that the adapter was
+            trained on, or `quantization_config` is given for a checkpoint that holds everything.
+        """
+        source = os.fspath(pretrained_model_name_or_path)
+        hub = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+        if not isinstance(config, PreTrainedConfig):
+            config = cls.config_class.from_pretrained(config or source, **hub)
+        _locate(config, source, backbones, hub)
+        wants_info = kwargs.pop("output_loading_info", False)
+        if config.base_models:
+            model, info = cls._load_adapter_checkpoint(source, *args, config=config, **kwargs)
+        elif kwargs.get("quantization_config") is not None:
+            raise ValueError(
+                f"quantization_config with {source!r}: it holds encoders and adapter too, which stay as they are; give "
+                "a checkpoint whose base_models names an LLM of its own"
+            )
+        else:
+            model, info = super().from_pretrained(source, *args, config=config, output_loading_info=True, **kwargs)
+        _refuse_missing(source, info)
+        model._load_further(source, hub)
+        model.freeze()
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def _load_adapter_checkpoint(cls, source: str, *args: Any, config: PreTrainedConfig, **kwargs: Any) -> Any:
+        device_map = kwargs.pop("device_map", None)
+        quantization = kwargs.pop("quantization_config", None)
+        placed = {} if device_map is None else {"device_map": _main_device(device_map)}
+        model, info = super().from_pretrained(
+            source, *args, config=config, init_backbones=_learned(config), output_loading_info=True, **placed, **kwargs
+        )
+        passed = {name: kwargs[name] for name in _BACKBONE_KWARGS if name in kwargs}
+        dtype = kwargs.get("dtype", "auto")
+        model.load_backbones(dtype=dtype, device_map=device_map, quantization_config=quantization, **passed)
+        return model.eval(), info
+
+    @classmethod
+    def from_backbones(cls, config: PreTrainedConfig, **kwargs: Any) -> Any:
+        """A model whose backbones are those that `config.base_models` names; what learns is fresh.
+
+        Args:
+            config: A config with `base_models`, see its `from_backbones`.
+            **kwargs: `dtype`, `device_map`, `quantization_config`, `attn_implementation` for the backbones, as in
+                `from_pretrained`.
+
+        Raises:
+            ValueError: `config.base_models` is None.
+        """
+        if not config.base_models:
+            raise ValueError(f"config.base_models is None; make it with {type(config).__name__}.from_backbones(...)")
+        model = cls(copy.deepcopy(config), init_backbones=())
+        model.load_backbones(**kwargs)
+        model._start_fresh()
+        return model.eval()
+
+    def _start_fresh(self) -> None:
+        """Set what a fresh model takes from its backbones."""
+
+    def _load_further(self, source: str, hub: dict[str, Any]) -> None:
+        """Load what a checkpoint holds beside the weights that the constructor makes room for."""
+
+    def load_backbones(
+        self, dtype: Any = "auto", device_map: Any = None, quantization_config: Any = None, **kwargs: Any
+    ) -> None:
+        """Load each backbone of `config.base_models` with its own `from_pretrained` and attach it.
+
+        One that is there already, as a learned one is in a checkpoint, stays as it is. Learned ones are loaded in fp32.
+
+        Raises:
+            ValueError: a backbone is not the one that the adapter was trained on, or its weights are not all there.
+        """
+        options = {**kwargs, "dtype": dtype, "quantization_config": quantization_config}
+        for name, spec in self.config.base_models.items():
+            if getattr(self, name, None) is not None:
+                continue
+            chosen = _options_of(name, options, device_map, learned=name in _learned(self.config))
+            backbone = _LOADERS[name](spec["base_model_name_or_path"], **chosen, **_spec_kwargs(spec))
+            source = f"{spec['base_model_name_or_path']!r} at revision {spec.get('revision') or 'main'!r}"
+            expected = getattr(self.config, BACKBONES[name])
+            check_backbone(name, backbone, expected, spec, "the checkpoint", source)
+            backbone.config.name_or_path = ""  # base_models alone says where it lies
+            setattr(self, name, backbone)
+            setattr(self.config, BACKBONES[name], backbone.config)
+        self._after_attaching(device_map)
+
+    def _after_attaching(self, device_map: Any) -> None:
+        language_model = getattr(self, "language_model", None)
+        placed = getattr(language_model, "hf_device_map", None)  # bitsandbytes makes one without being asked
+        place = _main_device(placed or device_map)
+        if place is not None:
+            for name, part in self.named_children():
+                if name != "language_model":
+                    part.to(place)
+        if placed:
+            self.hf_device_map = whole_map(placed)
+        # the Trainer would copy it to other GPUs
+        self.is_loaded_in_4bit = getattr(language_model, "is_loaded_in_4bit", False)
+        self.is_loaded_in_8bit = getattr(language_model, "is_loaded_in_8bit", False)
+        if self.can_generate() and language_model.generation_config is not None:
+            self.generation_config = copy.deepcopy(language_model.generation_config)
+        self.post_init()  # what it collects from the children has to be collected again
+        self._keys_to_ignore_on_save = set(self._keys_to_ignore_on_save or ()) | self._frozen_keys()
+        self.freeze()
+
+    def _frozen_keys(self) -> set[str]:
+        """Names of the weights that an adapter-only checkpoint leaves to the backbones' own checkpoints."""
+        frozen = {name for name, _ in self.frozen_backbones()}
+        return {key for key in self.state_dict() if key.split(".")[0] in frozen and "lora_" not in key}
+
+    # ------------------------------------------------------------------ saving
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args: Any, save_full: bool = False, **kwargs: Any
+    ) -> Any:
+        """Write a checkpoint that `from_pretrained` and all Auto classes load.
+
+        Args:
+            save_directory: Folder to write.
+            *args: Passed to `PreTrainedModel.save_pretrained`.
+            save_full: Whether to write the frozen backbones too, for a folder that stands alone.
+            **kwargs: Passed to `PreTrainedModel.save_pretrained`.
+
+        Raises:
+            TypeError: an unknown keyword; with `push_to_hub` they are left to the Hub.
+            ValueError: `save_full` with an unmerged LoRA, whose base weights have other names, or with a quantised
+                backbone.
+        """
+        unknown = kwargs.keys() - inspect.signature(PreTrainedModel.save_pretrained).parameters - _OUTDATED_KWARGS
+        if unknown and not kwargs.get("push_to_hub"):
+            raise TypeError(f"save_pretrained() got unknown arguments {sorted(unknown)}; take them out")
+        bases, ignored = self.config.base_models, self._keys_to_ignore_on_save
+        if save_full and getattr(self.config, "lora_config", None):
+            raise ValueError("save_full=True with a LoRA: merge it into the LLM, or save the adapter alone")
+        quantised = [name for name in BACKBONES if getattr(getattr(self, name, None), "hf_quantizer", None)]
+        if save_full and quantised:
+            raise ValueError(
+                f"save_full=True with a quantised {quantised[0]}: load the model without quantization_config, or save "
+                "the adapter alone"
+            )
+        if save_full:
+            self.config.base_models, self._keys_to_ignore_on_save = None, (ignored or set()) - self._frozen_keys()
+        elif bases:
+            self.config.base_models = {name: self._described(name, save_directory) for name in bases}
+        held = self._hide_quantization()
+        try:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.config.base_models, self._keys_to_ignore_on_save = bases, ignored
+            for config, quantization in held:
+                config.quantization_config = quantization
+
+    def _hide_quantization(self) -> list[tuple[PreTrainedConfig, Any]]:
+        """Take quantisation out of the configs: the user asks for it anew, or the backbone's own checkpoint names it.
+
+        Left there, it would quantise all else too on loading.
+        """
+        held = []
+        for backbone in (getattr(self, name, None) for name in BACKBONES):
+            if getattr(backbone, "hf_quantizer", None) is not None:
+                held.append((backbone.config, backbone.config.quantization_config))
+                del backbone.config.quantization_config
+        return held
+
+    def _described(self, name: str, save_directory: str | os.PathLike) -> dict[str, Any]:
+        """Where a backbone is, seen from the checkpoint, and what its weights look like."""
+        spec = dict(self.config.base_models[name])
+        path, folder = spec["base_model_name_or_path"], os.path.abspath(save_directory)
+        if os.path.isdir(path):
+            path = os.path.abspath(path)
+            inside = path.startswith(folder + os.sep)
+            spec["base_model_name_or_path"] = f"./{os.path.relpath(path, folder)}" if inside else path
+        if name in dict(self.frozen_backbones()):
+            spec.setdefault("fingerprint", fingerprint(getattr(self, name)))
+        else:
+            spec.pop("fingerprint", None)  # it learns: the checkpoint holds other weights than those it started with
+        return spec
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A short digest of a backbone's weights, rounded to bfloat16 so that it survives a change of dtype.
+
+    It has two parts, `vectors-matrices`: one-dimensional weights, which no quantisation touches, and the head of every
+    other weight. The second part is empty for a quantised module, and both are for one that is offloaded.
+    """
+    parts: dict[bool, Any] = {True: hashlib.sha256(), False: hashlib.sha256()}
+    for name, parameter in sorted(module.named_parameters()):
+        if "lora_" in name:
+            continue
+        is_vector = parameter.dim() == 1
+        if parameter.device.type == "meta":
+            return "-"
+        if not parameter.is_floating_point() or {type(parameter), type(parameter.data)} != _PLAIN:  # quantised
+            parts[False] = None
+        elif parts[is_vector] is not None:
+            head = parameter.detach().flatten()[: None if is_vector else 64].to("cpu", torch.bfloat16)
+            parts[is_vector].update(name.replace(".base_layer", "").encode() + head.view(torch.int16).numpy().tobytes())
+    return "-".join(part.hexdigest()[:12] if part is not None else "" for part in parts.values())
+
+
+def additive_attention(requested: str | None) -> str | None:
+    """What BEATs runs instead of `requested`: its position bias is an additive mask, which only these kernels take."""
+    return requested if requested in (None, "eager", "sdpa") else "sdpa"
+
+
+def whole_map(placed: dict[str, Any]) -> dict[str, Any]:
+    """The device map of a model from its LLM's; one entry for one device, as more mean that the model is spread."""
+    place = _main_device(placed)
+    if set(placed.values()) == {place}:
+        return {"": place}
+    return {**{f"language_model.{name}".rstrip("."): where for name, where in placed.items()}, "": place}
+
+
+def _locate(
+    config: PreTrainedConfig, source: str, moved: dict[str, str | dict[str, str]] | None, hub: dict[str, Any]
+) -> None:
+    """Resolve where the backbones are: `moved` wins, `./name` lies inside the checkpoint."""
+    specs = {name: dict(spec) for name, spec in (config.base_models or {}).items()}
+    for spec in specs.values():
+        path = spec["base_model_name_or_path"]
+        if path.startswith("./") and os.path.isdir(source):
+            spec["base_model_name_or_path"] = os.path.normpath(os.path.join(source, path))
+        elif path.startswith("./"):
+            spec.update(base_model_name_or_path=source, subfolder=path[2:], revision=hub.get("revision") or "main")
+    for name, place in (moved or {}).items():
+        if name not in specs:
+            raise ValueError(
+                f"backbones names {name!r}, but those of this checkpoint are {sorted(specs) or 'inside it'}"
+            )
+        specs[name].update(place if isinstance(place, dict) else {"base_model_name_or_path": str(place)})
+    for name, spec in specs.items():
+        path = spec["base_model_name_or_path"]
+        is_local = os.path.isabs(path) or path.startswith(os.path.join(os.path.normpath(source), ""))
+        if is_local and not os.path.exists(path) and name not in _learned(config):
+            raise ValueError(
+                f"{source!r} needs the {name} in {path!r}, which is not there; name its folder or Hub id now: "
+                f"from_pretrained(..., backbones={{{name!r}: ...}})"
+            )
+    config.base_models = specs or None
+
+
+def _learned(config: PreTrainedConfig) -> list[str]:
+    return getattr(config, "learned_backbones", [])
+
+
+def _options_of(name: str, options: dict[str, Any], device_map: Any, learned: bool) -> dict[str, Any]:
+    """What of the options for all backbones concerns one of them."""
+    chosen = {key: value for key, value in options.items() if key != "quantization_config"}
+    if device_map is not None:
+        chosen["device_map"] = device_map if name == "language_model" else _main_device(device_map)
+    if name == "audio_encoder" and "attn_implementation" in chosen:
+        chosen["attn_implementation"] = additive_attention(chosen["attn_implementation"])
+    quantization = options["quantization_config"]
+    if isinstance(quantization, dict) and quantization and set(quantization) <= set(BACKBONES):
+        quantization = quantization.get(name)
+    elif name != "language_model":
+        quantization = None
+    if quantization is not None:
+        chosen["quantization_config"] = quantization
+    if learned:
+        chosen["dtype"] = torch.float32
+    return chosen
+
+
+def _spec_kwargs(spec: dict[str, Any]) -> dict[str, Any]:
+    chosen = {"revision": spec.get("revision") or "main"}
+    return chosen | ({"subfolder": spec["subfolder"]} if spec.get("subfolder") else {})
+
+
+def check_backbone(
+    name: str, backbone: PreTrainedModel, config: PreTrainedConfig, spec: dict[str, Any], whose: str, source: str
+) -> None:
+    """Refuse a backbone other than the one that a checkpoint was trained on.
+
+    Args:
+        name: Which backbone, a key of `BACKBONES`.
+        backbone: What is there.
+        config: Its config in the checkpoint.
+        spec: Its entry in `base_models`, which may hold a fingerprint.
+        whose: Name of the checkpoint in errors.
+        source: Name of the backbone in errors.
+
+    Raises:
+        ValueError: sizes or fingerprints differ, or the fingerprint is malformed.
+    """
+    _check_shape(name, whose, config, source, backbone.config)
+    _check_fingerprint(name, whose, spec, source, backbone)
+
+
+def _check_shape(name: str, whose: str, expected: PreTrainedConfig, other: str, found: PreTrainedConfig) -> None:
+    for field in _SHAPE_FIELDS:
+        want, have = getattr(expected, field, None), getattr(found, field, None)
+        if want is None and have is None:  # a composite LLM keeps its sizes in a config inside
+            want, have = (getattr(config.get_text_config(), field, None) for config in (expected, found))
+        if want is not None and have is not None and want != have:
+            raise ValueError(
+                f"{name}: {whose} was made for {field}={want}, but {other} has {field}={have}; "
+                "give the backbone that it was trained on"
+            )
+
+
+def _check_fingerprint(name: str, whose: str, spec: dict[str, Any], other: str, backbone: nn.Module) -> None:
+    want = spec.get("fingerprint") or "-"
+    if not isinstance(want, str) or want.count("-") != 1:
+        raise ValueError(
+            f"{name}: {whose} names fingerprint={want!r}, which is not of the form 'vectors-matrices' that "
+            "save_pretrained writes; restore it, or drop the fingerprint from base_models in config.json"
+        )
+    have = fingerprint(backbone) if want != "-" else "-"
+    if any(mine and theirs and mine != theirs for mine, theirs in zip(want.split("-"), have.split("-"), strict=True)):
+        raise ValueError(
+            f"{name}: {whose} was trained over weights with fingerprint {want} "
+            f"(revision {spec.get('revision') or 'main'!r}), but {other} holds {have}; give the weights that it was "
+            "trained on, or drop the fingerprint from base_models in config.json to override"
+        )
+
+
+def _load_whole(model_class: Any, source: str, **options: Any) -> nn.Module:
+    """A backbone whose checkpoint has all its weights: frozen, a fresh one would never learn."""
+    backbone, info = model_class.from_pretrained(source, output_loading_info=True, **options)
+    _refuse_missing(source, info)
+    return backbone
+
+
+def _refuse_missing(source: str, info: dict[str, Any]) -> None:
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"{source!r} lacks the weights {missing[:5]} ({len(missing)} in all); it is incomplete")
+
+
+def _main_device(device_map: Any) -> Any:
+    """Where the small parts go under a device map that may spread the LLM."""
+    if isinstance(device_map, dict):
+        usable = [place for place in device_map.values() if place not in ("disk", "cpu")]
+        return usable[0] if usable else "cpu"
+    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        accelerator = torch.accelerator.current_accelerator()
+        return str(accelerator) if accelerator is not None else "cpu"
+    return device_map
+
+
+__all__ = [
+    "HUB_KWARGS",
+    "FrozenBackbonesMixin",
+    "additive_attention",
+    "check_backbone",
+    "fingerprint",
+    "whole_map",
+]
