@@ -10,8 +10,7 @@ from transformers import BatchFeature, PreTrainedConfig
 from transformers.utils import TensorType
 
 from .audio_listen import is_one_clip
-from .feature_extraction_listen import ListenFeatureExtractor
-from .speech_features_listen import speech_settings
+from .feature_extraction_listen import ListenFeatureExtractor, speech_settings
 
 
 class ListenAudioClassificationFeatureExtractor(ListenFeatureExtractor):

@@ -1,158 +1,41 @@
-"""Both inputs of LiSTEN from 16 kHz waveforms, batched in torch: Whisper's log-mel and the Kaldi filter bank of BEATs.
+"""Inputs of both encoders from 16 kHz waveforms, with masks, batched in torch.
 
-Other speech encoders read what their own transformers feature extractors make, in place of log-mel.
+Whisper reads log-mel and BEATs Kaldi filter banks, both made here (`spectrogram_listen`); the filter bank is returned
+as `(x - mean) / (2 * std)`. Other speech encoders read the features of the transformers feature extractor that they
+were trained with, in place of log-mel.
 
-Log-mel (Radford et al. 2022; `transformers.WhisperFeatureExtractor`): reflected edges, periodic Hann window, power
-spectrum, Slaney mel filters, log10 with a floor of 1e-10, then at most 8 below the clip's own maximum, `(x + 4) / 4`.
-
-Filter bank (Kaldi's `compute-fbank-feats` as BEATs uses it): samples times 2**15, frames of 25 ms every 10 ms that lie
-wholly inside the clip, mean of each frame removed, pre-emphasis 0.97, Povey window, FFT of the next power of two, power
-spectrum, triangular filters on Kaldi's mel scale from 20 Hz to the Nyquist frequency, natural log with float32's
-epsilon as floor, then `(x - mean) / (2 * std)`.
-
-Nothing here depends on the batch mates of a clip.
+No value depends on the other clips of a batch.
 """
 
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Sequence
-from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import BatchFeature, SequenceFeatureExtractor
-from transformers.audio_utils import mel_filter_bank
-from transformers.utils import TensorType, logging
+import transformers
+from transformers import AutoFeatureExtractor, BatchFeature, PreTrainedConfig, SequenceFeatureExtractor
+from transformers.utils import TensorType, cached_file, logging
 
-from .geometry_listen import SAMPLING_RATE, EncoderGeometry, audio_step, num_resampled
-from .speech_features_listen import check_settings, extract_speech
+from .geometry_listen import SAMPLING_RATE, EncoderGeometry, audio_step, num_resampled, speech_geometry
+from .spectrogram_listen import HIGHEST_WHISPER_HERTZ, kaldi_fbank, kaldi_framing, log_mel_spectrogram, prefix_mask
 
 logger = logging.get_logger(__name__)
 
-_FULL_SCALE = 2.0**15  # Kaldi reads 16-bit samples as integers
-_PREEMPHASIS = 0.97
-_LOWEST_KALDI_HERTZ = 20.0
-_HIGHEST_WHISPER_HERTZ = 8000.0
 _CHUNKS_AT_ONCE = 4  # of similar length; bounds the memory of the spectra, whatever the length of the audio
 # What the base classes themselves write to or read from a saved feature extractor.
 _INHERITED_ARGUMENTS = frozenset(
     {"auto_map", "feature_extractor_type", "padding_side", "padding_value", "processor_class", "return_attention_mask"}
 )
-
-
-@lru_cache(maxsize=8)
-def _whisper_filters(num_mel_bins: int, n_fft: int, sampling_rate: int) -> torch.Tensor:
-    """Slaney mel filters, `(n_fft // 2 + 1, num_mel_bins)`."""
-    filters = mel_filter_bank(
-        num_frequency_bins=1 + n_fft // 2,
-        num_mel_filters=num_mel_bins,
-        min_frequency=0.0,
-        max_frequency=_HIGHEST_WHISPER_HERTZ,
-        sampling_rate=sampling_rate,
-        norm="slaney",
-        mel_scale="slaney",
-    )
-    return torch.from_numpy(filters).float()
-
-
-@lru_cache(maxsize=8)
-def _kaldi_filters(num_mel_bins: int, n_fft: int, sampling_rate: int) -> torch.Tensor:
-    """Triangles that are even on Kaldi's mel scale, `1127 ln(1 + f / 700)`: `(n_fft // 2 + 1, num_mel_bins)`.
-
-    In float32 throughout, as BEATs was trained: near a corner, rounding alone changes a weight by a thousandth.
-    """
-    lowest, highest = (1127.0 * math.log(1.0 + hertz / 700.0) for hertz in (_LOWEST_KALDI_HERTZ, sampling_rate / 2))
-    steps = torch.arange(num_mel_bins + 2, dtype=torch.float32)
-    corners = lowest + steps * ((highest - lowest) / (num_mel_bins + 1))
-    hertz = torch.arange(n_fft // 2, dtype=torch.float32) * (sampling_rate / n_fft)
-    mels = 1127.0 * (1.0 + hertz / 700.0).log().unsqueeze(1)  # (n_fft // 2, 1)
-    rising = (mels - corners[:-2]) / (corners[1:-1] - corners[:-2])
-    falling = (corners[2:] - mels) / (corners[2:] - corners[1:-1])
-    filters = torch.minimum(rising, falling).clamp_(min=0.0)
-    return torch.nn.functional.pad(filters, (0, 0, 0, 1))  # the Nyquist frequency is in none
-
-
-def _povey_window(length: int) -> torch.Tensor:
-    """Kaldi's default window, a Hann window to the power 0.85 that is zero at both ends."""
-    return torch.hann_window(length, periodic=False, dtype=torch.float32).pow(0.85)
-
-
-def _power_spectrum(frames: torch.Tensor) -> torch.Tensor:
-    """`(..., n_fft)` -> `(..., n_fft // 2 + 1)`."""
-    spectrum = torch.fft.rfft(frames)
-    return spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
-
-
-def _reflect_edges(waveforms: torch.Tensor, lengths: torch.Tensor, width: int) -> torch.Tensor:
-    """Mirror `width` samples around both ends of each clip: `(clips, samples)` -> `(clips, samples + 2 * width)`.
-
-    A clip is `waveforms[i, : lengths[i]]`; what follows its mirrored end is not touched.
-    """
-    padded = torch.nn.functional.pad(waveforms, (width, width))
-    padded[:, :width] = waveforms[:, 1 : width + 1].flip(1)
-    steps = torch.arange(width)
-    mirrored = waveforms.gather(1, (lengths - 2)[:, None] - steps)  # (clips, width)
-    return padded.scatter_(1, (lengths + width)[:, None] + steps, mirrored)
-
-
-def _prefix_mask(counts: torch.Tensor, length: int) -> torch.Tensor:
-    """`(clips,)` counts -> `(clips, length)` boolean, True at the first `counts[i]` places of row `i`."""
-    return torch.arange(length) < counts[:, None]
-
-
-def log_mel_spectrogram(
-    waveforms: torch.Tensor, lengths: torch.Tensor, num_mel_bins: int, n_fft: int, hop_length: int, sampling_rate: int
-) -> torch.Tensor:
-    """Whisper's log-mel of clips of different lengths.
-
-    Args:
-        waveforms: `(clips, samples)` float32; clip `i` is `waveforms[i, : lengths[i]]`.
-        lengths: `(clips,)` samples of each clip, more than `n_fft // 2`.
-
-    Returns:
-        `(clips, num_mel_bins, max(lengths) // hop_length)`; clip `i` fills its first `lengths[i] // hop_length` frames
-        and zeros the rest.
-    """
-    counts = lengths // hop_length
-    padded = _reflect_edges(waveforms, lengths, n_fft // 2)
-    frames = padded.unfold(1, n_fft, hop_length)[:, : int(counts.max())]  # (clips, frames, n_fft)
-    power = _power_spectrum(frames * torch.hann_window(n_fft, dtype=torch.float32))  # (clips, frames, bins)
-    log_mel = (power @ _whisper_filters(num_mel_bins, n_fft, sampling_rate)).clamp_(min=1e-10).log10_()
-    padding = ~_prefix_mask(counts, log_mel.shape[1]).unsqueeze(-1)  # (clips, frames, 1)
-    loudest = log_mel.masked_fill(padding, -torch.inf).amax((1, 2), keepdim=True)  # (clips, 1, 1)
-    log_mel = (torch.maximum(log_mel, loudest - 8.0) + 4.0) / 4.0
-    return log_mel.masked_fill_(padding, 0.0).transpose(1, 2)
-
-
-def kaldi_fbank(waveforms: torch.Tensor, num_mel_bins: int, sampling_rate: int) -> torch.Tensor:
-    """Kaldi's log filter bank without dither.
-
-    Args:
-        waveforms: `(clips, samples)` float32 in [-1, 1], at least 25 ms.
-
-    Returns:
-        `(clips, 1 + (samples - window) // shift, num_mel_bins)` with a window of 25 ms and a shift of 10 ms.
-    """
-    window, shift = kaldi_framing(sampling_rate)
-    n_fft = 1 << (window - 1).bit_length()
-    frames = waveforms.unfold(1, window, shift) * _FULL_SCALE  # (clips, frames, window)
-    frames -= frames.mean(-1, keepdim=True)
-    emphasised = frames.new_zeros(*frames.shape[:2], n_fft)
-    # product and difference rounded one after the other, as in training: fused, a tone's empty bins differ by 0.02
-    torch.sub(frames[..., 1:], frames[..., :-1] * _PREEMPHASIS, out=emphasised[..., 1:window])
-    emphasised[..., 0] = frames[..., 0] * (1.0 - _PREEMPHASIS)  # the first sample stands before itself
-    emphasised[..., :window] *= _povey_window(window)
-    power = _power_spectrum(emphasised)  # (clips, frames, n_fft // 2 + 1)
-    mel = power @ _kaldi_filters(num_mel_bins, n_fft, sampling_rate)  # (clips, frames, num_mel_bins)
-    return mel.clamp_(min=torch.finfo(torch.float32).eps).log_()
-
-
-def kaldi_framing(sampling_rate: int) -> tuple[int, int]:
-    """Samples of a Kaldi window (25 ms) and of its shift (10 ms)."""
-    return int(sampling_rate * 0.025), int(sampling_rate * 0.010)
+# The transformers extractor of each other speech encoder.
+_EXTRACTORS = {"wav2vec2-bert": "SeamlessM4TFeatureExtractor", "audio-spectrogram-transformer": "ASTFeatureExtractor"}
+_WAVEFORM_EXTRACTOR = "Wav2Vec2FeatureExtractor"
+_SETTINGS_FILES = ("preprocessor_config.json", "processor_config.json")
+# Fields that say where an extractor's code came from.
+_ORIGIN = ("auto_map", "processor_class", "name_or_path")
 
 
 class ListenFeatureExtractor(SequenceFeatureExtractor):
@@ -174,7 +57,7 @@ class ListenFeatureExtractor(SequenceFeatureExtractor):
         speech_downsampling (`int`): Log-mel frames for one frame of the speech encoder.
         patch_size (`int`): Side of a BEATs patch, in bins and frames.
         speech_features (`dict`, *optional*): Settings of the transformers feature extractor that a speech encoder other
-            than Whisper was trained with, see `speech_features_listen`; it makes `input_features` in place of log-mel.
+            than Whisper was trained with, see `speech_features`; it makes `input_features` in place of log-mel.
         speech_geometry (`dict`, *optional*): Steps from samples to frames of that encoder, see `geometry_listen`.
 
     Raises:
@@ -224,10 +107,10 @@ class ListenFeatureExtractor(SequenceFeatureExtractor):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"ListenFeatureExtractor: {name}={getattr(self, name)!r} must be a positive integer.")
         self._check_speech()
-        if self.sampling_rate < 2 * _HIGHEST_WHISPER_HERTZ:
+        if self.sampling_rate < 2 * HIGHEST_WHISPER_HERTZ:
             raise ValueError(
                 f"ListenFeatureExtractor: sampling_rate={self.sampling_rate} is too low for Whisper, whose mel "
-                f"filters reach {_HIGHEST_WHISPER_HERTZ:.0f} Hz; take 16000."
+                f"filters reach {HIGHEST_WHISPER_HERTZ:.0f} Hz; take 16000."
             )
         if self.fbank_std <= 0:
             raise ValueError(f"ListenFeatureExtractor: fbank_std={self.fbank_std!r} must be positive.")
@@ -247,7 +130,7 @@ class ListenFeatureExtractor(SequenceFeatureExtractor):
             raise ValueError("ListenFeatureExtractor: speech_features and speech_geometry belong together; give both.")
         if self.speech_features is None:
             return
-        check_settings(self.speech_features)
+        _check_settings(self.speech_features)
         if self.pad_to_30s or self.sampling_rate != SAMPLING_RATE:
             raise ValueError(
                 f"ListenFeatureExtractor: speech_features make clips of true length at {SAMPLING_RATE} Hz, not with "
@@ -298,32 +181,20 @@ class ListenFeatureExtractor(SequenceFeatureExtractor):
         last = num_samples - (self.num_chunks(num_samples) - 1) * self.chunk_samples
         return [self.chunk_samples] * (self.num_chunks(num_samples) - 1) + [max(last, self.min_samples)]
 
-    @property
-    def frame_seconds(self) -> float:
-        """Time from one frame of the speech encoder to the next."""
-        return self.geometry.frame_seconds
-
     def num_encoder_frames(self, num_samples: int) -> list[int]:
         """Frames of each chunk of a clip after both encoders at the speech encoder's rate, the longer of the two."""
-        geometry = self.geometry
-        step = audio_step(geometry, self.patch_size, self.num_fbank_bins) if self.num_fbank_bins else Fraction(1)
-        return [
-            max(geometry.num_frames(length), num_resampled(self._audio_tokens(length), step))
-            for length in self.chunk_lengths(num_samples)
-        ]
-
-    def _audio_tokens(self, length: int) -> int:
-        """Patches in whole time steps of a chunk; none without the BEATs stream."""
-        return self._fbank_frames(length) // self.patch_size * (self.num_fbank_bins // self.patch_size)
-
-    def _fbank_frames(self, length: int) -> int:
+        geometry, lengths = self.geometry, self.chunk_lengths(num_samples)
+        if not self.num_fbank_bins:
+            return [*map(geometry.num_frames, lengths)]
+        step = audio_step(geometry, self.patch_size, self.num_fbank_bins)
         window, shift = kaldi_framing(self.sampling_rate)
-        return 1 + (length - window) // shift
+        frames = []
+        for length in lengths:
+            columns = (1 + (length - window) // shift) // self.patch_size
+            patches = columns * (self.num_fbank_bins // self.patch_size)
+            frames.append(max(geometry.num_frames(length), num_resampled(patches, step)))
+        return frames
 
-    # No inference tensors: the filters that are kept, and features that a frozen encoder passes on to what learns.
-    @torch.autocast("cpu", enabled=False)  # as exact as ever, whatever the model runs in
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def __call__(
         self,
         audio: np.ndarray | torch.Tensor | Sequence[float] | Sequence[np.ndarray | torch.Tensor | Sequence[float]],
@@ -333,26 +204,44 @@ class ListenFeatureExtractor(SequenceFeatureExtractor):
         """Turn clips into encoder inputs.
 
         Args:
-            audio: one mono clip, or a list of them, as floats in [-1, 1].
-            sampling_rate: samples a second of the clips; checked against the one that the encoders expect.
+            audio: One mono clip, or a list of them, as floats in [-1, 1].
+            sampling_rate: Samples a second of the clips; checked against the one that the encoders expect.
             return_tensors: "pt" or "np".
 
         Returns:
-            `BatchFeature` over C chunks: `input_features` `(C, feature_size, T)` float32, with `speech_features`
-            `(C, samples)` or `(C, T, bins)`; `input_features_mask` `(C, T)` int64; with the BEATs stream `input_values`
-            `(C, F, num_fbank_bins)` float32 and `input_values_mask` `(C, F)` int64. Padding is zero in features and
-            masks.
+            The features of `extract` as a `BatchFeature`.
 
         Raises:
             ValueError: another sampling rate; a clip that is empty, not one-dimensional, not finite or not float.
         """
         self._check_sampling_rate(sampling_rate)
-        chunks = [chunk for clip in _as_clips(audio) for chunk in self._cut(clip)]
-        lengths = torch.tensor([max(len(chunk), self.min_samples) for chunk in chunks])
-        features = self._speech_features(chunks, lengths)
+        return BatchFeature(self.extract(_as_clips(audio)), tensor_type=return_tensors)
+
+    # No inference tensors: the filters are cached, and features of a frozen encoder reach trainable modules.
+    @torch.autocast("cpu", enabled=False)  # in float32, whatever dtype the model runs in
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def extract(self, waveforms: Sequence[np.ndarray], pad_to_multiple_of: int = 1) -> dict[str, torch.Tensor]:
+        """Encoder inputs of clips that need no check: what `load_waveform` returns.
+
+        Args:
+            waveforms: `(samples,)` float32 at `sampling_rate`, one array a clip.
+            pad_to_multiple_of: Frames are padded to a multiple of it, unless `is_fixed_length`; few shapes are faster.
+
+        Returns:
+            Over C chunks: `input_features` `(C, feature_size, T)` float32, with `speech_features` `(C, samples)` or
+            `(C, T, bins)`; `input_features_mask` `(C, T)` int64; with the BEATs stream `input_values`
+            `(C, F, num_fbank_bins)` float32 and `input_values_mask` `(C, F)` int64. Padding is zero in features and
+            masks.
+        """
+        size = self.chunk_samples
+        chunks = [clip[start : start + size] for clip in waveforms for start in range(0, len(clip), size)]
+        lengths = torch.tensor([*map(len, chunks)]).clamp(min=self.min_samples)  # (chunks,)
+        make_speech = self._log_mel_features if self.speech_features is None else self._speech_features
+        features = make_speech(chunks, lengths, pad_to_multiple_of)
         if self.num_fbank_bins:
-            features.update(self._audio_features(chunks, lengths))
-        return BatchFeature(features, tensor_type=return_tensors)
+            features.update(self._audio_features(chunks, lengths, pad_to_multiple_of))
+        return features
 
     def _check_sampling_rate(self, sampling_rate: int | None) -> None:
         if sampling_rate is None:
@@ -366,50 +255,54 @@ class ListenFeatureExtractor(SequenceFeatureExtractor):
                 "resample it first, e.g. with librosa.resample or datasets.Audio(sampling_rate=...)."
             )
 
-    def _cut(self, clip: np.ndarray) -> list[np.ndarray]:
-        return [clip[start : start + self.chunk_samples] for start in range(0, len(clip), self.chunk_samples)]
-
-    def _speech_features(self, chunks: list[np.ndarray], lengths: torch.Tensor) -> dict[str, torch.Tensor]:
-        if self.speech_features is None:
-            return self._log_mel_features(chunks, lengths)
-        silent = [
-            np.pad(chunk, (0, length - len(chunk))) for chunk, length in zip(chunks, lengths.tolist(), strict=True)
-        ]
-        features = extract_speech(self.speech_features, silent)  # (chunks, samples) or (chunks, frames, bins)
-        counts = torch.tensor([self.geometry.num_inputs(len(chunk)) for chunk in silent])
-        return {"input_features": features, "input_features_mask": _prefix_mask(counts, features.shape[1]).long()}
-
-    def _log_mel_features(self, chunks: list[np.ndarray], lengths: torch.Tensor) -> dict[str, torch.Tensor]:
-        counts = lengths // self.hop_length
+    def _log_mel_features(
+        self, chunks: list[np.ndarray], lengths: torch.Tensor, multiple: int
+    ) -> dict[str, torch.Tensor]:
         spans = torch.full_like(lengths, self.chunk_samples) if self.pad_to_30s else lengths
         total = int(spans.max()) // self.hop_length
+        total += 0 if self.pad_to_30s else -total % multiple
         features = torch.zeros(len(chunks), self.feature_size, total, dtype=torch.float32)
         for rows in lengths.argsort().split(_CHUNKS_AT_ONCE):
-            waveforms = _stack([chunks[row] for row in rows], int(spans[rows].max()))
+            waveforms = _stack(chunks, rows, int(spans[rows].max()))
             log_mel = log_mel_spectrogram(
                 waveforms, spans[rows], self.feature_size, self.n_fft, self.hop_length, self.sampling_rate
             )
             features[rows, :, : log_mel.shape[2]] = log_mel
-        return {"input_features": features, "input_features_mask": _prefix_mask(counts, total).long()}
+        mask = prefix_mask(lengths // self.hop_length, total)  # (chunks, total)
+        return {"input_features": features, "input_features_mask": mask.long()}
 
-    def _audio_features(self, chunks: list[np.ndarray], lengths: torch.Tensor) -> dict[str, torch.Tensor]:
-        counts = torch.tensor([self._fbank_frames(length) for length in lengths.tolist()])
+    def _speech_features(
+        self, chunks: list[np.ndarray], lengths: torch.Tensor, multiple: int
+    ) -> dict[str, torch.Tensor]:
+        pairs = zip(chunks, lengths.tolist(), strict=True)
+        silent = [np.pad(chunk, (0, length - len(chunk))) for chunk, length in pairs]
+        features = extract_speech(self.speech_features, silent)  # (chunks, samples) or (chunks, frames, bins)
+        missing = 0 if self.is_fixed_length else -features.shape[1] % multiple
+        features = torch.nn.functional.pad(features, (0, 0) * (features.dim() - 2) + (0, missing))
+        counts = torch.tensor([self.geometry.num_inputs(len(chunk)) for chunk in silent])  # (chunks,)
+        return {"input_features": features, "input_features_mask": prefix_mask(counts, features.shape[1]).long()}
+
+    def _audio_features(
+        self, chunks: list[np.ndarray], lengths: torch.Tensor, multiple: int
+    ) -> dict[str, torch.Tensor]:
+        window, shift = kaldi_framing(self.sampling_rate)
+        counts = 1 + (lengths - window) // shift  # (chunks,)
         total = int(counts.max())
-        mask = _prefix_mask(counts, total)
-        values = torch.zeros(len(chunks), total, self.num_fbank_bins, dtype=torch.float32)
+        mask = prefix_mask(counts, total + -total % multiple)  # (chunks, frames)
+        values = torch.zeros(*mask.shape, self.num_fbank_bins, dtype=torch.float32)
         for rows in lengths.argsort().split(_CHUNKS_AT_ONCE):
-            waveforms = _stack([chunks[row] for row in rows], int(lengths[rows].max()))
+            waveforms = _stack(chunks, rows, int(lengths[rows].max()))
             fbank = kaldi_fbank(waveforms, self.num_fbank_bins, self.sampling_rate)
             values[rows, : fbank.shape[1]] = fbank.sub_(self.fbank_mean).div_(2.0 * self.fbank_std)
         values.masked_fill_(~mask.unsqueeze(-1), 0.0)
         return {"input_values": values, "input_values_mask": mask.long()}
 
 
-def _stack(chunks: list[np.ndarray], samples: int) -> torch.Tensor:
-    """Chunks followed by silence, `(chunks, samples)` float32."""
-    stacked = torch.zeros(len(chunks), samples, dtype=torch.float32)
-    for row, chunk in zip(stacked, chunks, strict=True):
-        row[: len(chunk)] = torch.from_numpy(chunk)
+def _stack(chunks: list[np.ndarray], rows: torch.Tensor, samples: int) -> torch.Tensor:
+    """The chunks of some rows with silence after each, `(rows, samples)` float32."""
+    stacked = torch.zeros(len(rows), samples, dtype=torch.float32)
+    for waveform, row in zip(stacked, rows.tolist(), strict=True):
+        waveform[: len(chunks[row])] = torch.from_numpy(chunks[row])
     return stacked
 
 
@@ -441,6 +334,128 @@ def _as_clip(clip: object, index: int) -> np.ndarray:
     return array
 
 
+# ---------------------------------------------------------------------- other speech encoders
+
+
+def speech_features(config: PreTrainedConfig, source: str | None = None, **hub: Any) -> dict[str, Any]:
+    """Settings of the feature extractor that a speech encoder was trained with.
+
+    Args:
+        config: The encoder's config.
+        source: Folder or Hub id of its checkpoint. Without one, and for a checkpoint without an extractor, the
+            settings are those that transformers gives such a model.
+        **hub: `revision`, `subfolder` and the like.
+
+    Raises:
+        ValueError: the checkpoint's extractor does not fit the encoder.
+    """
+    extractor = None
+    if source is not None:
+        if any(
+            cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub) for name in _SETTINGS_FILES
+        ):
+            extractor = AutoFeatureExtractor.from_pretrained(source, **hub)
+        else:
+            logger.warning(f"{source} has no {_SETTINGS_FILES[0]}; its features are made as usual for such a model")
+    extractor = _usual_extractor(config) if extractor is None else extractor
+    _check_fits(config, extractor, source or "the feature extractor")
+    return {name: value for name, value in extractor.to_dict().items() if name not in _ORIGIN}
+
+
+def speech_settings(config: PreTrainedConfig) -> dict[str, Any]:
+    """Arguments of `ListenFeatureExtractor` that the speech encoder of a model's config asks for.
+
+    Args:
+        config: A config with `speech_config`, `base_models` and `pad_to_30s`.
+
+    Raises:
+        ValueError: the extractor beside the encoder's checkpoint does not fit it.
+    """
+    speech, geometry = config.speech_config, speech_geometry(config.speech_config)
+    settings: dict[str, Any] = {"chunk_seconds": geometry.chunk_seconds}
+    if speech.model_type == "whisper":
+        return {**settings, "feature_size": speech.num_mel_bins, "pad_to_30s": config.pad_to_30s}
+    place, options = backbone_place(config, "speech_encoder") or (None, {})
+    features = speech_features(speech, place, **options)
+    return {**settings, "speech_geometry": geometry.to_dict(), "speech_features": features}
+
+
+def backbone_place(config: PreTrainedConfig, backbone: str) -> tuple[str, dict[str, str]] | None:
+    """Folder or Hub id of a backbone's checkpoint and the options to find it with; `None` where it has no name."""
+    spec = (config.base_models or {}).get(backbone)
+    if not spec:
+        return None
+    path, options = spec["base_model_name_or_path"], {"revision": spec.get("revision") or "main"}
+    if path.startswith("./"):  # a folder inside the checkpoint
+        path, options = config.name_or_path, {**options, "subfolder": path[2:]}
+    elif spec.get("subfolder"):
+        options["subfolder"] = spec["subfolder"]
+    return path, options
+
+
+def extract_speech(settings: dict[str, Any], chunks: list[np.ndarray]) -> torch.Tensor:
+    """Features of pieces of audio, as the encoder takes them.
+
+    Args:
+        settings: What `speech_features` gave.
+        chunks: One-dimensional float32 arrays.
+
+    Returns:
+        `(chunks, samples)` or `(chunks, frames, bins)`, float32, zero where a piece has ended.
+    """
+    extractor = _extractor(json.dumps(settings, sort_keys=True))
+    features = extractor(chunks, sampling_rate=SAMPLING_RATE, padding=True, return_attention_mask=True)
+    return torch.from_numpy(np.stack(features[extractor.model_input_names[0]]).astype(np.float32, copy=False))
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    """Raise a `ValueError` where settings are not those of an extractor that transformers has."""
+    name = settings.get("feature_extractor_type")
+    known = {_WAVEFORM_EXTRACTOR, *_EXTRACTORS.values()}
+    if name not in known:
+        raise ValueError(
+            f"speech_features: feature_extractor_type={name!r} is unknown; choose {', '.join(sorted(known))}"
+        )
+
+
+@lru_cache(maxsize=8)
+def _extractor(settings: str) -> SequenceFeatureExtractor:
+    fields = json.loads(settings)
+    return getattr(transformers, fields["feature_extractor_type"]).from_dict(fields)
+
+
+def _usual_extractor(config: PreTrainedConfig) -> SequenceFeatureExtractor:
+    if config.model_type == "wav2vec2-bert":
+        stride = 2
+        return transformers.SeamlessM4TFeatureExtractor(
+            feature_size=config.feature_projection_input_dim // stride,
+            num_mel_bins=config.feature_projection_input_dim // stride,
+            stride=stride,
+        )
+    if config.model_type == "audio-spectrogram-transformer":
+        return transformers.ASTFeatureExtractor(num_mel_bins=config.num_mel_bins, max_length=config.max_length)
+    return transformers.Wav2Vec2FeatureExtractor(
+        do_normalize=config.model_type != "moonshine", return_attention_mask=True
+    )
+
+
+def _check_fits(config: PreTrainedConfig, extractor: SequenceFeatureExtractor, source: str) -> None:
+    kind, wanted = type(extractor).__name__, _EXTRACTORS.get(config.model_type, _WAVEFORM_EXTRACTOR)
+    if kind != wanted:
+        raise ValueError(f"{source} makes features with {kind}, but {config.model_type} takes those of {wanted}")
+    wanted_fields: dict[str, Any] = {"sampling_rate": SAMPLING_RATE}
+    if config.model_type == "wav2vec2-bert":
+        wanted_fields |= {"stride": 2, "num_mel_bins": config.feature_projection_input_dim // 2}
+    if config.model_type == "audio-spectrogram-transformer":
+        wanted_fields |= {"num_mel_bins": config.num_mel_bins, "max_length": config.max_length}
+    for name, value in wanted_fields.items():
+        if getattr(extractor, name) != value:
+            raise ValueError(
+                f"{source} makes features with {name}={getattr(extractor, name)}, but this {config.model_type} takes "
+                f"{name}={value}; give the extractor that belongs to it"
+            )
+
+
 ListenFeatureExtractor.register_for_auto_class()
 
-__all__ = ["ListenFeatureExtractor", "kaldi_fbank", "log_mel_spectrogram"]
+__all__ = ["ListenFeatureExtractor", "backbone_place", "extract_speech", "speech_features", "speech_settings"]

@@ -34,9 +34,8 @@ from .chat_listen import (
 )
 from .configuration_listen import ListenConnectorConfig, check_padding
 from .context_listen import check_context, context_limit
-from .feature_extraction_listen import ListenFeatureExtractor
+from .feature_extraction_listen import ListenFeatureExtractor, backbone_place, speech_settings
 from .placeholders_listen import AUDIO_TOKEN, PROMPT_TOKEN, place_token, prepare_padding
-from .speech_features_listen import backbone_place, speech_settings
 
 logger = logging.get_logger(__name__)
 
@@ -326,10 +325,12 @@ class ListenProcessor(ProcessorMixin):
         Raises:
             ValueError: `num_samples` is below 1.
         """
-        if self._connector_config.salmonn_compat:  # silence is heard
-            num_samples = self.feature_extractor.num_chunks(num_samples) * self.feature_extractor.chunk_samples
-        frames, seconds = self.feature_extractor.num_encoder_frames(num_samples), self.feature_extractor.frame_seconds
-        return sum(self._connector_config.num_embeddings(count, seconds) for count in frames)
+        extractor = self.feature_extractor
+        if self._connector_config.salmonn_compat:  # padding is encoded too
+            num_samples = extractor.num_chunks(num_samples) * extractor.chunk_samples
+        seconds = extractor.geometry.frame_seconds
+        count = partial(self._connector_config.num_embeddings, frame_seconds=seconds)
+        return sum(map(count, extractor.num_encoder_frames(num_samples)))
 
     def _padded(self, encoded: dict[str, list], k: int, options: dict[str, Any]) -> dict[str, list]:
         """Rows with the prompts in front of everything and padding in front of the prompts."""

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from listen.encoder_listen import ListenSpeechEncoder
+from listen.feature_extraction_listen import extract_speech, speech_features
 from listen.geometry_listen import SAMPLING_RATE, speech_geometry
-from listen.speech_features_listen import extract_speech, speech_features
 
 _BODY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 # the convolutions of the real ones, so that lengths are real, with few channels

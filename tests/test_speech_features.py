@@ -13,9 +13,8 @@ from fixtures_encoders import ENCODERS, MAIN, encoder_config, noise, random_enco
 from fixtures_training import tiny_processor
 from transformers import ASTFeatureExtractor, SeamlessM4TFeatureExtractor, Wav2Vec2FeatureExtractor
 
-from listen.feature_extraction_listen import ListenFeatureExtractor
+from listen.feature_extraction_listen import ListenFeatureExtractor, speech_features
 from listen.processing_listen import ListenProcessor
-from listen.speech_features_listen import speech_features
 
 RATE = 16000
 LENGTHS = [8000, 20001, 3100, 163840 + 4000]

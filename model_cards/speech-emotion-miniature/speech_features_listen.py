@@ -1,1 +1,0 @@
-../../listen/speech_features_listen.py
