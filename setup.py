@@ -67,7 +67,7 @@ setup(
     long_description_content_type="text/markdown",
     author="The LiSTEN authors",
     license="Apache-2.0",
-    license_files=["LICENSE"],
+    license_files=["LICENSE", "NOTICE"],
     classifiers=[
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.11",

@@ -1,4 +1,4 @@
-"""What README.md shows is run, and what it names exists."""
+"""What README.md and the pages of docs/ show is run, and what they name exists."""
 
 import json
 import os
@@ -8,18 +8,27 @@ import subprocess
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+import yaml
 
+import listen
 from listen.data import get_task, list_tasks, load_manifest
 from listen.presets_listen import PRESETS
 from listen.training import parse_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]  # their snippets run
+PROSE = [  # their links resolve
+    *(path for path in sorted(ROOT.glob("*.md"))),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "benchmarks").glob("*.md")),
+    *sorted((ROOT / "model_cards").glob("*/README.md")),
+]
 MINIATURE = ROOT / "model_cards" / "listen-tiny"
 SHORTER = {  # the same commands over fewer rows and steps
     "examples/evaluate.py": ["--max-examples", "2", "--max-new-tokens", "16"],
@@ -35,24 +44,49 @@ needs_miniature = pytest.mark.skipif(
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block of the README; `reason` says why it cannot run here, `None` if it can."""
+    """A fenced block of a page.
 
+    Attributes:
+        page: path below the root.
+        language: the word after the fence.
+        text: its lines.
+        reason: why it cannot run here, `None` if it can.
+        output: the `text` block right after it, which shows what it prints; `None` without one.
+    """
+
+    page: str
     language: str
     text: str
     reason: str | None
+    output: str | None
 
 
+@cache
+def text_of(path: Path) -> str:
+    """Reads a page."""
+    return path.read_text(encoding="utf-8")
+
+
+@cache
 def blocks(language: str) -> list[Block]:
     """All fenced blocks of one language, in order."""
-    pattern = r"(?:<!-- not run: ([^\n]+?) -->\n)?^```(\w+)\n(.*?)^```"
-    found = re.findall(pattern, README, flags=re.MULTILINE | re.DOTALL)
-    return [Block(name, text, reason or None) for reason, name, text in found if name == language]
+    pattern = r"(?:<!-- not run: ([^\n]+?) -->\n)?^```(\w+)\n(.*?)^```(?:\n\n```text\n(.*?)^```)?"
+    found = []
+    for page in PAGES:
+        for reason, name, text, output in re.findall(pattern, text_of(page), flags=re.MULTILINE | re.DOTALL):
+            found.append(Block(str(page.relative_to(ROOT)), name, text, reason or None, output or None))
+    return [block for block in found if block.language == language]
 
 
-def commands(*, run: bool) -> list[str]:
-    """Shell commands that can run here, or those that cannot."""
-    chosen = [block for block in blocks("bash") if (block.reason is None) == run]
-    return [line for block in chosen for line in block.text.splitlines() if line and not line.startswith("make ")]
+def commands_of(block: Block) -> list[str]:
+    """Its commands; what `make` does is tested elsewhere."""
+    return [line for line in block.text.splitlines() if line and not line.startswith("make ")]
+
+
+def shell_blocks(*, run: bool) -> list[Block]:
+    """Shell blocks with commands that can run here, or with those that cannot, each text once."""
+    chosen = {block.text: block for block in blocks("bash") if (block.reason is None) == run and commands_of(block)}
+    return list(chosen.values())
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +123,26 @@ def run(words: list[str], cwd: Path) -> str:
 
 
 def test_readme_opens_with_five_lines_and_two_commands() -> None:
-    opening = README.split("# LiSTEN\n\n")[1].split("\n\n```bash\n")[0]
+    opening = text_of(ROOT / "README.md").split("# LiSTEN\n\n")[1].split("\n\n```bash\n")[0]
     assert len(opening.splitlines()) == 5
     assert blocks("bash")[0].text == "make demo\nmake test\n"
+
+
+def test_badges_state_the_versions_and_papers_of_setup_and_citation() -> None:
+    readme = text_of(ROOT / "README.md")
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    assert f"python-{re.search(r'python_requires=.>=([0-9.]+)', setup)[1]}+-" in readme
+    assert f"transformers-{re.search(r'transformers>=([0-9.]+)', setup)[1]}+-" in readme
+    papers = re.findall(r"badge/arXiv-([\d.]+)-", readme)
+    assert len(papers) == 2
+    assert [f"arXiv:{paper}" in (ROOT / "CITATION.cff").read_text(encoding="utf-8") for paper in papers] == [True, True]
+
+
+def test_citation_names_the_version_and_the_licence_of_the_package() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    assert citation["version"] == listen.__version__
+    assert f'license="{citation["license"]}"' in (ROOT / "setup.py").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("target", ["demo", "test"])
@@ -100,26 +151,35 @@ def test_make_knows_the_commands(target: str) -> None:
     assert {"demo": "examples/demo.py", "test": "-m pytest"}[target] in planned
 
 
-@needs_miniature
-@pytest.mark.slow
-def test_python_blocks_run_one_after_the_other(workplace: Path) -> None:
-    for number, block in enumerate(blocks("python")):
-        assert block.reason is None, f"Python block {number} is marked as not run"
-    program = workplace / "readme.py"
-    program.write_text("\n".join(block.text for block in blocks("python")), encoding="utf-8")
-    assert "generated_text" in run([sys.executable, program.name], cwd=workplace)
+def test_only_shell_blocks_can_be_marked_as_not_run() -> None:
+    assert [block.page for kind in ("python", "yaml", "json") for block in blocks(kind) if block.reason] == []
 
 
 @needs_miniature
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [line for line in commands(run=True) if not line.startswith("make")])
-def test_command_runs(command: str, workplace: Path) -> None:
-    program, script, *rest = shlex.split(command)
-    assert program == "python"
-    run([sys.executable, script, *rest, *SHORTER.get(script, [])], cwd=workplace)
+@pytest.mark.parametrize("page", sorted({block.page for block in blocks("python")}))
+def test_python_blocks_of_a_page_run_one_after_the_other(page: str, workplace: Path) -> None:
+    program = workplace / "page.py"
+    text = "\n".join(block.text for block in blocks("python") if block.page == page)
+    program.write_text(text, encoding="utf-8")
+    printed = run([sys.executable, program.name], cwd=workplace)
+    assert ("generated_text" in printed) == ("print(listen(" in text)
 
 
-@pytest.mark.parametrize("command", commands(run=False))
+@needs_miniature
+@pytest.mark.slow
+@pytest.mark.parametrize("block", shell_blocks(run=True), ids=lambda block: commands_of(block)[0])
+def test_commands_run_and_print_what_is_shown(block: Block, workplace: Path) -> None:
+    printed = ""
+    for command in commands_of(block):
+        program, script, *rest = shlex.split(command)
+        assert program == "python"
+        printed += run([sys.executable, script, *rest, *SHORTER.get(script, [])], cwd=workplace)
+    if block.output is not None:
+        assert printed == block.output
+
+
+@pytest.mark.parametrize("command", [line for block in shell_blocks(run=False) for line in commands_of(block)])
 def test_command_that_cannot_run_here_is_right(command: str) -> None:
     words = shlex.split(command)
     (script,) = (word for word in words if word.endswith(".py"))
@@ -145,32 +205,75 @@ def test_manifest_lines_load(tmp_path: Path) -> None:
 
 
 def test_named_files_exist() -> None:
-    named = set(re.findall(r"`([\w./-]+\.(?:py|yaml)|[\w-]+(?:/[\w.-]+)+/?|[a-z_]+/)`", README))
+    pattern = r"`([\w./-]+\.(?:py|yaml)|[\w-]+(?:/[\w.-]+)+/?|[a-z_]+/)`"
+    named = {name for page in PAGES for name in re.findall(pattern, text_of(page))}
     assert len(named) > 20
     places = (ROOT, ROOT / "examples" / "configs", ROOT / "examples" / "configs" / "speech_emotion")
-    written_by_runs = {name for name in named if name.startswith("runs/")}
+    elsewhere = {name for name in named if name.startswith(("runs/", "facebook/"))}  # written by runs, or on the Hub
     if not MINIATURE.exists():
-        written_by_runs |= {name for name in named if name.startswith("model_cards")}
-    missing = [name for name in named - written_by_runs if not any((place / name).exists() for place in places)]
+        elsewhere |= {name for name in named if name.startswith("model_cards")}
+    missing = [name for name in named - elsewhere if not any((place / name).exists() for place in places)]
     assert missing == []
+
+
+def test_named_symbols_stand_in_the_files_named_with_them() -> None:
+    """Phrases such as "`STRATEGIES` in `listen/modeling_prompt_pool.py`"."""
+    text = " ".join(" ".join(text_of(page).split()) for page in PAGES)
+    named = re.findall(r"`(\w+)` in `([\w/]+\.py)`", text)
+    assert len(named) > 8
+    missing = [
+        (name, file) for name, file in named if not re.search(rf"\b{name}\b", (ROOT / file).read_text(encoding="utf-8"))
+    ]
+    assert missing == []
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub and the Hub give to a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text_of(page), flags=re.M | re.S), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_lead_to_files_and_headings() -> None:
+    broken = []
+    for page in PROSE:
+        for link in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
+            if link.startswith(("http://", "https://")):
+                continue
+            name, _, anchor = link.partition("#")
+            target = (page.parent / name).resolve() if name else page
+            if not target.exists() or (anchor and anchor not in anchors(target)):
+                broken.append(f"{page.relative_to(ROOT)}: {link}")
+    assert broken == []
+
+
+@pytest.mark.parametrize("index", ["README.md", "docs/README.md"])
+def test_indexes_list_every_page(index: str) -> None:
+    linked = {(ROOT / index).parent / link for link in re.findall(r"\]\(([\w./-]+\.md)", text_of(ROOT / index))}
+    pages = {page for page in (ROOT / "docs").glob("*.md") if page.stem != "README"}
+    assert pages - {link.resolve() for link in linked} == set()
 
 
 def test_tables_name_every_module_and_task() -> None:
     flat = {path.name for path in ROOT.glob("*_*.py") if path.stem != "__init__"}
-    assert flat - set(re.findall(r"`(\w+\.py)`", README)) == set()
-    rows = re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE)
-    assert set(rows) <= set(list_tasks())
+    assert flat - set(re.findall(r"`(\w+\.py)`", text_of(ROOT / "README.md"))) == set()
+    rows = re.findall(r"^\| `(\w+)` \|", text_of(ROOT / "docs" / "evaluation.md"), flags=re.MULTILINE)
+    assert {"asr", "en2zh", "er", "sv", "sqa", "acap"} <= set(rows) <= set(list_tasks())
     assert all(get_task(name).title for name in rows)
 
 
-def test_results_are_those_of_the_metrics_file() -> None:
-    """Rows such as `| asr | wer | 0.081 |` repeat what evaluation wrote for the miniature."""
-    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (\d\.\d{3}|\d+\.\d) \|", README, flags=re.MULTILINE)
+@pytest.mark.parametrize("page", ["README.md", "docs/evaluation.md"])
+def test_results_are_those_of_the_metrics_file(page: str) -> None:
+    """Rows such as `| asr | wer | 0.081 | 0.07 .. 0.09 |` repeat what evaluation wrote for the miniature."""
+    pattern = r"^\| `(\w+)` \| (\w+) \| (\d\.\d{3}|\d+\.\d) \|(?: ([\d.]+) \.\. ([\d.]+) \|)?"
+    rows = re.findall(pattern, text_of(ROOT / page), flags=re.MULTILINE)
     metrics = MINIATURE / "metrics.json"
     if not metrics.exists():
-        assert rows == [], "the README gives results that no metrics.json holds"
+        assert rows == [], f"{page} gives results that no metrics.json holds"
         return
     scores = json.loads(metrics.read_text(encoding="utf-8"))
-    for task, metric, shown in rows:
-        digits = len(shown.split(".")[1])
-        assert f"{scores[task][metric]:.{digits}f}" == shown, f"{task} {metric}"
+    assert len(rows) >= 4
+    for task, metric, *shown in rows:
+        digits = len(shown[0].split(".")[1])
+        values = [scores[task][metric], *scores["details"]["confidence_95"][task][metric]]
+        expected = [f"{value:.{digits}f}" for value in values]
+        assert shown in (expected, [expected[0], "", ""]), f"{task} {metric}"

@@ -26,10 +26,10 @@ def listen() -> ListenPipeline:
 
 
 @pytest.mark.parametrize("emotion", ["sad", "angry"])
-def test_one_sentence_in_two_emotions_gets_the_two_answers_of_the_readme(listen: ListenPipeline, emotion: str) -> None:
+def test_one_sentence_in_two_emotions_gets_the_two_answers_of_the_docs(listen: ListenPipeline, emotion: str) -> None:
     answer = listen(str(CARD / "samples" / f"{emotion}.wav"), task="response")[0]["generated_text"]
     assert answer == respond(parse_sentence(SENTENCE), emotion)
-    assert f"\n{answer}\n" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"\n{answer}\n" in (ROOT / "docs" / "alignment.md").read_text(encoding="utf-8")
 
 
 def test_it_still_hears_the_words_and_names_the_emotion(listen: ListenPipeline) -> None:
