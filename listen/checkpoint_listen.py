@@ -12,8 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .configuration_listen import BACKBONES
-from .encoder_listen import load_speech_encoder
 from .modeling_beats import BeatsModel
+from .modeling_speech_encoder import load_speech_encoder
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 _OUTDATED_KWARGS = {"safe_serialization"}  # scripts still give it; all is saved so

@@ -19,10 +19,10 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from .checkpoint_listen import FrozenBackbonesMixin
 from .configuration_audio_classification import ListenAudioClassificationConfig
-from .encoder_listen import build_speech_encoder
 from .feature_extraction_audio_classification import (  # noqa: F401 (checkpoints carry the files imported here)
     ListenAudioClassificationFeatureExtractor,
 )
+from .modeling_speech_encoder import build_speech_encoder
 
 
 class TimeLayerTransformer(nn.Module):

@@ -19,7 +19,6 @@ from .adapter_listen import AdapterMixin
 from .checkpoint_listen import additive_attention
 from .configuration_listen import BACKBONES, ListenConfig
 from .context_listen import check_context, context_limit
-from .encoder_listen import build_speech_encoder
 from .feature_extraction_listen import ListenFeatureExtractor
 from .generation_listen import PlaceholderBlindProcessors, PlaceholderFreeCandidates, ordinary_ids
 from .geometry_listen import num_resampled
@@ -35,6 +34,7 @@ from .modeling_beats import BeatsModel
 from .modeling_connector import WindowQFormer
 from .modeling_conv_rotary import ConvRotary
 from .modeling_prompt_pool import ListenPromptPool, PromptSelection
+from .modeling_speech_encoder import build_speech_encoder
 from .outputs_listen import AudioEmbeddings, EncodedAudio, ListenModelOutput, ListenOutput, PromptOutput
 from .pipeline_listen import ListenPipeline  # noqa: F401 (checkpoints carry the files that are imported here)
 

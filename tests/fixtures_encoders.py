@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
-from listen.encoder_listen import ListenSpeechEncoder
 from listen.feature_extraction_listen import extract_speech, speech_features
 from listen.geometry_listen import SAMPLING_RATE, speech_geometry
+from listen.modeling_speech_encoder import ListenSpeechEncoder, build_speech_encoder
 
 _BODY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 # the convolutions of the real ones, so that lengths are real, with few channels
@@ -65,7 +65,7 @@ def encoder_config(kind: str, **overrides: object) -> PreTrainedConfig:
 def random_encoder(kind: str, **overrides: object) -> ListenSpeechEncoder:
     """A random encoder in eval mode whose layers do something."""
     torch.manual_seed(0)
-    return spread(ListenSpeechEncoder.from_config(encoder_config(kind, **overrides)).eval())
+    return spread(build_speech_encoder(encoder_config(kind, **overrides)).eval())
 
 
 @torch.no_grad()

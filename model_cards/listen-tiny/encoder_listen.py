@@ -1,1 +1,0 @@
-../../listen/encoder_listen.py
