@@ -179,6 +179,13 @@ def test_commands_run_and_print_what_is_shown(block: Block, workplace: Path) -> 
         assert printed == block.output
 
 
+def test_scripts_of_all_commands_exist() -> None:
+    commands = [line for run in (True, False) for block in shell_blocks(run=run) for line in commands_of(block)]
+    scripts = {word for command in commands for word in shlex.split(command) if word.endswith(".py")}
+    assert len(scripts) > 8
+    assert [script for script in scripts if not (ROOT / script).is_file()] == []
+
+
 @pytest.mark.parametrize("command", [line for block in shell_blocks(run=False) for line in commands_of(block)])
 def test_command_that_cannot_run_here_is_right(command: str) -> None:
     words = shlex.split(command)
