@@ -11,10 +11,12 @@ TEST_STAMP := $(VENV)/.installed-for-tests
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint format clean
+.PHONY: demo environment test lint format clean
 
 demo: $(STAMP)  ## build the corpus, train, evaluate, answer questions; writes runs/demo
 	@$(RUN) examples/demo.py
+
+environment: $(TEST_STAMP)  ## all that tests need, in .venv
 
 test: $(TEST_STAMP) lint  ## lint, then run every test
 	@HF_HUB_OFFLINE=1 $(RUN) -m pytest -q -n auto --dist loadfile

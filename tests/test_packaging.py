@@ -159,16 +159,41 @@ def test_pytest_collects_in_a_folder_of_any_name(tmp_path: Path) -> None:
     assert "tests/test_packaging.py::test_pytest_collects_in_a_folder_of_any_name" in listed
 
 
+CI_MAKEFILE = """
+environment:
+\t@mkdir -p .venv/bin && ln -sf {python} .venv/bin/python
+test:
+\t@echo "data=$(LISTEN_REAL_DATA)"; echo "models=$(LISTEN_REAL_MODELS)"; exit {status}
+"""
+
+
+def run_ci(folder: Path, status: int = 0) -> tuple[list[str], bool]:
+    """Output and success of `.ci/run` in a clone whose `make test` only shows its settings; `folder` is around it."""
+    clone = folder / "clone"
+    (clone / ".ci").mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / ".ci" / "run", clone / ".ci" / "run")
+    (clone / "Makefile").write_text(CI_MAKEFILE.format(python=sys.executable, status=status))
+    # these tests may run below `make test` themselves
+    inherited = {"LISTEN_REAL_DATA", "LISTEN_REAL_MODELS", "MAKEFLAGS", "MAKELEVEL", "MFLAGS"}
+    environment = {key: value for key, value in os.environ.items() if key not in inherited}
+    environment["XDG_CACHE_HOME"] = str(folder / "cache")
+    done = subprocess.run(["bash", clone / ".ci" / "run"], env=environment, cwd="/", capture_output=True, text=True)
+    return done.stdout.splitlines(), done.returncode == 0
+
+
 @pytest.mark.parametrize("status", [0, 3])
 def test_ci_passes_on_real_data_and_exit_code(tmp_path: Path, status: int) -> None:
-    clone = tmp_path / "clone"
-    (clone / ".ci").mkdir(parents=True)
-    shutil.copy(ROOT / ".ci" / "run", clone / ".ci" / "run")
-    (clone / "Makefile").write_text(f'test:\n\t@echo "data=$(LISTEN_REAL_DATA)"; exit {status}\n')
-    # these tests may run below `make test` themselves
-    inherited = {"LISTEN_REAL_DATA", "MAKEFLAGS", "MAKELEVEL", "MFLAGS"}
-    environment = {key: value for key, value in os.environ.items() if key not in inherited}
-    for expected in ("data=", f"data={tmp_path / 'shared' / 'data'}"):
-        done = subprocess.run(["bash", clone / ".ci" / "run"], env=environment, cwd="/", capture_output=True, text=True)
-        assert (done.stdout.splitlines()[0], done.returncode == 0) == (expected, status == 0)
-        (tmp_path / "shared" / "data").mkdir(parents=True, exist_ok=True)
+    assert run_ci(tmp_path, status) == (["data=", "models="], status == 0)
+    (tmp_path / "shared" / "data").mkdir(parents=True)
+    assert run_ci(tmp_path, status) == ([f"data={tmp_path / 'shared' / 'data'}", "models="], status == 0)
+
+
+def test_ci_fetches_real_models_and_goes_on_without_them(tmp_path: Path) -> None:
+    fetch = tmp_path / "shared" / "tools" / "real_models.py"
+    fetch.parent.mkdir(parents=True)
+    fetch.write_text("import pathlib, sys; pathlib.Path(sys.argv[1], 'whisper').mkdir()")
+    folder = tmp_path / "cache" / "listen-real-models"
+    assert run_ci(tmp_path) == (["data=", f"models={folder}"], True)
+    assert (folder / "whisper").is_dir()
+    fetch.write_text("import sys; sys.exit('no registry')")
+    assert run_ci(tmp_path) == (["Tests of real models are skipped: no registry", "data=", "models="], True)
