@@ -15,13 +15,187 @@ from transformers.utils import cached_file
 from .checkpoint_listen import HUB_KWARGS, FrozenBackbonesMixin, check_backbone
 from .configuration_listen import BACKBONES, ListenConnectorConfig, ListenPromptPoolConfig, check_padding
 from .language_models_listen import mean_embedding
+from .modeling_connector import WindowQFormer
+from .modeling_conv_rotary import ConvRotary
+from .modeling_prompt_pool import ListenPromptPool
+from .outputs_listen import EncodedAudio, PromptOutput
 
+BASE_ADAPTER = "__base__"  # names no adapter: a row of text alone
+_CONNECTORS = {"window_qformer": WindowQFormer, "conv_rotary": ConvRotary}
 WEIGHTS_FILE = "model.safetensors"
 # LoRA fields that the config always holds, fields that do not affect a trained adapter, fields that train the LLM
 _LORA_FIELDS = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora")
 _LORA_ORIGIN = ("task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version")
 _WITHOUT_EFFECT = (*_LORA_ORIGIN, "inference_mode", "init_lora_weights")
 _BEYOND_LORA = ("modules_to_save", "trainable_token_indices")
+
+
+class ListenAdapter(nn.Module):
+    """One adapter: a connector and a prompt pool.
+
+    Args:
+        config: The model's `ListenConfig`.
+        connector: Config of the connector.
+        pool: Config of the prompt pool; `None` for none.
+    """
+
+    def __init__(self, config: PreTrainedConfig, connector: PreTrainedConfig, pool: PreTrainedConfig | None) -> None:
+        super().__init__()
+        audio_width = config.audio_config.hidden_size if config.audio_config is not None else 0
+        self.connector = _CONNECTORS[connector.type](
+            connector, config.speech_width, audio_width, config.text_width, config.frame_seconds
+        )
+        self.prompt_pool = ListenPromptPool(pool, config.text_width) if pool is not None else None
+
+
+class Adapters(nn.ModuleDict):
+    """The adapters of a model by name. One of them usually serves a whole batch; each row may also name its own.
+
+    `names` below holds the adapter of each row, with `None` or `"__base__"` for a row of text alone.
+    """
+
+    def named(self, name: str | None) -> ListenAdapter:
+        """The adapter of that name.
+
+        Raises:
+            ValueError: there is none, or none is active.
+        """
+        if name is None or name == BASE_ADAPTER:
+            raise ValueError(
+                "the input holds audio or prompts but no adapter is active for it; enable one with set_adapter(name), "
+                "or give text alone with num_prompts=0"
+            )
+        if name not in self:
+            raise ValueError(f"adapter {name!r} is unknown; loaded adapters: {', '.join(self)}")
+        return self[name]
+
+    def connect(self, encoded: EncodedAudio, is_audio: torch.Tensor, names: list[str | None]) -> torch.Tensor:
+        """Audio embeddings for the placeholders of a batch.
+
+        Args:
+            encoded: Encoder frames of all chunks of the batch, in order.
+            is_audio: `(batch, sequence)` audio placeholders.
+            names: Adapter of each row.
+
+        Returns:
+            `(total, text width)`, the chunks one after the other.
+
+        Raises:
+            ValueError: the placeholders of a row are not filled by whole chunks, or a row with audio has no adapter.
+        """
+        if len(set(names)) > 1:
+            return self._connect_by_row(encoded, is_audio, names)
+        embeddings, lengths = self.named(names[0]).connector(*encoded.to_tuple())  # (total, text width), (chunks,)
+        chunk_rows(lengths, is_audio)  # raises where audio and text do not match
+        return embeddings
+
+    def _connect_by_row(self, encoded: EncodedAudio, is_audio: torch.Tensor, names: list[str | None]) -> torch.Tensor:
+        rows = chunk_rows(self.lengths(encoded, names), is_audio).tolist()
+        pieces: list[torch.Tensor] = [encoded.speech_hidden_states.new_empty(0)] * len(rows)
+        for name in dict.fromkeys(names[row] for row in rows):
+            chunks = [i for i, row in enumerate(rows) if names[row] == name]
+            embeddings, lengths = self.named(name).connector(*encoded.take(chunks).to_tuple())
+            for chunk, piece in zip(chunks, embeddings.split(lengths.tolist()), strict=True):
+                pieces[chunk] = piece  # (embeddings of the chunk, text width)
+        return torch.cat(pieces)
+
+    def lengths(self, encoded: EncodedAudio, names: list[str | None]) -> torch.Tensor:
+        """How many embeddings each chunk gives, `(chunks,)`, without running a connector.
+
+        Raises:
+            ValueError: the adapters of one batch do not agree, or there is none.
+        """
+        frames = encoded.speech_hidden_states_mask.sum(-1)  # (chunks,)
+        padded = torch.full_like(frames, encoded.speech_hidden_states.shape[1])
+        if encoded.audio_hidden_states is not None:
+            frames = torch.maximum(frames, encoded.audio_hidden_states_mask.sum(-1))
+            padded = padded.clamp_min(encoded.audio_hidden_states.shape[1])
+        used = [name for name in dict.fromkeys(names) if name not in (None, BASE_ADAPTER)] or [None]
+        connectors = {name: self.named(name).connector for name in used}
+        counts = {name: c.lengths(padded if c.config.salmonn_compat else frames) for name, c in connectors.items()}
+        first, *others = counts.values()
+        if any(not torch.equal(first, other) for other in others):
+            raise ValueError(
+                f"adapters {', '.join(counts)} cut audio into windows of different length; run them in separate batches"
+            )
+        return first
+
+    def pick(
+        self, query: torch.Tensor, counts: torch.Tensor, task_ids: torch.Tensor | None, names: list[str | None]
+    ) -> tuple[torch.Tensor, PromptOutput]:
+        """Prompts for the placeholders of a batch.
+
+        Args:
+            query: `(batch, text width)`.
+            counts: `(batch,)` prompts that each row asks for.
+            task_ids: `(batch,)`, for pools of strategy `"task"`.
+            names: Adapter of each row.
+
+        Returns:
+            `(counts.sum(), text width)`, the rows one after the other, and what was picked.
+
+        Raises:
+            ValueError: a row with prompts has no adapter, its adapter has no pool, or the pool is too small.
+        """
+        if len(set(names)) > 1:
+            return self._pick_by_row(query, counts, task_ids, names)
+        pool = self.named(names[0]).prompt_pool
+        if pool is None:
+            raise ValueError(f"adapter {names[0]!r} has no prompt pool; process the input with num_prompts=0")
+        prompts, selection = pool(query, counts, task_ids)
+        return prompts, PromptOutput(
+            indices=selection.indices,
+            scores=selection.scores.detach(),
+            key_loss=selection.key_loss,
+            key_loss_weight=query.new_full((len(query),), pool.config.key_loss_weight),
+            query=query,
+        )
+
+    def _pick_by_row(
+        self, query: torch.Tensor, counts: torch.Tensor, task_ids: torch.Tensor | None, names: list[str | None]
+    ) -> tuple[torch.Tensor, PromptOutput]:
+        k = int(counts.max())
+        picked = PromptOutput(
+            indices=torch.full((len(query), k), -1, dtype=torch.long, device=query.device),
+            scores=query.new_zeros(len(query), k),
+            key_loss=query.new_zeros(len(query)),
+            key_loss_weight=query.new_zeros(len(query)),
+            query=query,
+        )
+        pieces = [query[:0]] * len(query)  # prompts of each row, (prompts of the row, text width)
+        for name in dict.fromkeys(names):
+            rows = torch.tensor([i for i, other in enumerate(names) if other == name], device=query.device)
+            if not counts[rows].any():
+                continue
+            tasks = task_ids[rows] if task_ids is not None else None
+            prompts, own = self.pick(query[rows], counts[rows], tasks, [name])
+            width = own.indices.shape[1]
+            picked.indices[rows, :width], picked.scores[rows, :width] = own.indices, own.scores
+            picked.key_loss = picked.key_loss.index_add(0, rows, own.key_loss)
+            picked.key_loss_weight[rows] = own.key_loss_weight
+            for row, piece in zip(rows.tolist(), prompts.split(counts[rows].tolist()), strict=True):
+                pieces[row] = piece
+        return torch.cat(pieces), picked
+
+
+def chunk_rows(lengths: torch.Tensor, is_audio: torch.Tensor) -> torch.Tensor:
+    """Row of the batch that each chunk of audio belongs to, `(chunks,)`.
+
+    Args:
+        lengths: `(chunks,)` embeddings of each chunk, in order.
+        is_audio: `(batch, sequence)` audio placeholders.
+
+    Raises:
+        ValueError: the placeholders of a row are not filled by whole chunks.
+    """
+    chunk_ends, row_ends = lengths.cumsum(0), is_audio.sum(-1).cumsum(0)
+    ends = [0, *chunk_ends.tolist()]
+    if not set(row_ends.tolist()) <= set(ends) or ends[-1] != int(row_ends[-1]):
+        raise ValueError(
+            f"the rows hold {is_audio.sum(-1).tolist()} audio placeholders but the chunks of audio give "
+            f"{lengths.tolist()} embeddings, in order; process text and audio together with ListenProcessor"
+        )
+    return torch.searchsorted(row_ends, chunk_ends)
 
 
 class AdapterMixin(FrozenBackbonesMixin):
@@ -116,7 +290,7 @@ class AdapterMixin(FrozenBackbonesMixin):
             adapter_name: Which; the active one by default.
         """
         name = adapter_name or self.active_adapter
-        chosen = self._adapter(name)
+        chosen = self.adapters.named(name)
         config, extra = self.config, self.config.extra_adapters
         default = config.connector_config, config.prompt_pool_config
         connector, pool = chosen.connector.config, chosen.prompt_pool.config if chosen.prompt_pool is not None else None
@@ -174,7 +348,7 @@ class AdapterMixin(FrozenBackbonesMixin):
         if name in self.adapters:
             raise ValueError(f"adapter {name!r} exists already; choose another name or delete it first")
         check_padding(connector, self.config.pad_to_30s)
-        module = type(self.adapters["default"])(self.config, connector, pool)
+        module = ListenAdapter(self.config, connector, pool)
         self.adapters[name] = module.to(self.adapters["default"].connector.projection.weight.device)
         described = {"connector_config": connector.to_dict(), "prompt_pool_config": pool.to_dict() if pool else None}
         self.config.extra_adapters = {**(self.config.extra_adapters or {}), name: described}
@@ -333,4 +507,4 @@ def _count(module: nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
 
-__all__ = ["AdapterMixin"]
+__all__ = ["AdapterMixin", "Adapters", "BASE_ADAPTER", "ListenAdapter", "chunk_rows"]

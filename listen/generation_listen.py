@@ -1,10 +1,148 @@
-"""What generation needs beyond transformers: placeholder ids that no processor sees and no answer holds."""
+"""What generation needs beyond transformers: audio that is encoded once, and placeholder ids that no processor sees."""
 
+import warnings
 from typing import Any
 
 import torch
-from transformers import LogitsProcessorList
-from transformers.generation.candidate_generator import CandidateGenerator
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
+from transformers.generation.candidate_generator import CandidateGenerator, PromptLookupCandidateGenerator
+from transformers.masking_utils import create_masks_for_generate
+
+from .adapter_listen import chunk_rows
+from .context_listen import context_limit
+from .feature_extraction_listen import ListenFeatureExtractor
+from .language_models_listen import check_cache, check_input, is_outdated
+from .outputs_listen import EncodedAudio
+
+_ENCODED = tuple(EncodedAudio.__annotations__)
+_AUDIO_INPUTS = (*ListenFeatureExtractor.model_input_names, *_ENCODED)
+_PREFILL_ONLY = (*_ENCODED, "query_mask", "task_ids", "adapter_names")
+_NOT_FORWARDED = ("tokenizer", "assistant_tokenizer")  # for stop strings and assistants; `generate` passes them on
+
+
+class ListenGenerationMixin(GenerationMixin):
+    """`generate` for a LiSTEN model: what differs from transformers because of audio, prompts and the LLM inside.
+
+    It stands before the model's class among the bases, as it overrides an attribute of `PreTrainedModel`.
+    """
+
+    @property
+    def _is_stateful(self) -> bool:
+        """Whether the LLM cannot take back a token, as assisted decoding does."""
+        return self.language_model._is_stateful
+
+    def _supports_default_dynamic_cache(self) -> bool:
+        """Whether the LLM takes the cache that transformers makes; MiniMax makes its own."""
+        return self.language_model._supports_default_dynamic_cache()
+
+    def _prepare_cache_for_generation(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> None:
+        """As upstream, but an LLM without an attention cache is refused rather than fed its last token alone."""
+        if generation_config.use_cache is not False:
+            check_cache(self.language_model)
+        super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
+
+    def create_masks_for_generate(self, **kwargs: Any) -> Any:
+        """Masks for static caches, as the LLM makes them: Bloom counts positions by flat ones."""
+        create = getattr(self.language_model, "create_masks_for_generate", create_masks_for_generate)
+        return create(**{**kwargs, "config": self.language_model.config})
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, is_first_iteration: bool | None = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As upstream; encoder frames and what picks the prompts reach the first forward pass alone.
+
+        An empty cache means the first pass too: an assistant's passes are never marked as first, but need the audio.
+        """
+        cache = kwargs.get("past_key_values")
+        if is_outdated(cache, input_ids.shape[1], self.language_model.config):
+            cache = kwargs["past_key_values"] = kwargs["next_sequence_length"] = None
+            is_first_iteration = True
+        whole = kwargs.get("next_sequence_length") in (None, input_ids.shape[1])
+        first = is_first_iteration or (whole and cache is not None and cache.get_seq_length() == 0)
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=first, **kwargs)
+        dropped = _NOT_FORWARDED if first or not kwargs.get("use_cache", True) else (*_NOT_FORWARDED, *_PREFILL_ONLY)
+        return {name: value for name, value in inputs.items() if name not in dropped}
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """As upstream, but clips follow their samples: A, B becomes A, A, B, B by sample, not by clip.
+
+        The encoders run once, before the expansion. The query is fixed here: candidates of assisted decoding,
+        generated tokens and padding are not part of it.
+        """
+        if input_ids is not None and model_kwargs.get("query_mask") is None:
+            mask = model_kwargs.get("attention_mask")
+            model_kwargs["query_mask"] = mask.clone() if mask is not None else torch.ones_like(input_ids)
+        if expand_size == 1:
+            return input_ids, model_kwargs
+        check_input(self.config, input_ids, model_kwargs.get("attention_mask"))
+        audio = {name: model_kwargs.pop(name) for name in _AUDIO_INPUTS if name in model_kwargs}
+        names = model_kwargs.pop("adapter_names", None)
+        encoded = self._encoded(**audio)
+        if encoded is not None:
+            lengths = self.adapters.lengths(encoded, names or [self.active_adapter])
+            rows = chunk_rows(lengths, self.placeholder_masks(input_ids)[0]).tolist()
+            by_row = [[i for i, owner in enumerate(rows) if owner == row] for row in range(max(rows) + 1)]
+            encoded = encoded.take([i for chunks in by_row for _ in range(expand_size) for i in chunks])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        if names is not None:
+            model_kwargs["adapter_names"] = [name for name in names for _ in range(expand_size)]
+        return input_ids, {**model_kwargs, **(encoded or {})}
+
+    def _validate_generated_length(
+        self, generation_config: GenerationConfig, input_ids_length: int, has_default_max_length: bool
+    ) -> None:
+        """As upstream, and a warning where the answer may run out of the LLM's context."""
+        super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
+        limit = context_limit(self.config.text_config)
+        if limit is not None and generation_config.max_length > limit:
+            warnings.warn(
+                f"{input_ids_length} positions and {generation_config.max_length - input_ids_length} new tokens exceed "
+                f"the LLM's context of {limit}: answers degrade, or fail, after {max(limit - input_ids_length, 0)} new "
+                "tokens; lower max_new_tokens, or shorten the input",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _get_logits_processor(
+        self,
+        generation_config: GenerationConfig,
+        input_ids_seq_length: int | None = None,
+        encoder_input_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As upstream, but processors never see placeholders, and answers never hold them."""
+        placeholders = self._placeholder_ids
+        mask = (kwargs.get("model_kwargs") or {}).get("attention_mask")
+        padding = mask == 0 if mask is not None and mask.dim() == 2 else None  # (rows, prompt length)
+        if encoder_input_ids is not None and encoder_input_ids.dim() == 2:  # ids, no embeddings
+            rows = padding[:: len(padding) // len(encoder_input_ids)] if padding is not None else None
+            encoder_input_ids = ordinary_ids(encoder_input_ids, placeholders, rows)
+        processors = super()._get_logits_processor(generation_config, input_ids_seq_length, encoder_input_ids, **kwargs)
+        above = all(token_id >= self.config.get_text_config().vocab_size for token_id in placeholders)
+        if not processors and above:
+            return processors
+        return PlaceholderBlindProcessors(processors, placeholders, padding)
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        """As upstream, but prompt look-up does not copy placeholders."""
+        generator = super()._get_candidate_generator(*args, **kwargs)
+        if not isinstance(generator, PromptLookupCandidateGenerator):
+            return generator
+        generator.logits_processor = None
+        return PlaceholderFreeCandidates(generator, self._placeholder_ids)
+
+    @property
+    def _placeholder_ids(self) -> list[int]:
+        ids = self.config.audio_token_id, self.config.prompt_token_id
+        return [token_id for token_id in ids if token_id is not None]
 
 
 class PlaceholderBlindProcessors(LogitsProcessorList):
@@ -79,4 +217,4 @@ class PlaceholderFreeCandidates(CandidateGenerator):
         return self.generator.update_candidate_strategy(input_ids, scores, num_matches)
 
 
-__all__ = ["PlaceholderBlindProcessors", "PlaceholderFreeCandidates", "ordinary_ids"]
+__all__ = ["ListenGenerationMixin", "PlaceholderBlindProcessors", "PlaceholderFreeCandidates", "ordinary_ids"]

@@ -13,11 +13,14 @@ No scale is built into the connector: its last layer is linear and learns it.
 """
 
 import inspect
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .context_listen import check_context, context_limit
 
 _READ_IDS_ALONE = ("cpmant",)
 _BLIND_TO_MASKS = ("recurrent_gemma", "rwkv", "xlstm")
@@ -117,18 +120,29 @@ def check_language_model(text_config: PreTrainedConfig) -> None:
         )
 
 
-def check_padded(text_config: PreTrainedConfig, attention_mask: torch.Tensor | None) -> None:
-    """Refuse padding where the LLM would read it as text.
+def check_input(config: PreTrainedConfig, input_ids: torch.Tensor | None, attention_mask: Any) -> None:
+    """Refuse an input that the LLM cannot read, before its audio is encoded.
 
     Args:
-        text_config: The LLM's config.
-        attention_mask: `(batch, sequence)`, 1 on real positions.
+        config: A `ListenConfig`.
+        input_ids: `(batch, sequence)` with placeholder ids; `None` where embeddings are given in their place.
+        attention_mask: `(batch, positions)`, 1 on real positions, those in the cache too; masks of other shapes, which
+            static caches make, are not looked at.
 
     Raises:
-        ValueError: there is padding, and the LLM's layers do not look at masks.
+        ValueError: audio or prompts do not fit into the LLM's context (text alone is left to the LLM), or there is
+            padding and the LLM's layers ignore masks.
     """
-    model_type = text_config.get_text_config().model_type
-    if model_type in _BLIND_TO_MASKS and attention_mask is not None and not attention_mask.all():
+    mask = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 else None
+    limit = context_limit(config.text_config)
+    positions = 0 if input_ids is None else max(input_ids.shape[1], 0 if mask is None else mask.shape[1])
+    if limit is not None and positions > limit:
+        lengths = mask.sum(-1) if mask is not None else torch.full_like(input_ids[:, 0], positions)  # (batch,)
+        row = int(lengths.argmax())
+        prompts, audio = (input_ids[row].tolist().count(i) for i in (config.prompt_token_id, config.audio_token_id))
+        check_context(limit, int(lengths[row]), prompts, audio)
+    model_type = config.text_config.get_text_config().model_type
+    if model_type in _BLIND_TO_MASKS and mask is not None and not mask.all():
         raise ValueError(f"LLMs of type {model_type!r} read padding as if it were text; give one row at a time")
 
 
@@ -145,8 +159,8 @@ def check_cache(language_model: PreTrainedModel) -> None:
 
 __all__ = [
     "check_cache",
+    "check_input",
     "check_language_model",
-    "check_padded",
     "embedded_inputs",
     "is_outdated",
     "mean_embedding",

@@ -1,9 +1,13 @@
 """Connectors: from frames of the frozen encoders to audio embeddings of the LLM's width."""
 
+from fractions import Fraction
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel, PreTrainedConfig
+
+from .geometry_listen import num_resampled
 
 
 class FusingConnector(nn.Module):
@@ -135,6 +139,32 @@ class WindowQFormer(FusingConnector):
         return windows, windows.new_ones(windows.shape[:3], dtype=torch.bool)
 
 
+def resample_frames(states: torch.Tensor, mask: torch.Tensor, step: Fraction) -> tuple[torch.Tensor, torch.Tensor]:
+    """Frames of one encoder at the rate of another: each new one is the mean over its time of those that it covers.
+
+    Args:
+        states: `(chunks, frames, width)`.
+        mask: `(chunks, frames)`, real frames first.
+        step: Old frames that go by during a new one.
+
+    Returns:
+        `(chunks, new frames, width)` and its mask; what was given where `step` is 1.
+    """
+    if step == 1:
+        return states, mask
+    counts = mask.sum(-1)  # (chunks,)
+    length = num_resampled(states.shape[1], step)
+    edges = torch.arange(length + 1, device=states.device, dtype=torch.float64) * float(step)  # (new frames + 1,)
+    edges = torch.minimum(edges[None], counts[:, None].double())  # (chunks, new frames + 1)
+    whole = edges.floor().long().clamp_max(states.shape[1] - 1)[..., None].expand(-1, -1, states.shape[2])
+    real = states.double() * mask[..., None]  # (chunks, frames, width)
+    area = F.pad(real.cumsum(1), (0, 0, 1, 0)).gather(1, whole) + (edges[..., None] - whole) * real.gather(1, whole)
+    real_counts = [num_resampled(count, step) for count in counts.tolist()]
+    new_mask = torch.arange(length, device=states.device) < torch.tensor(real_counts, device=states.device)[:, None]
+    span = edges.diff(dim=1).masked_fill(~new_mask, 1.0)  # (chunks, new frames)
+    return (area.diff(dim=1) / span[..., None]).to(states.dtype), new_mask
+
+
 def _qformer_config(config: PreTrainedConfig, encoder_width: int) -> Blip2QFormerConfig:
     return Blip2QFormerConfig(
         hidden_size=config.hidden_size,
@@ -148,4 +178,4 @@ def _qformer_config(config: PreTrainedConfig, encoder_width: int) -> Blip2QForme
     )
 
 
-__all__ = ["FusingConnector", "WindowQFormer"]
+__all__ = ["FusingConnector", "WindowQFormer", "resample_frames"]

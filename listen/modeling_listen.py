@@ -1,69 +1,38 @@
-"""LiSTEN (arXiv 2505.18517): frozen encoders and a learned adapter that give a frozen causal LLM ears."""
+"""LiSTEN (arXiv 2505.18517): a frozen causal LLM with audio input, by frozen encoders and a trained adapter.
 
-import warnings
+A forward pass, in the order of this file: the encoders turn audio into frames (`encode_audio`), the adapter's connector
+turns frames into audio embeddings, its prompt pool picks prompts for the input, both fill their placeholders (`embed`),
+and the LLM reads the result.
+"""
+
 from collections.abc import Collection, Iterator
-from fractions import Fraction
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
-from transformers.masking_utils import create_masks_for_generate
-from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils import TransformersKwargs
 
-from .adapter_listen import AdapterMixin
+from .adapter_listen import AdapterMixin, Adapters, ListenAdapter
 from .checkpoint_listen import additive_attention
 from .configuration_listen import BACKBONES, ListenConfig
-from .context_listen import check_context, context_limit
-from .feature_extraction_listen import ListenFeatureExtractor
-from .generation_listen import PlaceholderBlindProcessors, PlaceholderFreeCandidates, ordinary_ids
-from .geometry_listen import num_resampled
-from .language_models_listen import (
-    check_cache,
-    check_language_model,
-    check_padded,
-    embedded_inputs,
-    is_outdated,
-    train_frozen,
-)
+from .generation_listen import ListenGenerationMixin
+from .language_models_listen import check_input, check_language_model, embedded_inputs, train_frozen
 from .modeling_beats import BeatsModel
-from .modeling_connector import WindowQFormer
-from .modeling_conv_rotary import ConvRotary
-from .modeling_prompt_pool import ListenPromptPool, PromptSelection
+from .modeling_connector import WindowQFormer, resample_frames
+from .modeling_prompt_pool import ListenPromptPool
 from .modeling_speech_encoder import build_speech_encoder
 from .outputs_listen import AudioEmbeddings, EncodedAudio, ListenModelOutput, ListenOutput, PromptOutput
 from .pipeline_listen import ListenPipeline  # noqa: F401 (checkpoints carry the files that are imported here)
 
-BASE_ADAPTER = "__base__"
-_CONNECTORS = {"window_qformer": WindowQFormer, "conv_rotary": ConvRotary}
-_ENCODED = tuple(EncodedAudio.__annotations__)
-_AUDIO_INPUTS = (*ListenFeatureExtractor.model_input_names, *_ENCODED)
-_CHOICES = ("query_mask", "task_ids", "adapter_names")
-_PREFILL_ONLY = (*_ENCODED, *_CHOICES)
-_NOT_FORWARDED = ("tokenizer", "assistant_tokenizer")  # of stop strings and assistants; `generate` hands them on
-# what `_merge` turns into embeddings, beside `input_ids` and `labels`
-_MERGED = (*_AUDIO_INPUTS, *_CHOICES, "attention_mask", "position_ids", "inputs_embeds")
-_FORWARDED = frozenset(TransformersKwargs.__annotations__) | {"return_dict"}
-
-
-class ListenAdapter(nn.Module):
-    """All that learns: the connector and the prompt pool."""
-
-    def __init__(self, config: PreTrainedConfig, connector: PreTrainedConfig, pool: PreTrainedConfig | None) -> None:
-        super().__init__()
-        audio_width = config.audio_config.hidden_size if config.audio_config is not None else 0
-        self.connector = _CONNECTORS[connector.type](
-            connector, config.speech_width, audio_width, config.text_width, config.frame_seconds
-        )
-        self.prompt_pool = ListenPromptPool(pool, config.text_width) if pool is not None else None
+_LLM_KWARGS = TransformersKwargs.__annotations__.keys() | {"return_dict"}
 
 
 class ListenPreTrainedModel(AdapterMixin, PreTrainedModel):
-    """What all LiSTEN models share: capabilities, initialisation, and frozen parts that stay frozen."""
+    """What all LiSTEN models share: capabilities, initialisation, and frozen backbones that stay frozen."""
 
     config: ListenConfig
     base_model_prefix = ""
@@ -79,13 +48,13 @@ class ListenPreTrainedModel(AdapterMixin, PreTrainedModel):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the LLM: what learns is in fp32, whatever the backbones are in."""
+        """The LLM's dtype; trainable parameters are in fp32, whatever the backbones are in."""
         language_model = getattr(self, "language_model", None)
         return language_model.dtype if language_model is not None else super().dtype
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """No: of custom code, transformers skips modules without weights, where Falcon-H1 fills its layers' buffers."""
+        """Return False so that parameter-free modules are initialised too (Falcon-H1 buffers)."""
         return False
 
     @torch.no_grad()
@@ -101,7 +70,7 @@ class ListenPreTrainedModel(AdapterMixin, PreTrainedModel):
                 init.zeros_(module.query_mean)
 
     def train(self, mode: bool = True) -> "ListenPreTrainedModel":
-        """Put what learns into training mode; frozen backbones stay in eval mode, without dropout."""
+        """Put trainable modules into training mode; frozen backbones stay in eval mode, without dropout."""
         super().train(mode)
         for _, backbone in self.frozen_backbones():
             backbone.eval()
@@ -110,26 +79,26 @@ class ListenPreTrainedModel(AdapterMixin, PreTrainedModel):
         return self
 
     def frozen_backbones(self) -> Iterator[tuple[str, nn.Module]]:
-        """Names and modules of the backbones that do not learn."""
+        """Names and modules of the frozen backbones."""
         for name in BACKBONES:
             backbone = getattr(self, name, None)
             if backbone is not None and name not in self.config.trainable:
                 yield name, backbone
 
     def freeze(self) -> None:
-        """Let exactly `config.trainable`, and LoRA weights on the LLM, require gradients."""
+        """Let the parts in `config.trainable`, and LoRA weights on the LLM, require gradients; nothing else does."""
         constant = self._constant_parameters()
         for name, parameter in self.named_parameters():
             root, *rest = name.split(".")
             group = rest[1] if root == "adapters" else root  # adapters.<name>.<connector or prompt_pool>
-            learns = group in self.config.trainable or (root == "adapters" and "adapter" in self.config.trainable)
-            learns = learns and parameter.is_floating_point() and name not in constant
-            parameter.requires_grad_("lora_" in name or learns)
+            trainable = group in self.config.trainable or (root == "adapters" and "adapter" in self.config.trainable)
+            trainable = trainable and parameter.is_floating_point() and name not in constant
+            parameter.requires_grad_("lora_" in name or trainable)
 
     def _constant_parameters(self) -> set[str]:
-        """Parameters of learned encoders that nothing trains: sinusoids, and the mask of a SpecAugment that is off.
+        """Parameters of trainable encoders that stay constant: sinusoids, and the mask of a SpecAugment that is off.
 
-        Whisper's family keeps its sinusoidal positions as a parameter that it excludes itself; loading forgets that.
+        Whisper's family keeps its sinusoidal positions as a parameter without gradient; loading resets that.
         """
         constant = set()
         for name, _ in self.named_parameters():
@@ -152,9 +121,9 @@ class ListenModel(ListenPreTrainedModel):
     def __init__(self, config: ListenConfig, init_backbones: Collection[str] = tuple(BACKBONES)) -> None:
         super().__init__(config)
         check_language_model(config.text_config)
-        # an instance's own: which encoders learn is a matter of the config
+        # an instance's own: the config says which encoders are trained
         self._keep_in_fp32_modules_strict = [*type(self)._keep_in_fp32_modules_strict, *config.learned_backbones]
-        if config.lora_config:  # read once the LLM is there, by `_load_lora`, which holds it against the config
+        if config.lora_config:  # read once the LLM is there, by `_load_lora`, which checks it against the config
             self._keys_to_ignore_on_load_unexpected = [r"^language_model\..*\.lora_"]
         self.speech_encoder: nn.Module | None = None
         self.audio_encoder: nn.Module | None = None
@@ -166,7 +135,8 @@ class ListenModel(ListenPreTrainedModel):
             self.audio_encoder = BeatsModel._from_config(config.audio_config, attn_implementation=attention)
         if "language_model" in init_backbones:
             self.language_model = AutoModelForCausalLM.from_config(config.text_config)
-        self.adapters = nn.ModuleDict()
+        self.audio_step = config.audio_step  # frames of the audio encoder in one of the speech encoder
+        self.adapters = Adapters()
         for name, (connector, pool) in self.adapter_configs().items():
             self.adapters[name] = ListenAdapter(config, connector, pool)
         self.active_adapter: str | None = "default"
@@ -189,7 +159,7 @@ class ListenModel(ListenPreTrainedModel):
         """
         raise ValueError("the LLM of a LiSTEN model is frozen and never resized; placeholder ids need no embedding")
 
-    # ------------------------------------------------------------------ hearing
+    # ------------------------------------------------------------------ audio to embeddings
 
     def encode_audio(
         self,
@@ -213,31 +183,31 @@ class ListenModel(ListenPreTrainedModel):
         Raises:
             ValueError: the filter-bank is missing, or given to a model without an audio encoder.
         """
-        _check_streams(self.config.audio_config is not None, input_values is not None, "input_values")
+        if (self.config.audio_config is None) != (input_values is None):
+            raise self._unfit_stream("input_values")
         if input_features_mask is None:
             input_features_mask = self.speech_encoder.full_mask(input_features)
-        speech = self._encode("speech_encoder", input_features, None if self.config.pad_to_30s else input_features_mask)
-        encoded = EncodedAudio(
-            speech_hidden_states=speech, speech_hidden_states_mask=self.speech_encoder.output_mask(input_features_mask)
-        )
-        if input_values is not None:
-            if input_values_mask is None:
-                input_values_mask = torch.ones_like(input_values[..., 0], dtype=torch.long)
-            encoded.audio_hidden_states, encoded.audio_hidden_states_mask = resample_frames(
-                self._encode("audio_encoder", input_values, input_values_mask),
-                self.audio_encoder.output_mask(input_values_mask),
-                self.config.audio_step,
-            )
-        return encoded
+        speech_inputs_mask = None if self.config.pad_to_30s else input_features_mask
+        speech = self._run_encoder("speech_encoder", input_features, speech_inputs_mask)  # (chunks, frames, width)
+        speech_mask = self.speech_encoder.output_mask(input_features_mask)  # (chunks, frames)
+        if input_values is None:
+            return EncodedAudio(speech, speech_mask)
+        if input_values_mask is None:
+            input_values_mask = torch.ones_like(input_values[..., 0], dtype=torch.long)  # (chunks, filter-bank frames)
+        audio = self._run_encoder("audio_encoder", input_values, input_values_mask)  # (chunks, frames, width)
+        audio_mask = self.audio_encoder.output_mask(input_values_mask)  # (chunks, frames)
+        return EncodedAudio(speech, speech_mask, *resample_frames(audio, audio_mask, self.audio_step))
 
-    def _encode(self, name: str, inputs: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        encoder, inputs = getattr(self, name), inputs.to(getattr(self, name).dtype)
+    def _run_encoder(self, name: str, inputs: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        encoder, size = getattr(self, name), self.config.chunks_at_once
+        inputs = inputs.to(encoder.dtype)
         if name in self.config.trainable and torch.is_grad_enabled():  # autograd keeps all activations anyway
             return encoder(inputs, mask).last_hidden_state
-        size = self.config.chunks_at_once
-        masks = [None] * len(inputs) if mask is None else mask.split(size)
+        pieces = []
         with torch.no_grad():
-            pieces = [encoder(*piece).last_hidden_state for piece in zip(inputs.split(size), masks, strict=False)]
+            for start in range(0, len(inputs), size):
+                piece = mask[start : start + size] if mask is not None else None
+                pieces.append(encoder(inputs[start : start + size], piece).last_hidden_state)
         return torch.cat(pieces)  # (chunks, frames, width)
 
     def get_audio_features(
@@ -257,7 +227,7 @@ class ListenModel(ListenPreTrainedModel):
             input_values: See `encode_audio`.
             input_values_mask: See `encode_audio`.
             encoded: Frames of an earlier `encode_audio`, in place of the features.
-            adapter_name: Adapter whose connector listens; the active one by default.
+            adapter_name: Adapter whose connector is used; the active one by default.
 
         Returns:
             `pooler_output` `(total, text width)`, the chunks one after the other, and `lengths` `(chunks,)`.
@@ -267,25 +237,52 @@ class ListenModel(ListenPreTrainedModel):
         """
         if encoded is None:
             encoded = self.encode_audio(input_features, input_features_mask, input_values, input_values_mask)
-        embeddings, lengths = self._adapter(adapter_name or self.active_adapter).connector(
-            encoded.speech_hidden_states,
-            encoded.speech_hidden_states_mask,
-            encoded.audio_hidden_states,
-            encoded.audio_hidden_states_mask,
-        )
+        adapter = self.adapters.named(adapter_name or self.active_adapter)
+        embeddings, lengths = adapter.connector(*encoded.to_tuple())
         return AudioEmbeddings(pooler_output=embeddings, lengths=lengths)
 
-    def _adapter(self, name: str | None) -> ListenAdapter:
-        if name is None or name == BASE_ADAPTER:
-            raise ValueError(
-                "the input holds audio or prompts but no adapter is active for it; enable one with set_adapter(name), "
-                "or give text alone with num_prompts=0"
-            )
-        if name not in self.adapters:
-            raise ValueError(f"adapter {name!r} is unknown; loaded adapters: {', '.join(self.adapters)}")
-        return self.adapters[name]
+    def _encoded(
+        self,
+        input_features: torch.Tensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
+        input_values: torch.Tensor | None = None,
+        input_values_mask: torch.Tensor | None = None,
+        speech_hidden_states: torch.Tensor | None = None,
+        speech_hidden_states_mask: torch.Tensor | None = None,
+        audio_hidden_states: torch.Tensor | None = None,
+        audio_hidden_states_mask: torch.Tensor | None = None,
+    ) -> EncodedAudio | None:
+        """The frames of a forward pass: encoded from features, or as they were given; `None` without audio."""
+        if speech_hidden_states is None:
+            if input_features is None:
+                return None
+            return self.encode_audio(input_features, input_features_mask, input_values, input_values_mask)
+        if input_features is not None:
+            raise ValueError("give input_features or speech_hidden_states, not both")
+        if (self.config.audio_config is None) != (audio_hidden_states is None):
+            raise self._unfit_stream("audio_hidden_states")
+        if speech_hidden_states_mask is None:
+            speech_hidden_states_mask = torch.ones_like(speech_hidden_states[..., 0], dtype=torch.long)
+        if audio_hidden_states is not None and audio_hidden_states_mask is None:
+            audio_hidden_states_mask = torch.ones_like(audio_hidden_states[..., 0], dtype=torch.long)
+        return EncodedAudio(
+            speech_hidden_states, speech_hidden_states_mask, audio_hidden_states, audio_hidden_states_mask
+        )
 
-    # ------------------------------------------------------------------ filling the placeholders
+    def _unfit_stream(self, name: str) -> ValueError:
+        if self.config.audio_config is None:
+            return ValueError(f"{name} was given but the model has no audio encoder; use the model's own processor")
+        return ValueError(f"the model has an audio encoder but {name} is missing; use the model's own processor")
+
+    # ------------------------------------------------------------------ placeholders
+
+    def placeholder_masks(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where audio and where prompts stand in `input_ids`, both `(batch, sequence)`."""
+        audio_id, prompt_id = self.config.audio_token_id, self.config.prompt_token_id
+        # no id is negative: one that the config lacks stands nowhere
+        return input_ids == (-1 if audio_id is None else audio_id), input_ids == (
+            -1 if prompt_id is None else prompt_id
+        )
 
     def embed(
         self,
@@ -312,18 +309,50 @@ class ListenModel(ListenPreTrainedModel):
         Raises:
             ValueError: placeholders and audio do not match.
         """
-        is_audio = input_ids == self._placeholder("audio_token_id")
-        is_prompt = input_ids == self._placeholder("prompt_token_id")
-        # placeholder ids may lie above the vocabulary
-        embeds = self.get_input_embeddings()(input_ids.masked_fill(is_audio | is_prompt, 0))  # (batch, seq, width)
         names = adapter_names or [self.active_adapter] * len(input_ids)
         if len(names) != len(input_ids):
             raise ValueError(f"adapter_names names {len(names)} rows but the batch has {len(input_ids)}")
-        embeds = self._place_audio(embeds, is_audio, encoded, names)
+        if self.config.audio_token_id is None or self.config.prompt_token_id is None:
+            missing = "audio_token_id" if self.config.audio_token_id is None else "prompt_token_id"
+            raise ValueError(f"config.{missing} is None; build the processor first, it chooses the id, or set it")
+        is_audio, is_prompt = self.placeholder_masks(input_ids)
+        # placeholder ids may lie above the vocabulary
+        ids = input_ids.masked_fill(is_audio | is_prompt, 0)
+        embeds = self.language_model.get_input_embeddings()(ids)  # (batch, sequence, text width)
+        if encoded is not None:
+            audio = self.adapters.connect(encoded, is_audio, names)  # (total, text width)
+            embeds = embeds.masked_scatter(is_audio[..., None], audio.to(embeds.dtype))
+        elif is_audio.any():
+            raise ValueError(
+                f"the text holds {int(is_audio.sum())} audio placeholders but no audio was given; "
+                "pass input_features, or take them out"
+            )
         if not is_prompt.any():
             return embeds, None
-        query = self._query(embeds, is_prompt, attention_mask, query_mask)  # (batch, width)
-        return self._place_prompts(embeds, is_prompt, query, task_ids, names)
+        query = self._query(embeds, is_prompt, attention_mask, query_mask)  # (batch, text width)
+        prompts, picked = self.adapters.pick(query, is_prompt.sum(-1), task_ids, names)  # (total, text width)
+        return embeds.masked_scatter(is_prompt[..., None], prompts.to(embeds.dtype)), picked
+
+    def _query(
+        self,
+        embeds: torch.Tensor,
+        is_prompt: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        query_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The mean of the audio and text embeddings that pick the prompts, `(batch, text width)` in fp32."""
+        mask = ~is_prompt  # (batch, sequence)
+        if attention_mask is not None:
+            mask = mask & attention_mask.bool()
+        if query_mask is not None and query_mask.shape[1] > mask.shape[1]:
+            raise ValueError(
+                f"the whole input of {query_mask.shape[1]} positions picks the prompts, but this pass reads "
+                f"{mask.shape[1]} of them; generate without prefill_chunk_size"
+            )
+        if query_mask is not None:  # generation appends positions that the query must not see
+            mask = mask & F.pad(query_mask.bool(), (0, mask.shape[1] - query_mask.shape[1]))
+        weights = mask[..., None].float()  # (batch, sequence, 1)
+        return (embeds.float() * weights).sum(1) / weights.sum(1).clamp_min(1.0)
 
     def select_prompts(
         self,
@@ -352,226 +381,87 @@ class ListenModel(ListenPreTrainedModel):
             raise ValueError("the input asks for no prompts; process it with num_prompts of at least 1")
         return prompts
 
-    def _without_waste(self, use_cache: bool | None, **kwargs: Any) -> dict[str, Any]:
-        """Keywords of the LLM's forward that switch off what it would do to no use, unless they ask for it.
+    # ------------------------------------------------------------------ the LLM
 
-        The routers of its experts are frozen, so no loss balances them; training reads no cache, and some LLMs fail
-        with one: they write it in place, or again when gradient checkpointing recomputes a layer.
-        """
-        if use_cache is None and self.training:
-            use_cache = False
-        silent = getattr(self.config.get_text_config(), "output_router_logits", False)
-        return {**({"output_router_logits": False} if silent else {}), "use_cache": use_cache, **kwargs}
-
-    @property
-    def _placeholder_ids(self) -> list[int]:
-        ids = self.config.audio_token_id, self.config.prompt_token_id
-        return [token_id for token_id in ids if token_id is not None]
-
-    def _is_placeholder(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """`(batch, sequence)`, true where audio or a prompt stands."""
-        placeholders = torch.tensor(self._placeholder_ids, dtype=torch.long, device=input_ids.device)
-        return torch.isin(input_ids, placeholders)
-
-    def _placeholder(self, name: str) -> int:
-        token_id = getattr(self.config, name)
-        if token_id is None:
-            raise ValueError(f"config.{name} is None; build the processor first, it chooses the id, or set it")
-        return token_id
-
-    def _encoded(
-        self,
-        input_features: torch.Tensor | None = None,
-        input_features_mask: torch.Tensor | None = None,
-        input_values: torch.Tensor | None = None,
-        input_values_mask: torch.Tensor | None = None,
-        **hidden_states: torch.Tensor | None,
-    ) -> EncodedAudio | None:
-        encoded = EncodedAudio(**hidden_states)
-        if encoded.speech_hidden_states is None:
-            if input_features is None:
-                return None
-            return self.encode_audio(input_features, input_features_mask, input_values, input_values_mask)
-        if input_features is not None:
-            raise ValueError("give input_features or speech_hidden_states, not both")
-        has_audio = encoded.audio_hidden_states is not None
-        _check_streams(self.config.audio_config is not None, has_audio, "audio_hidden_states")
-        for stream in ("speech_hidden_states", "audio_hidden_states"):
-            states, mask = getattr(encoded, stream), getattr(encoded, f"{stream}_mask")
-            if states is not None and mask is None:
-                setattr(encoded, f"{stream}_mask", torch.ones_like(states[..., 0], dtype=torch.long))
-        return encoded
-
-    def _place_audio(
-        self, embeds: torch.Tensor, is_audio: torch.Tensor, encoded: EncodedAudio | None, names: list[str | None]
-    ) -> torch.Tensor:
-        if encoded is None:
-            if is_audio.any():
-                raise ValueError(
-                    f"the text holds {int(is_audio.sum())} audio placeholders but no audio was given; "
-                    "pass input_features, or take them out"
-                )
-            return embeds
-        audio = self._hear(encoded, is_audio, names).to(embeds.dtype)  # (total, width)
-        return embeds.masked_scatter(is_audio[..., None], audio)
-
-    def _hear(self, encoded: EncodedAudio, is_audio: torch.Tensor, names: list[str | None]) -> torch.Tensor:
-        if len(set(names)) == 1:
-            heard = self.get_audio_features(encoded=encoded, adapter_name=names[0])
-            chunk_rows(heard.lengths, is_audio)  # raises where clips and texts do not match
-            return heard.pooler_output
-        lengths = self._adapter_lengths(encoded, names)
-        rows = chunk_rows(lengths, is_audio).tolist()
-        heard_chunks: list[torch.Tensor] = [encoded.speech_hidden_states.new_empty(0)] * len(rows)
-        for name in dict.fromkeys(names[row] for row in rows):
-            chunks = [i for i, row in enumerate(rows) if names[row] == name]
-            heard = self.get_audio_features(encoded=_take(encoded, chunks), adapter_name=name)
-            for chunk, part in zip(chunks, heard.pooler_output.split(heard.lengths.tolist()), strict=True):
-                heard_chunks[chunk] = part
-        return torch.cat(heard_chunks)
-
-    def _adapter_lengths(self, encoded: EncodedAudio, names: list[str | None]) -> torch.Tensor:
-        """Embeddings of each chunk, which adapters of one batch must agree upon."""
-        frames = encoded.speech_hidden_states_mask.sum(-1)
-        if encoded.audio_hidden_states_mask is not None:
-            frames = torch.maximum(frames, encoded.audio_hidden_states_mask.sum(-1))
-        streams = (encoded.speech_hidden_states, encoded.audio_hidden_states)
-        padded = torch.full_like(frames, max(states.shape[1] for states in streams if states is not None))
-        connectors = {n: self._adapter(n).connector for n in dict.fromkeys(names) if n not in (None, BASE_ADAPTER)}
-        counts = {name: c.lengths(padded if c.config.salmonn_compat else frames) for name, c in connectors.items()}
-        if not counts:
-            self._adapter(None)
-        first, *others = counts.values()
-        if any(not torch.equal(first, other) for other in others):
-            raise ValueError(
-                f"adapters {', '.join(counts)} cut audio into windows of different length; run them in separate batches"
-            )
-        return first
-
-    def _query(
-        self,
-        embeds: torch.Tensor,
-        is_prompt: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        query_mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        mask = ~is_prompt  # (batch, seq)
-        if attention_mask is not None:
-            mask = mask & attention_mask.bool()
-        if query_mask is not None and query_mask.shape[1] > mask.shape[1]:
-            raise ValueError(
-                f"the whole input of {query_mask.shape[1]} positions picks the prompts, but this pass reads "
-                f"{mask.shape[1]} of them; generate without prefill_chunk_size"
-            )
-        if query_mask is not None:  # generation appends positions that the query must not see
-            mask = mask & F.pad(query_mask.bool(), (0, mask.shape[1] - query_mask.shape[1]))
-        weights = mask[..., None].float()  # (batch, seq, 1)
-        return (embeds.float() * weights).sum(1) / weights.sum(1).clamp_min(1.0)
-
-    def _place_prompts(
-        self,
-        embeds: torch.Tensor,
-        is_prompt: torch.Tensor,
-        query: torch.Tensor,
-        task_ids: torch.Tensor | None,
-        names: list[str | None],
-    ) -> tuple[torch.Tensor, PromptOutput]:
-        counts = is_prompt.sum(-1)  # (batch,)
-        k = int(counts.max())
-        picked = PromptOutput(
-            indices=torch.full((len(query), k), -1, dtype=torch.long, device=query.device),
-            scores=query.new_zeros(len(query), k),
-            key_loss=query.new_zeros(len(query)),
-            key_loss_weight=query.new_zeros(len(query)),
-            query=query,
-        )
-        for name in dict.fromkeys(names):
-            rows = torch.tensor([i for i, other in enumerate(names) if other == name], device=query.device)
-            if not counts[rows].any():
-                continue
-            pool = self._adapter(name).prompt_pool
-            if pool is None:
-                raise ValueError(f"adapter {name!r} has no prompt pool; process the input with num_prompts=0")
-            tasks = task_ids[rows] if task_ids is not None else None
-            prompts, selection = pool(query[rows], counts[rows], tasks)
-            holes = torch.zeros_like(is_prompt).index_copy(0, rows, is_prompt[rows])  # (batch, seq)
-            embeds = embeds.masked_scatter(holes[..., None], prompts.to(embeds.dtype))
-            _record(picked, rows, counts[rows], selection)
-            picked.key_loss_weight[rows] = pool.config.key_loss_weight
-        return embeds, picked
-
-    def _merge(
+    def _llm_inputs(
         self,
         input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        query_mask: torch.Tensor | None = None,
-        task_ids: torch.Tensor | None = None,
-        adapter_names: list[str] | None = None,
-        **audio: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        encoded: EncodedAudio | None,
+        **choices: Any,
     ) -> tuple[dict[str, torch.Tensor | None], PromptOutput | None]:
-        """What the LLM reads in a forward pass, and the prompts that were picked."""
+        """What the LLM reads in a forward pass, and the prompts that were picked; `choices` are those of `embed`."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of them")
-        # generation with static caches gives masks of four axes, or one for each kind of attention
-        is_flat = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
-        flat_mask = attention_mask if is_flat else None
-        if input_ids is not None:
-            self._check_context(input_ids, flat_mask)
-        check_padded(self.config.text_config, flat_mask)
-        encoded = self._encoded(**audio)
+        if inputs_embeds is not None and encoded is not None:
+            raise ValueError("audio needs input_ids: inputs_embeds do not tell where its placeholders stand")
+        given = {"attention_mask": attention_mask, "position_ids": position_ids}
         if inputs_embeds is not None:
-            if encoded is not None:
-                raise ValueError("audio needs input_ids: inputs_embeds do not tell where its placeholders stand")
-            return {"inputs_embeds": inputs_embeds, "position_ids": position_ids}, None
-        is_placeholder = self._is_placeholder(input_ids)  # (batch, seq)
-        if encoded is None and not is_placeholder.any():  # nothing to place: the LLM reads ids, as it does alone
-            return {"input_ids": input_ids, "position_ids": position_ids}, None
-        if labels is not None and query_mask is None:
-            query_mask = (labels != -100).cumsum(-1) == 0  # the query sees no answer
-        covers_input = flat_mask is not None and flat_mask.shape == input_ids.shape  # and not the cache too
-        own_mask = flat_mask if covers_input else None
-        embeds, prompts = self.embed(input_ids, own_mask, encoded, query_mask, task_ids, adapter_names)
-        if position_ids is None and own_mask is not None:
-            position_ids = (own_mask.long().cumsum(-1) - 1).clamp_min(0)  # a padded row counts as it does alone
-        inputs = embedded_inputs(self.language_model, input_ids, is_placeholder, embeds)
-        return {**inputs, "position_ids": position_ids}, prompts
+            return {**given, "inputs_embeds": inputs_embeds}, None
+        is_audio, is_prompt = self.placeholder_masks(input_ids)  # (batch, sequence)
+        is_placeholder = is_audio | is_prompt
+        if encoded is None and not is_placeholder.any():  # nothing to fill: the LLM reads ids, as it does alone
+            return {**given, "input_ids": input_ids}, None
+        # static caches come with masks of four axes, or one for each kind of attention; other caches with longer ones
+        covers_input = isinstance(attention_mask, torch.Tensor) and attention_mask.shape == input_ids.shape
+        own_mask = attention_mask if covers_input else None
+        embeds, prompts = self.embed(input_ids, own_mask, encoded, **choices)
+        if position_ids is None and own_mask is not None:  # padding takes no position
+            given["position_ids"] = (own_mask.long().cumsum(-1) - 1).clamp_min(0)
+        return {**given, **embedded_inputs(self.language_model, input_ids, is_placeholder, embeds)}, prompts
 
-    def _check_context(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
-        """Audio and prompts fit into the LLM's context; text alone is left to the LLM."""
-        limit = context_limit(self.config.text_config)
-        counted = attention_mask is not None  # over the cache too
-        width = max(input_ids.shape[1], attention_mask.shape[1] if counted else 0)
-        if limit is None or width <= limit:
-            return
-        numbers = [(input_ids == self._placeholder(name)).sum(-1) for name in ("prompt_token_id", "audio_token_id")]
-        lengths = attention_mask.sum(-1) if counted else torch.full_like(numbers[0], width)  # (batch,)
-        row = int(lengths.argmax())
-        check_context(limit, int(lengths[row]), *(int(number[row]) for number in numbers))
+    def _llm_kwargs(self, use_cache: bool | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Kwargs that disable unused work (router logits; the cache while training), unless `kwargs` ask for it.
 
-    # ------------------------------------------------------------------ forward
+        The routers of an LLM with experts are frozen, so no loss balances them. Training reads no cache, and some LLMs
+        fail with one: they write it in place, or again when gradient checkpointing recomputes a layer.
+        """
+        if unknown := sorted(kwargs.keys() - _LLM_KWARGS):
+            raise TypeError(f"forward() got unknown arguments {unknown}; nothing is dropped in silence, take them out")
+        if use_cache is None and self.training:
+            use_cache = False
+        has_routers = getattr(self.config.text_config.get_text_config(), "output_router_logits", False)
+        return {**({"output_router_logits": False} if has_routers else {}), "use_cache": use_cache, **kwargs}
 
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
+        input_features: torch.FloatTensor | None = None,
+        input_features_mask: torch.LongTensor | None = None,
+        input_values: torch.FloatTensor | None = None,
+        input_values_mask: torch.LongTensor | None = None,
+        speech_hidden_states: torch.FloatTensor | None = None,
+        speech_hidden_states_mask: torch.LongTensor | None = None,
+        audio_hidden_states: torch.FloatTensor | None = None,
+        audio_hidden_states_mask: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
-        **inputs: Any,
+        query_mask: torch.LongTensor | None = None,
+        task_ids: torch.LongTensor | None = None,
+        adapter_names: list[str] | None = None,
+        **kwargs: Any,
     ) -> ListenModelOutput:
-        """Hidden states of the LLM for text, audio and prompts; the arguments are those of
-        `ListenForConditionalGeneration.forward`."""
-        kwargs = {name: value for name, value in inputs.items() if name not in _MERGED}
-        _check_kwargs(kwargs)
-        merged = {name: value for name, value in inputs.items() if name in _MERGED}
-        read, prompts = self._merge(input_ids, **merged)
-        outputs = self.language_model.base_model(
-            **read,
-            attention_mask=merged.get("attention_mask"),
-            past_key_values=past_key_values,
-            **self._without_waste(use_cache, **kwargs),
+        """Hidden states of the LLM for text, audio and prompts; see `ListenForConditionalGeneration.forward`."""
+        llm_kwargs = self._llm_kwargs(use_cache, kwargs)
+        check_input(self.config, input_ids, attention_mask)
+        encoded = self._encoded(
+            input_features,
+            input_features_mask,
+            input_values,
+            input_values_mask,
+            speech_hidden_states,
+            speech_hidden_states_mask,
+            audio_hidden_states,
+            audio_hidden_states_mask,
         )
+        choices = {"query_mask": query_mask, "task_ids": task_ids, "adapter_names": adapter_names}
+        inputs, prompts = self._llm_inputs(input_ids, inputs_embeds, attention_mask, position_ids, encoded, **choices)
+        outputs = self.language_model.base_model(**inputs, past_key_values=past_key_values, **llm_kwargs)
         picked = prompts or PromptOutput()
         return ListenModelOutput(
             last_hidden_state=outputs.last_hidden_state,
@@ -584,7 +474,7 @@ class ListenModel(ListenPreTrainedModel):
         )
 
 
-class ListenForConditionalGeneration(ListenModel, GenerationMixin):
+class ListenForConditionalGeneration(ListenGenerationMixin, ListenModel):
     """LiSTEN with the LLM's head: answers text about any number of clips.
 
     Example:
@@ -647,51 +537,37 @@ class ListenForConditionalGeneration(ListenModel, GenerationMixin):
             task_ids: `(batch,)`, for pools of strategy `"task"`.
             adapter_names: Adapter of each row; the active one by default, `"__base__"` for none.
             num_items_in_batch: Labels of the whole accumulated batch, given by the Trainer.
-            **kwargs: What the LLM's forward takes besides, such as `output_hidden_states`.
+            **kwargs: Further arguments of the LLM's forward, such as `output_hidden_states`.
 
         Raises:
             ValueError: placeholders and audio do not match, they exceed the LLM's context, or arguments exclude each
                 other.
             TypeError: an unknown argument.
         """
-        _check_kwargs(kwargs)
-        read, prompts = self._merge(
-            input_ids=input_ids,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            labels=labels,
-            query_mask=query_mask,
-            task_ids=task_ids,
-            adapter_names=adapter_names,
-            input_features=input_features,
-            input_features_mask=input_features_mask,
-            input_values=input_values,
-            input_values_mask=input_values_mask,
-            speech_hidden_states=speech_hidden_states,
-            speech_hidden_states_mask=speech_hidden_states_mask,
-            audio_hidden_states=audio_hidden_states,
-            audio_hidden_states_mask=audio_hidden_states_mask,
+        llm_kwargs = self._llm_kwargs(use_cache, kwargs)
+        check_input(self.config, input_ids, attention_mask)
+        encoded = self._encoded(
+            input_features,
+            input_features_mask,
+            input_values,
+            input_values_mask,
+            speech_hidden_states,
+            speech_hidden_states_mask,
+            audio_hidden_states,
+            audio_hidden_states_mask,
         )
+        if labels is not None and query_mask is None:
+            query_mask = (labels != -100).cumsum(-1) == 0  # (batch, sequence): the query sees no answer
+        choices = {"query_mask": query_mask, "task_ids": task_ids, "adapter_names": adapter_names}
+        inputs, prompts = self._llm_inputs(input_ids, inputs_embeds, attention_mask, position_ids, encoded, **choices)
         outputs = self.language_model(
-            **read,
-            attention_mask=attention_mask,
-            logits_to_keep=logits_to_keep,
-            past_key_values=past_key_values,
-            **self._without_waste(use_cache, **kwargs),
+            **inputs, past_key_values=past_key_values, logits_to_keep=logits_to_keep, **llm_kwargs
         )
-        return self._output(outputs, prompts, labels, logits_to_keep, num_items_in_batch)
-
-    def _output(
-        self,
-        outputs: ModelOutput,
-        prompts: PromptOutput | None,
-        labels: torch.Tensor | None,
-        logits_to_keep: int | torch.Tensor,
-        num_items_in_batch: torch.Tensor | int | None,
-    ) -> ListenOutput:
-        picked = prompts or PromptOutput()
-        result = ListenOutput(
+        picked, losses = prompts or PromptOutput(), {}
+        if labels is not None:
+            losses = self._losses(outputs.logits, labels, logits_to_keep, num_items_in_batch, prompts)
+        return ListenOutput(
+            **losses,
             logits=outputs.logits,
             past_key_values=outputs.get("past_key_values"),
             hidden_states=outputs.hidden_states,
@@ -701,222 +577,26 @@ class ListenForConditionalGeneration(ListenModel, GenerationMixin):
             prompt_scores=picked.scores,
             query=picked.query,
         )
-        if labels is not None:
-            self._add_losses(result, prompts, labels, logits_to_keep, num_items_in_batch)
-        return result
 
-    def _add_losses(
+    def _losses(
         self,
-        result: ListenOutput,
-        prompts: PromptOutput | None,
+        logits: torch.Tensor,
         labels: torch.Tensor,
         logits_to_keep: int | torch.Tensor,
         num_items_in_batch: torch.Tensor | int | None,
-    ) -> None:
-        """Fill in the losses. A sample's key loss counts as often as it has labels, so that the sum over any split of
-        a batch into micro-batches and processes is the same."""
-        targets = (labels[:, 1:] != -100).sum(-1)  # (batch,)
+        prompts: PromptOutput | None,
+    ) -> dict[str, torch.Tensor]:
+        """The losses of `ListenOutput`. A sample's key loss counts as often as it has labels, so that the sum over any
+        split of a batch into micro-batches and processes is the same."""
         kept = labels[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else labels[:, logits_to_keep]
-        vocabulary = self.config.get_text_config().vocab_size
-        result.lm_loss = self.loss_function(
-            result.logits, kept, vocab_size=vocabulary, num_items_in_batch=num_items_in_batch
-        )
-        result.loss = result.lm_loss.clone()  # its own tensor: the Trainer scales the loss in place
-        if prompts is not None:
-            share = targets / (targets.sum() if num_items_in_batch is None else num_items_in_batch)  # (batch,)
-            result.key_loss = (prompts.key_loss * share).sum()
-            result.loss = result.loss + (prompts.key_loss * prompts.key_loss_weight * share).sum()
-
-    # ------------------------------------------------------------------ generation
-
-    @property
-    def _is_stateful(self) -> bool:
-        """Whether the LLM cannot take back a token, as assisted decoding does."""
-        return self.language_model._is_stateful
-
-    def _supports_default_dynamic_cache(self) -> bool:
-        """Whether the LLM takes the cache that transformers makes; MiniMax makes its own."""
-        return self.language_model._supports_default_dynamic_cache()
-
-    def _prepare_cache_for_generation(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> None:
-        """As upstream, but an LLM without an attention cache is refused rather than fed its last token alone."""
-        if generation_config.use_cache is not False:
-            check_cache(self.language_model)
-        super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
-
-    def create_masks_for_generate(self, **kwargs: Any) -> Any:
-        """Masks for static caches, as the LLM makes them: Bloom counts positions by flat ones."""
-        create = getattr(self.language_model, "create_masks_for_generate", create_masks_for_generate)
-        return create(**{**kwargs, "config": self.language_model.config})
-
-    def prepare_inputs_for_generation(
-        self, input_ids: torch.Tensor, is_first_iteration: bool | None = False, **kwargs: Any
-    ) -> dict[str, Any]:
-        """As upstream; encoder frames and what picks the prompts reach the first forward pass alone.
-
-        An empty cache too means the first pass: an assistant's passes are never called so, yet it must hear.
-        """
-        cache = kwargs.get("past_key_values")
-        if is_outdated(cache, input_ids.shape[1], self.language_model.config):
-            cache = kwargs["past_key_values"] = kwargs["next_sequence_length"] = None
-            is_first_iteration = True
-        whole = kwargs.get("next_sequence_length") in (None, input_ids.shape[1])
-        first = is_first_iteration or (whole and cache is not None and cache.get_seq_length() == 0)
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=first, **kwargs)
-        inputs = {name: value for name, value in inputs.items() if name not in _NOT_FORWARDED}
-        if not first and kwargs.get("use_cache", True):
-            for name in _PREFILL_ONLY:
-                inputs.pop(name, None)
-        return inputs
-
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: torch.Tensor | None = None,
-        **model_kwargs: Any,
-    ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """As upstream, but clips follow their samples: A, B becomes A, A, B, B by sample, not by clip.
-
-        The encoders run once, before the expansion. The query is fixed here: candidates of assisted decoding,
-        generated tokens and padding are not part of it.
-        """
-        if input_ids is not None and model_kwargs.get("query_mask") is None:
-            mask = model_kwargs.get("attention_mask")
-            model_kwargs["query_mask"] = mask.clone() if mask is not None else torch.ones_like(input_ids)
-        if expand_size == 1:
-            return input_ids, model_kwargs
-        if input_ids is not None:
-            self._check_context(input_ids, model_kwargs.get("attention_mask"))
-        audio = {name: model_kwargs.pop(name) for name in _AUDIO_INPUTS if name in model_kwargs}
-        names = model_kwargs.pop("adapter_names", None)
-        encoded = self._encoded(**audio)
-        if encoded is not None:
-            lengths = self._adapter_lengths(encoded, names or [self.active_adapter])
-            rows = chunk_rows(lengths, input_ids == self.config.audio_token_id).tolist()
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size, is_encoder_decoder, input_ids, **model_kwargs
-        )
-        if names is not None:
-            model_kwargs["adapter_names"] = [name for name in names for _ in range(expand_size)]
-        if encoded is not None:
-            by_row = [[i for i, owner in enumerate(rows) if owner == row] for row in range(max(rows) + 1)]
-            model_kwargs.update(_take(encoded, [i for chunks in by_row for _ in range(expand_size) for i in chunks]))
-        return input_ids, model_kwargs
-
-    def _validate_generated_length(
-        self, generation_config: GenerationConfig, input_ids_length: int, has_default_max_length: bool
-    ) -> None:
-        """As upstream, and a warning where the answer may run out of the LLM's context."""
-        super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
-        limit = context_limit(self.config.text_config)
-        if limit is not None and generation_config.max_length > limit:
-            warnings.warn(
-                f"{input_ids_length} positions and {generation_config.max_length - input_ids_length} new tokens exceed "
-                f"the LLM's context of {limit}: answers degrade, or fail, after {max(limit - input_ids_length, 0)} new "
-                "tokens; lower max_new_tokens, or shorten the input",
-                UserWarning,
-                stacklevel=2,
-            )
-
-    def _get_logits_processor(
-        self,
-        generation_config: GenerationConfig,
-        input_ids_seq_length: int | None = None,
-        encoder_input_ids: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """As upstream, but processors never see placeholders, and answers never hold them."""
-        placeholders = self._placeholder_ids
-        mask = (kwargs.get("model_kwargs") or {}).get("attention_mask")
-        padding = mask == 0 if mask is not None and mask.dim() == 2 else None  # (rows, prompt length)
-        if encoder_input_ids is not None and encoder_input_ids.dim() == 2:  # ids, no embeddings
-            rows = padding[:: len(padding) // len(encoder_input_ids)] if padding is not None else None
-            encoder_input_ids = ordinary_ids(encoder_input_ids, placeholders, rows)
-        processors = super()._get_logits_processor(generation_config, input_ids_seq_length, encoder_input_ids, **kwargs)
-        above = all(token_id >= self.config.get_text_config().vocab_size for token_id in placeholders)
-        if not processors and above:
-            return processors
-        return PlaceholderBlindProcessors(processors, placeholders, padding)
-
-    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
-        """As upstream, but prompt look-up does not copy placeholders."""
-        generator = super()._get_candidate_generator(*args, **kwargs)
-        if not isinstance(generator, PromptLookupCandidateGenerator):
-            return generator
-        generator.logits_processor = None
-        return PlaceholderFreeCandidates(generator, self._placeholder_ids)
-
-
-def chunk_rows(lengths: torch.Tensor, is_audio: torch.Tensor) -> torch.Tensor:
-    """Row of the batch that each chunk of audio belongs to, `(chunks,)`.
-
-    Args:
-        lengths: `(chunks,)` embeddings of each chunk, in order.
-        is_audio: `(batch, sequence)` audio placeholders.
-
-    Raises:
-        ValueError: the placeholders of a row are not filled by whole chunks.
-    """
-    chunk_ends, row_ends = lengths.cumsum(0), is_audio.sum(-1).cumsum(0)
-    ends = [0, *chunk_ends.tolist()]
-    if not set(row_ends.tolist()) <= set(ends) or ends[-1] != int(row_ends[-1]):
-        raise ValueError(
-            f"the rows hold {is_audio.sum(-1).tolist()} audio placeholders but the chunks of audio give "
-            f"{lengths.tolist()} embeddings, in order; process text and audio together with ListenProcessor"
-        )
-    return torch.searchsorted(row_ends, chunk_ends)
-
-
-def resample_frames(states: torch.Tensor, mask: torch.Tensor, step: Fraction) -> tuple[torch.Tensor, torch.Tensor]:
-    """Frames of one encoder at the rate of another: each new one is the mean over its time of those that it covers.
-
-    Args:
-        states: `(chunks, frames, width)`.
-        mask: `(chunks, frames)`, real frames first.
-        step: Old frames that go by during a new one.
-
-    Returns:
-        `(chunks, new frames, width)` and its mask; what was given where `step` is 1.
-    """
-    if step == 1:
-        return states, mask
-    counts = mask.sum(-1)  # (chunks,)
-    length = num_resampled(states.shape[1], step)
-    edges = torch.arange(length + 1, device=states.device, dtype=torch.float64) * float(step)  # (new frames + 1,)
-    edges = torch.minimum(edges[None], counts[:, None].double())  # (chunks, new frames + 1)
-    whole = edges.floor().long().clamp_max(states.shape[1] - 1)[..., None].expand(-1, -1, states.shape[2])
-    real = states.double() * mask[..., None]  # (chunks, frames, width)
-    area = F.pad(real.cumsum(1), (0, 0, 1, 0)).gather(1, whole) + (edges[..., None] - whole) * real.gather(1, whole)
-    real_counts = [num_resampled(count, step) for count in counts.tolist()]
-    new_mask = torch.arange(length, device=states.device) < torch.tensor(real_counts, device=states.device)[:, None]
-    span = edges.diff(dim=1).masked_fill(~new_mask, 1.0)  # (chunks, new frames)
-    return (area.diff(dim=1) / span[..., None]).to(states.dtype), new_mask
-
-
-def _take(encoded: EncodedAudio, chunks: list[int]) -> EncodedAudio:
-    return EncodedAudio(**{name: states[chunks] for name, states in encoded.items()})
-
-
-def _record(picked: PromptOutput, rows: torch.Tensor, counts: torch.Tensor, selection: PromptSelection) -> None:
-    k = selection.indices.shape[1]
-    valid = torch.arange(k, device=counts.device) < counts[:, None]  # (rows, k)
-    picked.indices[rows, :k] = selection.indices.masked_fill(~valid, -1)
-    picked.scores[rows, :k] = selection.scores.detach().masked_fill(~valid, 0.0)
-    picked.key_loss = picked.key_loss.index_add(0, rows, selection.key_loss)
-
-
-def _check_streams(wanted: bool, given: bool, name: str) -> None:
-    if wanted and not given:
-        raise ValueError(f"the model has an audio encoder but {name} is missing; use the model's own processor")
-    if given and not wanted:
-        raise ValueError(f"{name} was given but the model has no audio encoder; use the model's own processor")
-
-
-def _check_kwargs(kwargs: dict[str, Any]) -> None:
-    unknown = [name for name in kwargs if name not in _FORWARDED]
-    if unknown:
-        raise TypeError(f"forward() got unknown arguments {unknown}; nothing is dropped in silence, take them out")
+        vocabulary = self.config.text_config.get_text_config().vocab_size
+        lm_loss = self.loss_function(logits, kept, vocab_size=vocabulary, num_items_in_batch=num_items_in_batch)
+        if prompts is None:
+            return {"loss": lm_loss.clone(), "lm_loss": lm_loss}  # its own tensor: the Trainer scales the loss in place
+        targets = (labels[:, 1:] != -100).sum(-1)  # (batch,)
+        share = targets / (targets.sum() if num_items_in_batch is None else num_items_in_batch)  # (batch,)
+        loss = lm_loss + (prompts.key_loss * prompts.key_loss_weight * share).sum()
+        return {"loss": loss, "lm_loss": lm_loss, "key_loss": (prompts.key_loss * share).sum()}
 
 
 ListenForConditionalGeneration.register_for_auto_class("AutoModel")

@@ -1,7 +1,6 @@
-"""The prompt pool of LiSTEN (arXiv 2505.18517): learned key-value pairs from which each input picks its own prompts."""
+"""The prompt pool of LiSTEN (arXiv 2505.18517): trained key-value pairs from which each input picks its prompts."""
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +13,8 @@ class PromptSelection:
     """What the pool chose for a batch.
 
     Attributes:
-        indices: `(batch, k)` pool positions, best first.
-        scores: `(batch, k)` score of each under the strategy; ones where the strategy has none.
+        indices: `(batch, k)` pool positions, best first; the pool writes -1 where a row asks for fewer.
+        scores: `(batch, k)` score of each under the strategy, ones where it has none; 0 where a row asks for fewer.
         weights: `(batch, k)` factors for the values, or `None` for values as they are.
         key_loss: `(batch,)` the pull between query and chosen keys, zero where the strategy has none.
     """
@@ -26,67 +25,74 @@ class PromptSelection:
     key_loss: torch.Tensor
 
 
-class SelectionStrategy(Protocol):
-    """Chooses prompts. `valid` `(batch, k)` marks the places that a row really fills: rows may ask for fewer."""
+@dataclass
+class PromptRequest:
+    """What a strategy chooses for.
 
-    def __call__(
-        self, query: torch.Tensor, keys: torch.Tensor | None, valid: torch.Tensor, task_ids: torch.Tensor | None
-    ) -> PromptSelection:
-        """`query` `(batch, dim)`, `keys` `(pool, dim)` or `None`, `task_ids` `(batch,)` or `None`."""
-        ...
+    Attributes:
+        query: `(batch, dim)` in fp32.
+        keys: `(pool, dim)` in fp32, or `None` where the strategy has none.
+        k: Prompts to choose for each row.
+        valid: `(batch, k)`, true on the places that a row fills: rows may ask for fewer.
+        task_ids: `(batch,)`, or `None`.
+    """
 
-
-def l2_normalize(x: torch.Tensor) -> torch.Tensor:
-    """`x / ||x||` over the last axis, safe at zero, as in Learning to Prompt (arXiv 2112.08654)."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True).clamp_min(1e-12))
-
-
-def query_key_distance(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """`||q - k_i||` for `query` `(batch, dim)` and `keys` `(batch, k, dim)`: `(batch, k)`."""
-    # a norm has no gradient at zero; the floor keeps it finite without moving any other value
-    return (query[:, None] - keys).square().sum(-1).clamp_min(1e-12).sqrt()
+    query: torch.Tensor
+    keys: torch.Tensor | None
+    k: int
+    valid: torch.Tensor
+    task_ids: torch.Tensor | None
 
 
-class SimilaritySelection:
-    """The k keys of highest cosine similarity to the query; their values as they are (LiSTEN, sec. 2)."""
+class SelectionStrategy(nn.Module):
+    """Chooses prompts; it has no parameters of its own.
 
-    def __init__(self, config: PreTrainedConfig) -> None:
-        self.loss_type = config.key_loss_type
-        self.dropout = config.score_dropout
-        self.training = False
-
-    def __call__(
-        self, query: torch.Tensor, keys: torch.Tensor | None, valid: torch.Tensor, task_ids: torch.Tensor | None
-    ) -> PromptSelection:
-        """See `SelectionStrategy`; `scores` are cosines."""
-        scores = l2_normalize(query) @ l2_normalize(keys).T  # (batch, pool)
-        ranked = F.dropout(scores, self.dropout, self.training)
-        indices = ranked.topk(valid.shape[1], dim=-1).indices  # (batch, k)
-        if self.loss_type == "distance":
-            losses = query_key_distance(query, keys[indices])  # (batch, k)
-        else:
-            losses = -scores.softmax(-1).gather(1, indices)  # (batch, k)
-        return PromptSelection(indices, scores.gather(1, indices), None, (losses * valid).sum(-1))
-
-
-class AttentionSelection:
-    """The k keys of highest scaled dot-product attention weight; values scaled by their renormalised weight.
-
-    The weights sum to k over the chosen prompts, so that uniform attention leaves the values as they are. The keys
-    learn through the weights; there is no key loss.
+    Args:
+        config: A `ListenPromptPoolConfig`.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
         self.dropout = config.score_dropout
-        self.training = False
 
-    def __call__(
-        self, query: torch.Tensor, keys: torch.Tensor | None, valid: torch.Tensor, task_ids: torch.Tensor | None
-    ) -> PromptSelection:
-        """See `SelectionStrategy`; `scores` are attention weights over the whole pool."""
+    def forward(self, request: PromptRequest) -> PromptSelection:
+        """Choose `request.k` prompts for each query."""
+        raise NotImplementedError
+
+
+class SimilaritySelection(SelectionStrategy):
+    """The k keys of highest cosine similarity to the query; their values as they are (LiSTEN, sec. 2)."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.loss_type = config.key_loss_type
+
+    def forward(self, request: PromptRequest) -> PromptSelection:
+        """`scores` are cosines; the norms are safe at zero, as in Learning to Prompt (arXiv 2112.08654)."""
+        query, keys = request.query, request.keys
+        scores = F.normalize(query, dim=-1, eps=1e-6) @ F.normalize(keys, dim=-1, eps=1e-6).T  # (batch, pool)
+        indices = F.dropout(scores, self.dropout, self.training).topk(request.k, dim=-1).indices  # (batch, k)
+        if self.loss_type == "distance":
+            # a norm has no gradient at zero; the floor keeps it finite without moving any other value
+            losses = (query[:, None] - keys[indices]).square().sum(-1).clamp_min(1e-12).sqrt()  # (batch, k)
+        else:
+            losses = -scores.softmax(-1).gather(1, indices)  # (batch, k)
+        return PromptSelection(indices, scores.gather(1, indices), None, (losses * request.valid).sum(-1))
+
+
+class AttentionSelection(SelectionStrategy):
+    """The k keys of highest scaled dot-product attention weight; values scaled by their renormalised weight.
+
+    The weights sum to k over the chosen prompts, so that uniform attention leaves the values as they are. The keys
+    are trained through the weights; there is no key loss.
+    """
+
+    def forward(self, request: PromptRequest) -> PromptSelection:
+        """`scores` are attention weights over the whole pool."""
+        query, keys, valid = request.query, request.keys, request.valid
         logits = query @ keys.T / keys.shape[1] ** 0.5  # (batch, pool)
         attention = F.dropout(logits.softmax(-1), self.dropout, self.training)
-        scores, indices = attention.topk(valid.shape[1], dim=-1)  # (batch, k)
+        scores, indices = attention.topk(request.k, dim=-1)  # (batch, k)
         chosen = scores * valid
         # dropout may zero every chosen score of a row that asks for few prompts
         total = chosen.sum(-1, keepdim=True).clamp_min(1e-12)
@@ -94,26 +100,21 @@ class AttentionSelection:
         return PromptSelection(indices, scores, weights, query.new_zeros(len(query)))
 
 
-class ResidualSelection:
+class ResidualSelection(SelectionStrategy):
     """Greedy residual quantisation of the query: each pick is the unused key nearest to what is left of it.
 
     `r_0 = q`, `r_{j+1} = r_j - k_i`; the key loss is `||q - sum of the picked keys||`.
     """
 
-    def __init__(self, config: PreTrainedConfig) -> None:
-        self.dropout = config.score_dropout
-        self.training = False
-
-    def __call__(
-        self, query: torch.Tensor, keys: torch.Tensor | None, valid: torch.Tensor, task_ids: torch.Tensor | None
-    ) -> PromptSelection:
-        """See `SelectionStrategy`; `scores` are minus the distance of each pick to the residual it was chosen for."""
+    def forward(self, request: PromptRequest) -> PromptSelection:
+        """`scores` are minus the distance of each pick to the residual it was chosen for."""
+        query, keys, valid = request.query, request.keys, request.valid
         used = torch.zeros(len(query), len(keys), dtype=torch.bool, device=query.device)  # (batch, pool)
         if self.training:  # dropped keys cannot be picked by this batch, unless too few would be left
             dropped = torch.rand(len(keys), device=query.device) < self.dropout
-            used |= dropped & (len(keys) - dropped.sum() >= valid.shape[1])
+            used |= dropped & (len(keys) - dropped.sum() >= request.k)
         residual, indices, scores = query, [], []
-        for step in range(valid.shape[1]):
+        for step in range(request.k):
             distances = torch.cdist(residual[:, None], keys[None])[:, 0]  # (batch, pool)
             index = distances.masked_fill(used, torch.inf).argmin(-1, keepdim=True)  # (batch, 1)
             indices.append(index)
@@ -124,61 +125,52 @@ class ResidualSelection:
         return PromptSelection(torch.cat(indices, 1), torch.cat(scores, 1), None, key_loss)
 
 
-class FixedSelection:
+class FixedSelection(SelectionStrategy):
     """The first k prompts, the same for every input: a classic soft prompt (control)."""
 
-    def __init__(self, config: PreTrainedConfig) -> None:
-        self.training = False
-
-    def __call__(
-        self, query: torch.Tensor, keys: torch.Tensor | None, valid: torch.Tensor, task_ids: torch.Tensor | None
-    ) -> PromptSelection:
-        """See `SelectionStrategy`."""
-        indices = torch.arange(valid.shape[1], device=query.device).expand(len(query), -1)  # (batch, k)
-        return _without_scores(indices, query)
+    def forward(self, request: PromptRequest) -> PromptSelection:
+        """`scores` are ones."""
+        indices = torch.arange(request.k, device=request.query.device).expand(len(request.query), -1)  # (batch, k)
+        return _without_scores(indices, request.query)
 
 
-class RandomSelection:
+class RandomSelection(SelectionStrategy):
     """k prompts drawn without replacement for each input from torch's generator, also at inference (control)."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
         self.pool_size = config.pool_size
-        self.training = False
 
-    def __call__(
-        self, query: torch.Tensor, keys: torch.Tensor | None, valid: torch.Tensor, task_ids: torch.Tensor | None
-    ) -> PromptSelection:
-        """See `SelectionStrategy`."""
-        draws = torch.rand(len(query), self.pool_size, device=query.device)  # (batch, pool)
-        return _without_scores(draws.topk(valid.shape[1], dim=-1).indices, query)
+    def forward(self, request: PromptRequest) -> PromptSelection:
+        """`scores` are ones."""
+        draws = torch.rand(len(request.query), self.pool_size, device=request.query.device)  # (batch, pool)
+        return _without_scores(draws.topk(request.k, dim=-1).indices, request.query)
 
 
-class TaskSelection:
+class TaskSelection(SelectionStrategy):
     """Each task owns a part of the pool and all share the rest (control).
 
     Own and shared prompts alternate in proportion to their numbers, so that any k holds both.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
         self.tasks = list(config.tasks)
         self.order = [self._order(config, task) for task in range(len(self.tasks))]
-        self.training = False
 
-    def __call__(
-        self, query: torch.Tensor, keys: torch.Tensor | None, valid: torch.Tensor, task_ids: torch.Tensor | None
-    ) -> PromptSelection:
-        """See `SelectionStrategy`.
+    def forward(self, request: PromptRequest) -> PromptSelection:
+        """`scores` are ones.
 
         Raises:
             ValueError: no `task_ids`, or one outside the known tasks.
         """
-        known = ", ".join(f"{i}={name}" for i, name in enumerate(self.tasks))
+        known, task_ids = ", ".join(f"{i}={name}" for i, name in enumerate(self.tasks)), request.task_ids
         if task_ids is None:
             raise ValueError(f"strategy='task' needs task_ids, one a sample; known tasks: {known}")
         if task_ids.min() < 0 or task_ids.max() >= len(self.tasks):
             raise ValueError(f"task_ids={task_ids.tolist()} holds an unknown task; known tasks: {known}")
-        order = torch.tensor(self.order, device=query.device)  # (tasks, reachable)
-        return _without_scores(order[task_ids][:, : valid.shape[1]], query)
+        order = torch.tensor(self.order, device=request.query.device)  # (tasks, reachable)
+        return _without_scores(order[task_ids][:, : request.k], request.query)
 
     @staticmethod
     def _order(config: PreTrainedConfig, task: int) -> list[int]:
@@ -217,6 +209,8 @@ class ListenPromptPool(nn.Module):
         self.keys = nn.Parameter(torch.empty(config.pool_size, width)) if config.uses_query else None
         if config.center_query:
             self.register_buffer("query_mean", torch.zeros(width))
+        by_task = config.strategy == "task"
+        self.most_prompts = config.num_per_task + config.num_shared if by_task else config.pool_size
         self.strategy = STRATEGIES[config.strategy](config)
 
     def forward(
@@ -236,16 +230,22 @@ class ListenPromptPool(nn.Module):
             ValueError: a row asks for more prompts than it can reach.
         """
         k = int(counts.max())
-        self._check_count(k)
+        if k > self.most_prompts:
+            raise ValueError(
+                f"the input asks for {k} prompts but the pool can give {self.most_prompts}; lower num_prompts"
+            )
         valid = torch.arange(k, device=query.device) < counts[:, None]  # (batch, k)
-        self.strategy.training = self.training
         with torch.autocast(query.device.type, enabled=False):  # the ranking must not depend on mixed precision
-            query = self._center(query.float())  # (batch, width)
+            query = query.float()  # (batch, width)
+            if self.config.center_query:
+                query = self._center(query)
             keys = self.keys.float() if self.keys is not None else None
-            selection = self.strategy(query, keys, valid, task_ids)
+            selection = self.strategy(PromptRequest(query, keys, k, valid, task_ids))
             prompts = self.values[selection.indices]  # (batch, k, width)
             if selection.weights is not None:
                 prompts = prompts * selection.weights[..., None]
+        selection.indices = selection.indices.masked_fill(~valid, -1)
+        selection.scores = selection.scores.masked_fill(~valid, 0.0)
         return prompts[valid], selection
 
     @torch.no_grad()
@@ -272,18 +272,10 @@ class ListenPromptPool(nn.Module):
         self.keys.copy_(drawn + 0.1 * drawn.std() * torch.randn_like(drawn))
 
     def _center(self, query: torch.Tensor) -> torch.Tensor:
-        if not self.config.center_query:
-            return query
         if self.training:
             with torch.no_grad():
                 self.query_mean.lerp_(query.mean(0), 1.0 - self.config.query_momentum)
         return query - self.query_mean
-
-    def _check_count(self, k: int) -> None:
-        config = self.config
-        most = config.num_per_task + config.num_shared if config.strategy == "task" else config.pool_size
-        if k > most:
-            raise ValueError(f"the input asks for {k} prompts but the pool can give {most}; lower num_prompts")
 
 
 def _without_scores(indices: torch.Tensor, query: torch.Tensor) -> PromptSelection:
@@ -291,4 +283,4 @@ def _without_scores(indices: torch.Tensor, query: torch.Tensor) -> PromptSelecti
     return PromptSelection(indices, ones, None, query.new_zeros(len(query)))
 
 
-__all__ = ["ListenPromptPool", "PromptSelection", "SelectionStrategy", "STRATEGIES"]
+__all__ = ["ListenPromptPool", "PromptRequest", "PromptSelection", "SelectionStrategy", "STRATEGIES"]

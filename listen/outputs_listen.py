@@ -10,7 +10,7 @@ from transformers.utils import ModelOutput
 
 @dataclass
 class EncodedAudio(ModelOutput):
-    """Frames of the frozen encoders, which can be computed once, stored, and given to `forward` again.
+    """Encoder frames of all audio in a batch. They can be computed once, stored, and given to `forward` again.
 
     Attributes:
         speech_hidden_states: `(chunks, speech frames, speech width)`.
@@ -23,6 +23,10 @@ class EncodedAudio(ModelOutput):
     speech_hidden_states_mask: torch.Tensor | None = None
     audio_hidden_states: torch.Tensor | None = None
     audio_hidden_states_mask: torch.Tensor | None = None
+
+    def take(self, chunks: list[int]) -> "EncodedAudio":
+        """The frames of some chunks, in the order asked for; a chunk may be repeated."""
+        return EncodedAudio(**{name: states[chunks] for name, states in self.items()})
 
 
 @dataclass

@@ -14,7 +14,8 @@ from fixtures_training import tiny_processor
 from transformers import AutoModelForCausalLM
 
 from listen import ListenModel
-from listen.modeling_listen import ListenForConditionalGeneration, resample_frames
+from listen.modeling_connector import resample_frames
+from listen.modeling_listen import ListenForConditionalGeneration
 
 ROWS = [[clip(1.3, 1)], [], [clip(0.9, 2), clip(2.1, 3)], [clip(0.35, 4)]]
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}

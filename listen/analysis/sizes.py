@@ -45,9 +45,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from ..adapter_listen import ListenAdapter
 from ..configuration_listen import BACKBONES, ListenConfig
 from ..language_models_listen import embedded_inputs
-from ..modeling_listen import ListenAdapter, ListenForConditionalGeneration
+from ..modeling_listen import ListenForConditionalGeneration
 from ..presets_listen import PRESETS
 from ..processing_listen import feature_extractor_for
 
