@@ -199,7 +199,7 @@ def chunk_rows(lengths: torch.Tensor, is_audio: torch.Tensor) -> torch.Tensor:
 
 
 class AdapterMixin(FrozenBackbonesMixin):
-    """Several adapters over the same backbones, LoRA on the LLM, and counts of what learns."""
+    """Several adapters over the same backbones, LoRA on the LLM, trainable parameters and their counts."""
 
     def _start_fresh(self) -> None:
         """Prompt values start at the mean of the LLM's input embeddings, as in the authors' code."""
@@ -233,7 +233,7 @@ class AdapterMixin(FrozenBackbonesMixin):
             adapter_name: Its name.
 
         Raises:
-            ValueError: the name is taken, an encoder learns, or a PEFT config is more than a LoRA or not the default.
+            ValueError: the name is taken, an encoder is trainable, or a PEFT config is no plain LoRA named `"default"`.
         """
         if hasattr(adapter_config, "peft_type"):
             self._attach_lora(adapter_config, adapter_name)
@@ -256,8 +256,8 @@ class AdapterMixin(FrozenBackbonesMixin):
 
         Raises:
             ValueError: the name is taken, a weight is missing, the adapter was trained on other backbones or with
-                another LoRA, an encoder learned together with an adapter, its own or this model's, or PEFT's is more
-                than a LoRA.
+                another LoRA, an encoder was trained together with an adapter, its own or this model's, or PEFT's is
+                more than a LoRA.
         """
         source = os.fspath(peft_model_id)
         hub = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
@@ -392,8 +392,8 @@ class AdapterMixin(FrozenBackbonesMixin):
         return loaded
 
     def _carry_lora(self, lora_config: Any) -> None:
-        """Let config and checkpoints tell of the LoRA that the LLM has now."""
-        self.train(self.training)  # PEFT's layers start in training mode: a loaded model would drop out
+        """Record the LLM's LoRA in the config and in checkpoints."""
+        self.train(self.training)  # PEFT's layers start in training mode: a loaded model would apply dropout
         usual = type(lora_config)().to_dict()
         self.config.lora_config = {
             name: sorted(value) if isinstance(value, set) else value
@@ -405,7 +405,7 @@ class AdapterMixin(FrozenBackbonesMixin):
             self._keys_to_ignore_on_save = self._frozen_keys()
 
     def _check_same_lora(self, source: str, config: PreTrainedConfig, weights: dict[str, torch.Tensor]) -> None:
-        """The LLM has one LoRA: an adapter that learned with another would answer as it never did."""
+        """Refuse an adapter that was trained with another LoRA: the LLM has one, and outputs would differ."""
         theirs = {key: value for key, value in weights.items() if "lora_" in key}
         if not theirs:
             return
@@ -413,7 +413,7 @@ class AdapterMixin(FrozenBackbonesMixin):
         same = all(key in mine and torch.equal(mine[key].cpu(), value) for key, value in theirs.items())
         if not same or config.lora_config != self.config.lora_config:
             raise ValueError(
-                f"adapter {source!r} learned together with a LoRA that this model's LLM does not have; load it as a "
+                f"adapter {source!r} was trained with a LoRA that this model's LLM does not have; load it as a "
                 "model of its own with from_pretrained"
             )
 
@@ -426,23 +426,23 @@ class AdapterMixin(FrozenBackbonesMixin):
             raise ValueError(f"{source!r} holds other LoRA weights than config.lora_config describes: {odd}")
         self.load_state_dict(state, strict=False)
 
-    # ------------------------------------------------------------------ what learns
+    # ------------------------------------------------------------------ trainable parameters
 
     def set_trainable(self, parts: list[str]) -> None:
-        """Change what learns, for instance the speech encoder too after the connector alone.
+        """Change the trainable parts, for instance add the speech encoder after training the connector.
 
         Args:
             parts: As `ListenConfig.trainable`. An encoder among them goes to fp32 and into the checkpoints from now on.
 
         Raises:
-            ValueError: an unknown part, an encoder that other adapters hear through, or a learned encoder left out,
-                which checkpoints would then take from `base_models`, where it only started.
+            ValueError: an unknown part, an encoder that other adapters use, or a trained encoder left out, which
+                checkpoints would then load from `base_models`, in its state before training.
         """
         before = self.config.trainable
         lost = [name for name in self.config.learned_backbones if name not in parts]
         if lost and self.config.base_models:
             raise ValueError(
-                f"trainable={list(parts)} freezes {lost}, which learned; save it on its own "
+                f"trainable={list(parts)} freezes {lost}, which was trained; save it on its own "
                 f"(model.{lost[0]}.save_pretrained(folder)) and name that folder as the frozen encoder of a new model"
             )
         self.config.trainable = list(parts)
@@ -459,10 +459,34 @@ class AdapterMixin(FrozenBackbonesMixin):
             self._keys_to_ignore_on_save = self._frozen_keys()
         self.freeze()
 
+    def freeze(self) -> None:
+        """Let the parts in `config.trainable`, and LoRA weights on the LLM, require gradients; nothing else does."""
+        constant = self._constant_parameters()
+        for name, parameter in self.named_parameters():
+            root, *rest = name.split(".")
+            group = rest[1] if root == "adapters" else root  # adapters.<name>.<connector or prompt_pool>
+            trainable = group in self.config.trainable or (root == "adapters" and "adapter" in self.config.trainable)
+            trainable = trainable and parameter.is_floating_point() and name not in constant
+            parameter.requires_grad_("lora_" in name or trainable)
+
+    def _constant_parameters(self) -> set[str]:
+        """Parameters of trainable encoders that stay constant: sinusoids, and the mask of a SpecAugment that is off.
+
+        Whisper's family keeps its sinusoidal positions as a parameter without gradient; loading resets that.
+        """
+        constant = set()
+        for name, _ in self.named_parameters():
+            backbone, *path = name.split(".")
+            if backbone in self.config.learned_backbones:
+                masks = getattr(getattr(self, backbone).config, "apply_spec_augment", True)
+                if "embed_positions" in path or ("masked_spec_embed" in path and not masks):
+                    constant.add(name)
+        return constant
+
     # ------------------------------------------------------------------ counting
 
     def parameter_counts(self) -> dict[str, tuple[int, int]]:
-        """Learned and all parameters of each module."""
+        """Trainable and all parameters of each module."""
         modules = [(name, getattr(self, name)) for name in BACKBONES if getattr(self, name) is not None]
         modules += [
             (f"{name}.{part}", child) for name, a in self.adapters.items() for part, child in a.named_children()
@@ -470,35 +494,35 @@ class AdapterMixin(FrozenBackbonesMixin):
         return {name: _count(module) for name, module in modules}
 
     def print_trainable_parameters(self) -> None:
-        """Print learned and all parameters by module, in PEFT's manner."""
+        """Print trainable and all parameters by module, in PEFT's manner."""
         counts = self.parameter_counts()
         counts["total"] = tuple(sum(column) for column in zip(*counts.values(), strict=True))
         lines = [f"{'module':<28}{'trainable':>16}{'all':>18}{'%':>9}"]
-        for name, (learned, total) in counts.items():
-            lines.append(f"{name:<28}{learned:>16,}{total:>18,}{100 * learned / max(total, 1):>9.3f}")
+        for name, (trainable, total) in counts.items():
+            lines.append(f"{name:<28}{trainable:>16,}{total:>18,}{100 * trainable / max(total, 1):>9.3f}")
         sys.stdout.write("\n".join(lines) + "\n")
 
 
 def _check_lora(lora_config: Any, adapter_name: str) -> None:
-    """Refuse what checkpoints do not carry: other methods of PEFT, weights of the LLM itself, a second name."""
+    """Refuse what checkpoints cannot hold: other PEFT methods, weights of the LLM itself, a second name."""
     from peft import LoraConfig
 
     if not isinstance(lora_config, LoraConfig):
-        raise ValueError(f"{type(lora_config).__name__} is no LoraConfig, the one of PEFT's that checkpoints carry")
+        raise ValueError(f"{type(lora_config).__name__} is no LoraConfig, the only PEFT method that checkpoints hold")
     for name in _BEYOND_LORA:
         if getattr(lora_config, name, None):
             raise ValueError(f"{name}={getattr(lora_config, name)}: the LLM itself stays frozen; take it out")
     if adapter_name != "default":
-        raise ValueError(f"adapter_name={adapter_name!r}: checkpoints carry one LoRA, 'default'; leave the name out")
+        raise ValueError(f"adapter_name={adapter_name!r}: checkpoints hold one LoRA, 'default'; leave the name out")
 
 
 def _refuse_learned(guest: str, owner: str, config: PreTrainedConfig) -> None:
-    """An encoder that learned with one adapter has moved away from what another was, or would be, trained on."""
+    """Refuse to share an encoder that was trained with one adapter: others expect its original weights."""
     if config.learned_backbones:
         raise ValueError(
-            f"{guest} cannot share the {' and '.join(config.learned_backbones)} of {owner}, which learned together "
-            "with its adapter; save it on its own (model.speech_encoder.save_pretrained(folder)) and name that folder "
-            "as the frozen encoder of models that share it"
+            f"{guest} cannot share the {' and '.join(config.learned_backbones)} of {owner}, which was trained "
+            "together with its adapter; save it on its own (model.speech_encoder.save_pretrained(folder)) and name "
+            "that folder as the frozen encoder of models that share it"
         )
 
 

@@ -85,30 +85,6 @@ class ListenPreTrainedModel(AdapterMixin, PreTrainedModel):
             if backbone is not None and name not in self.config.trainable:
                 yield name, backbone
 
-    def freeze(self) -> None:
-        """Let the parts in `config.trainable`, and LoRA weights on the LLM, require gradients; nothing else does."""
-        constant = self._constant_parameters()
-        for name, parameter in self.named_parameters():
-            root, *rest = name.split(".")
-            group = rest[1] if root == "adapters" else root  # adapters.<name>.<connector or prompt_pool>
-            trainable = group in self.config.trainable or (root == "adapters" and "adapter" in self.config.trainable)
-            trainable = trainable and parameter.is_floating_point() and name not in constant
-            parameter.requires_grad_("lora_" in name or trainable)
-
-    def _constant_parameters(self) -> set[str]:
-        """Parameters of trainable encoders that stay constant: sinusoids, and the mask of a SpecAugment that is off.
-
-        Whisper's family keeps its sinusoidal positions as a parameter without gradient; loading resets that.
-        """
-        constant = set()
-        for name, _ in self.named_parameters():
-            backbone, *path = name.split(".")
-            if backbone in self.config.learned_backbones:
-                masks = getattr(getattr(self, backbone).config, "apply_spec_augment", True)
-                if "embed_positions" in path or ("masked_spec_embed" in path and not masks):
-                    constant.add(name)
-        return constant
-
 
 class ListenModel(ListenPreTrainedModel):
     """Speech encoder, audio encoder, adapters and LLM; the forward pass ends before the LLM's head.

@@ -193,9 +193,9 @@ STRATEGIES: dict[str, type[SelectionStrategy]] = {
 
 
 class ListenPromptPool(nn.Module):
-    """P learned key-value pairs and the strategy that picks k of them for a query.
+    """P trained key-value pairs and the strategy that picks k of them for a query.
 
-    Keys exist only for strategies that compare them with a query, so that every parameter can learn.
+    Keys exist only for strategies that compare them with a query, so that every parameter gets a gradient.
 
     Args:
         config: A `ListenPromptPoolConfig`.
@@ -238,7 +238,10 @@ class ListenPromptPool(nn.Module):
         with torch.autocast(query.device.type, enabled=False):  # the ranking must not depend on mixed precision
             query = query.float()  # (batch, width)
             if self.config.center_query:
-                query = self._center(query)
+                if self.training:
+                    with torch.no_grad():
+                        self.query_mean.lerp_(query.mean(0), 1.0 - self.config.query_momentum)
+                query = query - self.query_mean
             keys = self.keys.float() if self.keys is not None else None
             selection = self.strategy(PromptRequest(query, keys, k, valid, task_ids))
             prompts = self.values[selection.indices]  # (batch, k, width)
@@ -270,12 +273,6 @@ class ListenPromptPool(nn.Module):
             queries = queries - self.query_mean
         drawn = queries[torch.randint(len(queries), (len(self.keys),), device=queries.device)]  # (pool, width)
         self.keys.copy_(drawn + 0.1 * drawn.std() * torch.randn_like(drawn))
-
-    def _center(self, query: torch.Tensor) -> torch.Tensor:
-        if self.training:
-            with torch.no_grad():
-                self.query_mean.lerp_(query.mean(0), 1.0 - self.config.query_momentum)
-        return query - self.query_mean
 
 
 def _without_scores(indices: torch.Tensor, query: torch.Tensor) -> PromptSelection:

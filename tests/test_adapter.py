@@ -365,7 +365,7 @@ def test_an_adapter_that_learned_with_another_lora_is_refused(backbones: Path, t
     scaled.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj", "v_proj"]))
     scaled.load_state_dict({name: value for name, value in model.state_dict().items() if "lora_" in name}, strict=False)
     for other in (fresh(backbones), moved, scaled):
-        with pytest.raises(ValueError, match="learned together with a LoRA that this model's LLM does not have"):
+        with pytest.raises(ValueError, match="was trained with a LoRA that this model's LLM does not have"):
             other.load_adapter(tmp_path, adapter_name="second")
         assert "second" not in other.adapters
 
@@ -411,7 +411,7 @@ def test_more_than_a_lora_on_the_llm_is_refused(backbones: Path, config: PeftCon
     model = fresh(backbones)
     with pytest.raises(ValueError, match=message):
         model.add_adapter(config)
-    with pytest.raises(ValueError, match="adapter_name='mine': checkpoints carry one LoRA"):
+    with pytest.raises(ValueError, match="adapter_name='mine': checkpoints hold one LoRA"):
         model.add_adapter(LoraConfig(target_modules=["q_proj"]), "mine")
     assert model.config.lora_config is None
 

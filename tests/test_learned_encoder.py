@@ -230,7 +230,7 @@ def test_an_encoder_can_begin_to_learn_later(backbones: dict[str, str], tmp_path
 
 def test_changes_that_would_lose_weights_are_refused(backbones: dict[str, str]) -> None:
     model = fresh(backbones)
-    with pytest.raises(ValueError, match=r"freezes \['speech_encoder'\], which learned; save it on its own"):
+    with pytest.raises(ValueError, match=r"freezes \['speech_encoder'\], which was trained; save it on its own"):
         model.set_trainable(["connector"])
     with pytest.raises(ValueError, match="'qformer'.* is unknown"):
         model.set_trainable([*TRAINABLE, "qformer"])
@@ -304,7 +304,7 @@ def test_a_run_may_thaw_the_encoder_of_a_checkpoint(backbones: dict[str, str], m
     model = {"checkpoint": str(first.model_folder), "trainable": TRAINABLE}
     result = run({**settings, "model": model, "training": second})
     assert any(key.startswith("speech_encoder.") for key in load_file(result.model_folder / "model.safetensors"))
-    with pytest.raises(ValueError, match="which learned; save it on its own"):
+    with pytest.raises(ValueError, match="which was trained; save it on its own"):
         build_model(
             build_arguments({"model": {"checkpoint": str(result.model_folder), "trainable": ["connector"]}}).model
         )
