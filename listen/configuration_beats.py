@@ -3,7 +3,7 @@
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-# What `PreTrainedConfig` itself understands beside its fields, or what its files carry.
+# Accepted by `PreTrainedConfig` beside its fields, or written to config.json.
 _INHERITED_ARGUMENTS = frozenset(
     {
         "attn_implementation",
@@ -117,7 +117,7 @@ class BeatsConfig(PreTrainedConfig):
                 )
 
     def _check_buckets(self) -> None:
-        # Half of the buckets serve each direction; half of those hold one distance each, the others grow with its log.
+        # Half of the buckets serve each direction: half of those hold one distance each, the others logarithmic ranges.
         if self.num_buckets < 4 or self.num_buckets % 4:
             raise ValueError(f"BeatsConfig: num_buckets={self.num_buckets} must be a positive multiple of 4.")
         if self.max_distance <= self.num_buckets // 4:

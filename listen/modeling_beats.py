@@ -14,8 +14,8 @@ The formulas, for input `x` of `F` frames and `M` mel bins, patches of `p` x `p`
 5.  Buckets: the `B/2` of a direction are one for each distance below `B/4`, then logarithmic up to `max_distance`.
 
 The published implementation divides the scores by 32, subtracts their row maximum and multiplies by 32 again before
-the bias is added. A softmax is unchanged by a constant added to a row, so this only guards half precision sums; fused
-attention accumulates in float32 and the eager path here does too, hence it is left out.
+the bias is added. A softmax does not change when a constant is added to a row, so this only protects half precision
+sums. It is left out here, as fused attention and the eager path accumulate in float32.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_beats import BeatsConfig
 
-# Low enough that its exponential is zero beside any score, finite in float16 so that a row of padding alone is no NaN.
+# Its exponential is zero beside any score; finite in float16, so that a row of padding alone gives no NaN.
 _PADDING_SCORE = -3e4
-# what `capture_outputs` reads, and what the Trainer tells every model
+# read by `capture_outputs`, or passed by the Trainer to every model
 _KNOWN_KWARGS = {"output_hidden_states", "output_attentions", "use_cache"}
 
 
@@ -56,19 +56,19 @@ def relative_position_buckets(
     per_direction = num_buckets // 2
     exact = per_direction // 2
     distance = offsets.abs()
-    # float32 whatever the model's dtype: the integer part is what counts
+    # always in float32, so that the integer part is right
     growth = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
     far = (exact + (growth * (per_direction - exact)).long()).clamp(max=per_direction - 1)
     return torch.where(distance < exact, distance, far) + (offsets > 0).long() * per_direction
 
 
 def official_token_mask(padding_mask: torch.Tensor, num_frames: int, num_tokens: int) -> torch.Tensor:
-    """Token mask by the rule of the published implementation, for results that must equal it on padded batches.
+    """Token mask by the rule of the published implementation, to reproduce its results on padded batches.
 
-    That rule goes from samples to frames and from frames to tokens in the same way: cut the surplus off the end, view
-    the rest as `(target length, -1)` and call a target padding if all it covers is padding. As tokens are counted
-    through time and bands together, the last time step can be masked for some bands only. [`BeatsModel`] masks whole
-    time steps by default (`output_mask`); pass this mask as `token_mask=` to have the published rule.
+    The rule takes samples to frames, then frames to tokens: drop the surplus at the end, view the rest as
+    `(target length, -1)`, and call a target padding if all that it covers is padding. As time and bands are counted
+    together, the last time step can be masked for some bands only. [`BeatsModel`] masks whole time steps by default
+    (`output_mask`); pass this mask as `token_mask=` for the published rule.
 
     Args:
         padding_mask: `(batch, samples)` boolean, True at padded samples.
@@ -110,7 +110,7 @@ def eager_attention_forward(
 
 
 class BeatsPatchEmbedding(nn.Module):
-    """Cuts `(batch, frames, mel bins)` into square patches: `(batch, tokens, hidden_size)`, time-major."""
+    """Embeds square patches: `(batch, frames, mel bins)` -> `(batch, tokens, hidden_size)`, time-major."""
 
     def __init__(self, config: BeatsConfig) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class BeatsPatchEmbedding(nn.Module):
         self.projection = nn.Identity() if same else nn.Linear(width, config.hidden_size)
 
     def forward(self, input_values: torch.Tensor) -> torch.Tensor:
-        """Embed the patches; frames beyond the last whole patch are left out."""
+        """Embed the patches; frames after the last whole patch are dropped."""
         patches = self.convolution(input_values.unsqueeze(1))  # (batch, width, steps, bands)
         patches = patches.flatten(2).transpose(1, 2)  # (batch, steps * bands, width)
         return self.projection(self.layer_norm(patches))
@@ -142,7 +142,7 @@ class BeatsPositionalConvolution(nn.Module):
         self.convolution = nn.utils.parametrizations.weight_norm(convolution, name="weight", dim=2)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What is to be added to each token for its position."""
+        """The positional embedding of each token."""
         # Always in float32: a sum over thousands of products, and oneDNN's bfloat16 kernels on AMX processors return
         # garbage for this convolution when a group has few channels (seen with torch 2.13, groups of 4 and 8).
         convolution = self.convolution
@@ -159,7 +159,7 @@ class BeatsPositionalConvolution(nn.Module):
 
 
 class BeatsAttention(nn.Module):
-    """Self-attention with a relative position bias behind a gate (WavLM, Chen et al. 2021) that reads the query."""
+    """Self-attention with a relative position bias, gated by the query (WavLM, Chen et al. 2021)."""
 
     is_causal = False
 
@@ -175,12 +175,6 @@ class BeatsAttention(nn.Module):
         self.gate_proj = nn.Linear(self.head_dim, 8)
         self.gate_scale = nn.Parameter(torch.empty(1, self.num_heads, 1, 1))
 
-    def position_gate(self, query: torch.Tensor) -> torch.Tensor:
-        """Factor on the bias of each query: `(batch, heads, tokens, head_dim)` -> `(batch, heads, tokens, 1)`."""
-        sums = self.gate_proj(query).unflatten(-1, (2, 4)).sum(-1)  # (batch, heads, tokens, 2)
-        select, reset = torch.sigmoid(sums).chunk(2, dim=-1)  # 2 x (batch, heads, tokens, 1)
-        return select * (reset * self.gate_scale - 1.0) + 2.0
-
     def forward(
         self, hidden_states: torch.Tensor, position_bias: torch.Tensor, padding_bias: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -189,14 +183,16 @@ class BeatsAttention(nn.Module):
         `position_bias` is `(1, heads, tokens, tokens)`; `padding_bias` `(batch, 1, 1, tokens)` is 0 at real tokens and
         very low at padded ones.
         """
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        query, key, value = (
-            project(hidden_states).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-            for project in projections
-        )  # 3 x (batch, heads, tokens, head_dim)
-        gate = self.position_gate(query)  # (batch, heads, tokens, 1)
+        by_head = (self.num_heads, self.head_dim)
+        query = self.q_proj(hidden_states).unflatten(-1, by_head).transpose(1, 2)  # (batch, heads, tokens, head_dim)
+        key = self.k_proj(hidden_states).unflatten(-1, by_head).transpose(1, 2)  # (batch, heads, tokens, head_dim)
+        value = self.v_proj(hidden_states).unflatten(-1, by_head).transpose(1, 2)  # (batch, heads, tokens, head_dim)
+        sums = self.gate_proj(query).unflatten(-1, (2, 4)).sum(-1)  # (batch, heads, tokens, 2)
+        select, reset = torch.sigmoid(sums).chunk(2, dim=-1)  # 2 x (batch, heads, tokens, 1)
+        gate = select * (reset * self.gate_scale - 1.0) + 2.0  # (batch, heads, tokens, 1)
         # One pass writes the whole additive mask; its dtype must be the query's, which autocast may have changed.
-        mask = torch.addcmul(*(term.to(query.dtype) for term in (padding_bias, gate, position_bias)))
+        dtype = query.dtype
+        mask = torch.addcmul(padding_bias.to(dtype), gate.to(dtype), position_bias.to(dtype))
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -207,14 +203,8 @@ class BeatsAttention(nn.Module):
         return self.out_proj(context.flatten(2)), weights
 
 
-def _attention_projections(attention: BeatsAttention) -> tuple[tuple[nn.Linear, bool], ...]:
-    """The projections of an attention, and whether each lies on the residual path."""
-    of_residual = (attention.v_proj, attention.out_proj)
-    return tuple((p, p in of_residual) for p in (attention.q_proj, attention.k_proj, *of_residual))
-
-
 class BeatsResidualLinear(nn.Linear):
-    """A linear map of the feed-forward network; a class of its own so that deep norm can initialise it."""
+    """A linear map of the feed-forward network, with a class of its own for the initialisation of deep norm."""
 
 
 class BeatsLayer(GradientCheckpointingLayer):
@@ -235,7 +225,7 @@ class BeatsLayer(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: torch.Tensor, position_bias: torch.Tensor, padding_bias: torch.Tensor
     ) -> torch.Tensor:
-        """One layer; the biases are those of [`BeatsAttention.forward`]."""
+        """Apply the layer; the biases are those of [`BeatsAttention.forward`]."""
         attended, _ = self.attention(hidden_states, position_bias, padding_bias)
         hidden_states = self.attention_norm(self.residual_scale * hidden_states + self.dropout(attended))
         inner = self.activation_dropout(self.activation(self.intermediate(hidden_states)))
@@ -243,7 +233,7 @@ class BeatsLayer(GradientCheckpointingLayer):
 
 
 class BeatsPreTrainedModel(PreTrainedModel):
-    """Weights, loading and attention choices that the BEATs models share."""
+    """What both BEATs models share: initialisation, loading and attention kernels."""
 
     config_class = BeatsConfig
     base_model_prefix = "beats"
@@ -257,25 +247,22 @@ class BeatsPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        # only modules with parameters of their own are sure to be visited: for code outside the library, transformers
-        # takes a module without any for one that is initialised already
+        # For code outside the library, transformers only visits modules with parameters of their own.
+        gain = (8 * self.config.num_hidden_layers) ** -0.25  # DeepNet's, for weights on the residual path
         if isinstance(module, BeatsAttention):
             init.ones_(module.gate_scale)
-            gain = self._residual_gain()
-            if gain is not None:
-                for linear, of_residual in _attention_projections(module):
-                    init.xavier_normal_(linear.weight, gain=gain if of_residual else 1.0)
-        elif isinstance(module, BeatsResidualLinear) and self._residual_gain() is not None:
-            init.xavier_normal_(module.weight, gain=self._residual_gain())
+            if self.config.deep_norm:
+                init.xavier_normal_(module.q_proj.weight)
+                init.xavier_normal_(module.k_proj.weight)
+                init.xavier_normal_(module.v_proj.weight, gain=gain)
+                init.xavier_normal_(module.out_proj.weight, gain=gain)
+        elif isinstance(module, BeatsResidualLinear) and self.config.deep_norm:
+            init.xavier_normal_(module.weight, gain=gain)
         elif isinstance(module, ParametrizationList):
             self._init_weight_norm(module)
 
-    def _residual_gain(self) -> float | None:
-        """DeepNet's `(8N) ** -0.25`, by which weights on the residual path are shrunk."""
-        return (8 * self.config.num_hidden_layers) ** -0.25 if self.config.deep_norm else None
-
     def _init_weight_norm(self, weight: ParametrizationList) -> None:
-        """Normal directions, their norms as magnitudes, so that the weights start out normal."""
+        """Normal directions with their norms as magnitudes: the product is normally distributed."""
         magnitude = weight.original0  # (1, 1, kernel)
         direction = weight.original1  # (hidden_size, hidden_size / groups, kernel)
         init.normal_(direction, std=math.sqrt(4.0 / (self.config.conv_pos * self.config.hidden_size)))
@@ -289,7 +276,7 @@ class BeatsModel(BeatsPreTrainedModel):
     docstring for the formulas and `examples/convert_beats.py` for loading them.
     """
 
-    # the head of a fine-tuned checkpoint, when the encoder alone is wanted
+    # the head of a fine-tuned checkpoint, when only the encoder is loaded
     _keys_to_ignore_on_load_unexpected = [r"^classifier\."]
 
     def __init__(self, config: BeatsConfig) -> None:
@@ -300,19 +287,19 @@ class BeatsModel(BeatsPreTrainedModel):
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.relative_position_bias = nn.Embedding(config.num_buckets, config.num_attention_heads)
         self.layers = nn.ModuleList([BeatsLayer(config) for _ in range(config.num_hidden_layers)])
+        self.patches_per_step = config.patches_per_step
         self.gradient_checkpointing = False
         self.post_init()
 
     def output_mask(self, input_values_mask: torch.Tensor) -> torch.Tensor:
         """Real tokens for a mask over frames: `(batch, frames)` of 0/1 -> `(batch, 8 * (frames // 16))` boolean.
 
-        A time step counts if all its `patch_size` frames are real, so that a row never sees its padding.
+        A time step is real if all its `patch_size` frames are, so that no real token depends on padding.
         """
-        config = self.config
-        steps = input_values_mask.shape[1] // config.patch_size
-        whole = input_values_mask[:, : steps * config.patch_size].bool()
-        whole = whole.unflatten(1, (steps, config.patch_size)).all(-1)  # (batch, steps)
-        return whole.repeat_interleave(config.patches_per_step, dim=1)
+        patch = self.config.patch_size
+        steps = input_values_mask.shape[1] // patch
+        whole = input_values_mask[:, : steps * patch].bool().unflatten(1, (steps, patch)).all(-1)  # (batch, steps)
+        return whole.repeat_interleave(self.patches_per_step, dim=1)
 
     def position_bias(self, num_tokens: int) -> torch.Tensor:
         """Relative position bias shared by all layers: `(1, heads, query tokens, key tokens)`."""
@@ -320,7 +307,7 @@ class BeatsModel(BeatsPreTrainedModel):
         device = self.relative_position_bias.weight.device
         buckets = relative_position_buckets(num_tokens, config.num_buckets, config.max_distance, device)
         by_offset = self.relative_position_bias(buckets).transpose(0, 1)  # (heads, 2 * tokens - 1)
-        # window w starts at offset w - (tokens - 1), which is the row of query tokens - 1 - w
+        # window w starts at offset w - (tokens - 1): it is the row of query tokens - 1 - w
         return by_offset.unfold(1, num_tokens, 1).flip(1).unsqueeze(0)
 
     @merge_with_config_defaults
@@ -336,13 +323,14 @@ class BeatsModel(BeatsPreTrainedModel):
 
         Args:
             input_values: `(batch, frames, num_mel_bins)`, Kaldi log-mel, already normalised.
-            input_values_mask: `(batch, frames)`, 1 at real frames; none means that all are real.
-            token_mask: `(batch, tokens)`, 1 at real tokens, in place of `input_values_mask` where another rule is
-                wanted ([`official_token_mask`]).
+            input_values_mask: `(batch, frames)`, 1 at real frames; `None` means that all are real.
+            token_mask: `(batch, tokens)`, 1 at real tokens, in place of `input_values_mask`, for another rule than
+                `output_mask` ([`official_token_mask`]).
+            **kwargs: `output_hidden_states`, `output_attentions`.
 
         Returns:
             `BaseModelOutput` with `last_hidden_state` `(batch, 8 * (frames // 16), hidden_size)`. Rows equal those of
-            the clip alone at real tokens; padded tokens hold finite numbers without meaning.
+            the clip alone at real tokens; padded tokens hold finite values without meaning.
 
         Raises:
             ValueError: shapes do not fit, the clip is shorter than one patch, or both masks are given.
@@ -365,31 +353,30 @@ class BeatsModel(BeatsPreTrainedModel):
     def _checked_token_mask(
         self, input_values: torch.Tensor, input_values_mask: torch.Tensor | None, token_mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """The boolean `(batch, tokens)` mask in force, after the shapes have been checked."""
-        config = self.config
-        if input_values.dim() != 3 or input_values.shape[2] != config.num_mel_bins:
+        """Check all shapes and return the boolean `(batch, tokens)` mask to use."""
+        bins, patch = self.config.num_mel_bins, self.config.patch_size
+        if input_values.dim() != 3 or input_values.shape[2] != bins:
             raise ValueError(
-                f"BeatsModel needs input_values (batch, frames, {config.num_mel_bins}), got shape "
-                f"{tuple(input_values.shape)}."
+                f"BeatsModel needs input_values (batch, frames, {bins}), got shape {tuple(input_values.shape)}."
             )
         batch, frames = input_values.shape[:2]
-        if frames < config.patch_size:
-            raise ValueError(f"BeatsModel needs at least {config.patch_size} frames, got {frames}; pad the clip.")
-        tokens = frames // config.patch_size * config.patches_per_step
+        if frames < patch:
+            raise ValueError(f"BeatsModel needs at least {patch} frames, got {frames}; pad the clip.")
+        tokens = frames // patch * self.patches_per_step
         if input_values_mask is not None and token_mask is not None:
             raise ValueError("BeatsModel takes input_values_mask or token_mask, not both.")
         if token_mask is None and input_values_mask is None:
             return torch.ones(batch, tokens, dtype=torch.bool, device=input_values.device)
-        given, expected = (token_mask, tokens) if token_mask is not None else (input_values_mask, frames)
-        if tuple(given.shape) != (batch, expected):
-            raise ValueError(f"BeatsModel needs a mask of shape {(batch, expected)}, got {tuple(given.shape)}.")
+        mask, length = (token_mask, tokens) if token_mask is not None else (input_values_mask, frames)
+        if tuple(mask.shape) != (batch, length):
+            raise ValueError(f"BeatsModel needs a mask of shape {(batch, length)}, got {tuple(mask.shape)}.")
         return token_mask.bool() if token_mask is not None else self.output_mask(input_values_mask)
 
 
 class BeatsForAudioClassification(BeatsPreTrainedModel):
     """BEATs with the head of its fine-tuned checkpoints: a linear map of each token, averaged over real tokens."""
 
-    accepts_loss_kwargs = False  # its loss is a mean, which the Trainer divides by the batches that it accumulates
+    accepts_loss_kwargs = False  # its loss is a mean, so the Trainer divides it by the number of accumulated batches
 
     def __init__(self, config: BeatsConfig) -> None:
         super().__init__(config)
@@ -410,7 +397,7 @@ class BeatsForAudioClassification(BeatsPreTrainedModel):
         """Score the labels; arguments as in [`BeatsModel.forward`].
 
         Args:
-            labels: `(batch, num_labels)` of 0/1: several labels may hold, as in AudioSet (binary cross-entropy).
+            labels: `(batch, num_labels)` of 0/1: several may be 1, as in AudioSet (binary cross-entropy).
 
         Returns:
             `SequenceClassifierOutput` with `logits` `(batch, num_labels)`; their sigmoid is what the published
