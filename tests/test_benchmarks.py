@@ -55,7 +55,7 @@ def harness(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_every_benchmark_is_run_here() -> None:
-    assert {path.stem for path in FOLDER.glob("*.py")} == {*SMALLEST, "harness"}
+    assert {path.stem for path in FOLDER.glob("*.py")} == {*SMALLEST, "harness", "hops"}
 
 
 @pytest.mark.parametrize("name", SMALLEST)
@@ -77,6 +77,12 @@ def test_whole_models_are_made_on_one_device(preset: str, harness) -> None:
         backbone, dtype = getattr(model, name), torch.float32 if name in model.config.trainable else torch.bfloat16
         assert backbone is None or {parameter.dtype for parameter in backbone.parameters()} == {dtype}
     assert {parameter.dtype for parameter in model.adapters.parameters()} == {torch.float32}
+
+
+def test_hops_counts_own_functions_of_a_row_and_of_a_batch(harness) -> None:
+    hops = importlib.import_module("hops").measure()
+    assert "data/collator.py:ListenCollator.__call__" in hops["row to batch"].functions
+    assert "modeling_listen.py:ListenForConditionalGeneration.forward" in hops["batch to loss"].functions
 
 
 def test_ratios_tell_time_and_memory_apart(harness) -> None:

@@ -7,27 +7,58 @@ import sys
 from pathlib import Path
 
 from fixtures_repository import (
+    DOORS,
     FLAT,
     LIBRARY,
     ROOT,
     SCRIPTS,
     TESTS,
     absolute_modules,
+    ignored,
     imports_of,
     lines_of,
     load_time_imports,
+    name_of,
     offenders,
     parse,
 )
 from packaging.utils import canonicalize_name
 
 HUB_PACKAGES = {"torch", "transformers", "numpy", "safetensors", "huggingface_hub"}  # all with transformers
+ROOT_ENTRIES = {
+    *("listen", "examples", "tests", "benchmarks", "model_cards", "docs", ".ci"),
+    *("modeling_listen.py", "configuration_listen.py", "processing_listen.py", "setup.py"),
+    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "CITATION.cff", "LICENSE", "NOTICE"),
+    *("Makefile", "pyproject.toml", "requirements.txt", "requirements-quantization.txt", "MANIFEST.in", ".gitignore"),
+}
 PROVIDERS = importlib.metadata.packages_distributions()  # import name -> distributions
 
 
 def foreign_packages(node: ast.Import | ast.ImportFrom) -> set[str]:
     """Top-level names outside the standard library that an absolute import asks for."""
     return {name.split(".")[0] for name in absolute_modules(node)} - sys.stdlib_module_names
+
+
+def test_doors_at_the_root_are_a_docstring_and_one_import() -> None:
+    def find(path: Path) -> list[str]:
+        docstring, *body = parse(path).body
+        whole = isinstance(docstring, ast.Expr) and [type(node) for node in body] == [ast.ImportFrom, ast.Assign]
+        if not whole or body[0].module != "listen":
+            return [ast.unparse(node) for node in body]
+        names, (target,) = [alias.name for alias in body[0].names], body[1].targets
+        exported = ast.literal_eval(body[1].value)
+        return [] if (ast.unparse(target), sorted(exported)) == ("__all__", sorted(names)) else exported
+
+    assert [name_of(path) for path in DOORS] == [
+        "configuration_listen.py",
+        "modeling_listen.py",
+        "processing_listen.py",
+    ]
+    assert offenders(DOORS, find) == {}
+
+
+def test_the_root_holds_what_a_newcomer_looks_for() -> None:
+    assert {path.name for path in ROOT.iterdir() if not ignored(path)} - ROOT_ENTRIES == set()
 
 
 def test_flat_modules_travel_alone() -> None:
