@@ -1,8 +1,9 @@
-"""Any source of audio as a mono float32 waveform at one sampling rate."""
+"""Any audio (path, URL, bytes, array, tensor, datasets row) as a mono float32 waveform at one sampling rate."""
 
 import base64
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,11 @@ def load_waveform(audio: Any, sampling_rate: int | None = None, target_rate: int
     """Read, mix down and resample one clip.
 
     Args:
-        audio: A file's path, its URL or its bytes; a row of `datasets.Audio` (`{"array", "sampling_rate"}`,
-            `{"bytes", "path"}` or a torchcodec decoder); or samples as array, tensor or list, `(samples,)` or with a
-            channel axis of at most 8. Integer samples are scaled to [-1, 1] by their type.
-        sampling_rate: Rate of samples that do not carry their own; everything else brings its rate along.
+        audio: A file's path, its bytes, its URL (`http(s)://` or any that fsspec opens); a row of `datasets.Audio`
+            (`{"array", "sampling_rate"}`, `{"bytes", "path"}`, of which bytes are preferred, or a torchcodec decoder);
+            or samples as array, tensor or list, `(samples,)` or with a channel axis of at most 8. Integer samples are
+            scaled to [-1, 1] by their type.
+        sampling_rate: Rate of raw samples; files, bytes and decoders state their own.
         target_rate: Rate of the result.
 
     Returns:
@@ -32,7 +34,7 @@ def load_waveform(audio: Any, sampling_rate: int | None = None, target_rate: int
     Raises:
         FileNotFoundError: no file at the path.
         ConnectionError: a URL that cannot be fetched.
-        TypeError: not a source of audio.
+        TypeError: an unsupported type.
         ValueError: undecodable, empty, NaN or infinite samples, no sampling rate, or an unclear channel axis.
     """
     if isinstance(audio, (str, os.PathLike, bytes, bytearray)):
@@ -42,12 +44,19 @@ def load_waveform(audio: Any, sampling_rate: int | None = None, target_rate: int
         mono = _scaled(np.asarray(decoded.data)).mean(axis=0)  # (channels, samples) -> (samples,)
         return resample(_checked(mono), int(decoded.sample_rate), target_rate)
     if isinstance(audio, dict):
-        return _load_row(audio, sampling_rate, target_rate)
+        rate = audio.get("sampling_rate")
+        for key in ("array", "bytes", "path"):
+            if audio.get(key) is not None:
+                return load_waveform(audio[key], sampling_rate if rate is None else rate, target_rate)
+        raise ValueError(
+            f"an audio row with the keys {sorted(audio)} holds none of 'array', 'bytes' and 'path'; "
+            f"the known keys are {', '.join(ROW_KEYS)}"
+        )
     mono = _checked(_mix_down(_scaled(_as_array(audio))))
     if sampling_rate is None:
         raise ValueError(
             f"a raw array of {len(mono)} samples came without sampling_rate, which is never guessed; "
-            f"pass sampling_rate=..., {target_rate} if it is at the model's rate already"
+            f"pass sampling_rate=..., {target_rate} if it is already at the model's rate"
         )
     return resample(mono, sampling_rate, target_rate)
 
@@ -90,9 +99,34 @@ def cut_waveform(waveform: np.ndarray, max_seconds: float | None, sampling_rate:
         return waveform
     if isinstance(max_seconds, (bool, str)) or not max_seconds * sampling_rate >= 1:
         raise ValueError(
-            f"max_audio_seconds={max_seconds!r} must be a number of seconds above 0, or None to cut nothing"
+            f"max_audio_seconds={max_seconds!r} must be a number of seconds above 0, or None for whole clips"
         )
     return waveform[: int(min(max_seconds * sampling_rate, len(waveform)))]
+
+
+def read_clips(
+    clips: Sequence[Any], sampling_rate: int = 16000, join: bool = False, silence_seconds: float = 0.0
+) -> list[np.ndarray]:
+    """Load clips that go together, as several recordings or as one.
+
+    Args:
+        clips: What `load_waveform` reads.
+        sampling_rate: Rate of the result in Hz.
+        join: Whether the clips follow each other in one recording.
+        silence_seconds: Silence between joined clips; SALMONN puts 0.1 s there.
+
+    Returns:
+        One array `(samples,)` a clip, or a single one when joined.
+
+    Raises:
+        OSError, TypeError, ValueError: see `load_waveform`.
+    """
+    waveforms = [load_waveform(clip, target_rate=sampling_rate) for clip in clips]
+    if not join or len(waveforms) < 2:
+        return waveforms
+    gap = np.zeros(round(silence_seconds * sampling_rate), dtype=np.float32)
+    parts = [part for waveform in waveforms for part in (gap, waveform)][1:]
+    return [np.concatenate(parts)]
 
 
 def is_one_clip(audio: Any) -> bool:
@@ -102,38 +136,37 @@ def is_one_clip(audio: Any) -> bool:
     return len(audio) > 0 and isinstance(audio[0], (int, float, np.number))
 
 
-def _load_row(row: dict[str, Any], sampling_rate: int | None, target_rate: int) -> np.ndarray:
-    given = {key: value for key, value in row.items() if value is not None}
-    if "array" in given:
-        return load_waveform(given["array"], given.get("sampling_rate", sampling_rate), target_rate)
-    for key in ("bytes", "path"):
-        if key in given:
-            return load_waveform(given[key], target_rate=target_rate)
-    raise ValueError(
-        f"an audio row with the keys {sorted(row)} holds none of 'array', 'bytes' and 'path'; "
-        f"the known keys are {', '.join(ROW_KEYS)}"
-    )
-
-
 def _decode(source: str | os.PathLike | bytes, target_rate: int) -> np.ndarray:
-    """A file, URL or encoded bytes; soundfile reads it, torchcodec what soundfile cannot."""
+    """Samples of a file, URL or encoded bytes; soundfile decodes them, torchcodec what soundfile cannot."""
     if isinstance(source, (bytes, bytearray)):
-        name, text = f"{len(source)} bytes", f"data:;base64,{base64.b64encode(source).decode()}"
+        name, encoded = f"{len(source)} bytes", source
     else:
-        name = text = os.fspath(source)
-        if not text.startswith(("http://", "https://", "data:")) and not os.path.isfile(text):
-            raise FileNotFoundError(f"no audio file at {text!r}; give a path that exists, a URL, bytes or an array")
+        name = os.fspath(source)
+        encoded = _fetch(name)
+    address = name if encoded is None else f"data:;base64,{base64.b64encode(encoded).decode()}"
     try:
-        return load_audio(text, target_rate, backend="soundfile")
+        return load_audio(address, target_rate, backend="soundfile")
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ConnectionError(f"cannot fetch {text!r}: {error}; check the address, or give a file") from error
-    except RuntimeError as error:  # soundfile's own error too is one
+        raise ConnectionError(f"cannot fetch {name!r}: {error}; check the address, or give a file") from error
+    except RuntimeError as error:  # soundfile raises a subclass
         try:
-            return load_audio(text, target_rate, backend="torchcodec")
+            return load_audio(address, target_rate, backend="torchcodec")
         except (ImportError, RuntimeError):
             raise ValueError(
                 f"cannot decode {name} as audio ({error}); convert it to wav or flac, or install torchcodec"
             ) from error
+
+
+def _fetch(address: str) -> bytes | None:
+    """Bytes at a URL that fsspec opens (`s3://`, `zip://...::...`); `None` for what `load_audio` opens itself."""
+    if os.path.isfile(address) or address.startswith(("http://", "https://", "data:")):
+        return None
+    if "://" not in address and "::" not in address:
+        raise FileNotFoundError(f"no audio file at {address!r}; give a path that exists, a URL, bytes or an array")
+    import fsspec
+
+    with fsspec.open(address, "rb") as file:
+        return file.read()
 
 
 def _as_array(audio: Any) -> np.ndarray:
@@ -143,7 +176,7 @@ def _as_array(audio: Any) -> np.ndarray:
     if isinstance(audio, (np.ndarray, list, tuple)):
         return np.asarray(audio)
     raise TypeError(
-        f"{type(audio).__name__} is no source of audio; give a path, URL, bytes, array, tensor, or a datasets row"
+        f"unsupported audio type {type(audio).__name__}; expected a path, URL, bytes, array, tensor or a datasets row"
     )
 
 
@@ -173,6 +206,11 @@ def _mix_down(samples: np.ndarray) -> np.ndarray:
 
 
 def _checked(waveform: np.ndarray, source: Any = None) -> np.ndarray:
+    """The waveform `(samples,)` as float32.
+
+    Raises:
+        ValueError: empty, NaN or infinite samples, or floats far above full scale.
+    """
     where = f" in {os.fspath(source)!r}" if isinstance(source, (str, os.PathLike)) else ""
     if not waveform.size:
         raise ValueError(f"empty audio{where}: a clip of 0 samples")
@@ -182,7 +220,7 @@ def _checked(waveform: np.ndarray, source: Any = None) -> np.ndarray:
     loudest = float(np.abs(waveform).max())
     if loudest > _LOUDEST:
         raise ValueError(f"float samples reach {loudest:g}{where}, but full scale is 1; divide 16-bit samples by 32768")
-    return waveform
+    return np.ascontiguousarray(waveform, dtype=np.float32)
 
 
-__all__ = ["ROW_KEYS", "cut_waveform", "is_one_clip", "load_waveform", "resample"]
+__all__ = ["ROW_KEYS", "cut_waveform", "is_one_clip", "load_waveform", "read_clips", "resample"]

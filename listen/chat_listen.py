@@ -1,4 +1,4 @@
-"""Chat messages with audio in them: as plain text for any chat template, and as clips."""
+"""Chat messages with audio content: as plain text for any chat template, and as clips."""
 
 import os
 import re
@@ -19,18 +19,18 @@ DEFAULT_CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}"
 )
 
-# Where an instruction wants the recordings, or a text in their stead; without it they come first.
+# Position of the recordings in an instruction, or of a text in place of them; without it they come first.
 INPUT_FIELD = "{input}"
 
-_PROBE = 7_304_118_526_000  # no text of a template
-_AUDIO_KEYS = ("audio", "array", "bytes", "path", "url")  # a row of datasets names its path beside the first
+_PROBE = 7_304_118_526_000  # a number that no template contains
+_AUDIO_KEYS = ("audio", "array", "bytes", "path", "url")  # the first one given counts: datasets rows may add a path
 
 
 def as_conversations(conversation: Any) -> tuple[list[list[dict[str, Any]]], bool]:
     """A list of conversations, and whether the caller gave a list of them.
 
     Raises:
-        ValueError: not a list of messages, nor of conversations.
+        ValueError: neither a list of messages nor a list of conversations.
     """
     if hasattr(conversation, "messages"):
         return [conversation.messages], False
@@ -42,10 +42,10 @@ def as_conversations(conversation: Any) -> tuple[list[list[dict[str, Any]]], boo
 
 
 def plain_message(message: dict[str, Any]) -> dict[str, Any]:
-    """The message with its content as a string in which clips are `<|audio|>`.
+    """The message with its content as a string, with `<|audio|>` for each clip.
 
     Raises:
-        ValueError: no message, or content that is neither text nor audio.
+        ValueError: not a message, or content that is neither text nor audio.
     """
     if not isinstance(message, dict):
         raise ValueError(f"a message is a dict with 'role' and 'content', not {message!r:.80}")
@@ -69,56 +69,59 @@ def _plain_item(item: Any) -> str:
     raise ValueError(f"content {item!r:.120} cannot be read; give {{'type': 'text', 'text': ...}} or 'type': 'audio'")
 
 
-def fit_template(messages: list[dict[str, Any]], render: Callable[[list], str]) -> list[dict[str, Any]]:
-    """The messages, each with its content as a list of one text where the template reads no other.
+def fit_template(
+    messages: list[dict[str, Any]], render: Callable[[list[list[dict[str, Any]]]], tuple[list[str], Any]]
+) -> list[dict[str, Any]]:
+    """The messages, with content as a list of one text for those that the template reads in no other form.
 
-    Which form it reads is told by a number in the place of each text: one that only a list brings into the rendering,
-    and not the list itself with it, asks for a list. Numbers, as templates may trim texts or change their case.
+    Found by rendering numbers in place of the texts, as templates may trim texts or change their case. A message whose
+    number is rendered from a list only, and without the list around it, needs a list.
 
     Args:
         messages: What `plain_message` makes.
-        render: Renders messages by the template; may fail.
+        render: Renders conversations by the template, texts first in its result; may fail.
     """
-    texts = [place for place, message in enumerate(messages) if isinstance(message.get("content"), str)]
-    numbers = {place: str(_PROBE + place) for place in texts}
-    probes = [
-        {**message, "content": numbers[place]} if place in numbers else message
-        for place, message in enumerate(messages)
-    ]
-    written = _rendered_or_nothing(probes, render)
-    lost = {place for place, number in numbers.items() if number not in written}
+    probes, numbers = [], {}
+    for index, message in enumerate(messages):
+        if isinstance(message.get("content"), str):
+            numbers[index] = str(_PROBE + index)
+            message = {**message, "content": numbers[index]}
+        probes.append(message)
+    rendered = _rendered_or_empty(probes, render)
+    lost = {index for index, number in numbers.items() if number not in rendered}
     if not lost:
         return messages
-    written = _rendered_or_nothing(_with_lists(probes, lost), render).replace('"', "'")
-    read = {place for place in lost if numbers[place] in written and f"'text': '{numbers[place]}'" not in written}
+    rendered = _rendered_or_empty(_with_lists(probes, lost), render).replace('"', "'")
+    read = {i for i in lost if numbers[i] in rendered and f"'text': '{numbers[i]}'" not in rendered}
     return _with_lists(messages, read)
 
 
-def _rendered_or_nothing(messages: list[dict[str, Any]], render: Callable[[list], str]) -> str:
+def _rendered_or_empty(messages: list[dict[str, Any]], render: Callable[[list], tuple[list[str], Any]]) -> str:
     try:
-        return render(messages)
-    except Exception:  # of any type: the template's own doing, and told when the messages themselves are rendered
+        return render([messages])[0][0]
+    except Exception:  # of any type: a template's own error, which rendering the messages themselves raises again
         return ""
 
 
-def _with_lists(messages: list[dict[str, Any]], places: set[int]) -> list[dict[str, Any]]:
+def _with_lists(messages: list[dict[str, Any]], indices: set[int]) -> list[dict[str, Any]]:
     return [
-        {**message, "content": [{"type": "text", "text": message["content"]}]} if place in places else message
-        for place, message in enumerate(messages)
+        {**message, "content": [{"type": "text", "text": message["content"]}]} if index in indices else message
+        for index, message in enumerate(messages)
     ]
 
 
 def place_input(instruction: str, text: str, separator: str = "") -> str:
-    """An instruction with `text` at its `{input}`, or before it, with `separator` between, where it has none."""
+    """An instruction with `text` in place of `{input}`; without one, `text` and `separator` come first."""
     if INPUT_FIELD in instruction:
         return instruction.replace(INPUT_FIELD, text)
     return f"{text}{separator}{instruction}"
 
 
 def place_audio(instruction: str, num_clips: int) -> str:
-    """A user's turn as text, with a `<|audio|>` for each clip where the instruction wants them.
+    """A user's turn as text, with one `<|audio|>` for each clip.
 
-    An instruction says so by `{input}`, for all of them, or by an `<|audio|>` for each; they come first otherwise.
+    They replace `{input}` in the instruction; without it they come first. An instruction that already has `<|audio|>`
+    is returned unchanged.
     """
     return instruction if AUDIO_TOKEN in instruction else place_input(instruction, AUDIO_TOKEN * num_clips)
 

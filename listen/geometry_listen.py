@@ -1,8 +1,8 @@
-"""How samples become the frames of a speech encoder: one account for the model, the connector and the processor.
+"""From samples to the frames of a speech encoder, computed in one place for model, connector and processor.
 
-Everything is read from the encoder's config: the strided steps that its features and its convolutions take, hence how
-many frames a clip has and how far they lie apart. All lengths are whole numbers and all rates fractions, so that the
-processor's placeholders and the model's frames can be counted apart and still agree.
+Everything follows from the encoder's config: the strided steps of its features and its convolutions, hence the number
+of frames of a clip and the time between them. Lengths are integers and rates fractions, so that the processor's
+placeholders and the model's frames are counted separately and still agree.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from math import ceil, prod
+from operator import itemgetter
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -60,12 +61,13 @@ class EncoderGeometry:
 
     def num_frames(self, num_samples: int) -> int:
         """Frames of a piece of audio."""
-        return self.num_outputs(self.num_inputs(num_samples))
+        return _after((*self.features, *self.encoder), num_samples) * self.frames_per_step
 
     @property
     def frame_samples(self) -> Fraction:
         """Samples from one frame to the next."""
-        return Fraction(prod(stride for _, stride, _ in (*self.features, *self.encoder)), self.frames_per_step)
+        strides = map(itemgetter(1), (*self.features, *self.encoder))
+        return Fraction(prod(strides), self.frames_per_step)
 
     @property
     def frame_seconds(self) -> float:

@@ -10,7 +10,7 @@ from transformers import BatchFeature, GenerationConfig, Pipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 from transformers.utils.chat_template_utils import Chat, is_valid_message
 
-from .audio_listen import ROW_KEYS, is_one_clip, load_waveform
+from .audio_listen import ROW_KEYS, is_one_clip
 from .chat_listen import conversation_clips, place_audio
 from .processing_listen import ListenProcessor
 
@@ -36,25 +36,25 @@ _KEYWORDS = (*_PREPROCESS, *_FORWARD, *_POSTPROCESS, "generate_kwargs")
 class ListenPipeline(Pipeline):
     """Answers about one clip or many, batched or streamed.
 
-    Inputs, one or a list, data set or generator of them:
+    One input, or a list, data set or generator of inputs:
 
     - a clip (path, URL, bytes, array), with `text=` or `task=` in the call;
-    - `{"audio": clip or list of clips, "sampling_rate": 16000, "text": "What is being said?"}`, or with `"task"` in
-      place of or beside `"text"`; columns of other names are not read;
-    - chat messages with audio content; a last message by the assistant is continued.
+    - `{"audio": clip or list of clips, "sampling_rate": 16000, "text": "What is being said?"}`, or with `"task"`
+      instead of `"text"` or with both; other columns are ignored;
+    - chat messages with audio content; a last message of the assistant is continued.
 
     Args of a call, or of the pipeline itself as defaults:
-        text: What to do with the clips; the question of a task that asks one.
-        task: Name of a task, whose wording the processor knows.
-        sampling_rate: Of clips given as raw arrays.
+        text: The instruction, or the question of a task that needs one.
+        task: Name of a task of the processor's `task_instructions`.
+        sampling_rate: Rate of clips given as raw arrays.
         num_prompts: k; the processor's by default.
         max_audio_seconds: Longer clips are cut to it, with a warning; the processor's by default.
-        number_clips: Whether to write `Clip 1:`, `Clip 2:` ... before the clips, so that the text may speak of them.
-        return_prompts: Whether to tell which prompts were picked.
+        number_clips: Whether to put `Clip 1:`, `Clip 2:` ... before the clips, so that the text can refer to them.
+        return_prompts: Whether to return the selected prompts.
         skip_special_tokens: Whether special tokens are left out of the answer, `True` by default.
         generate_kwargs: Arguments of `generate`; they may also be given directly (`max_new_tokens=`, `num_beams=`,
             `streamer=` ...).
-        batch_size: Inputs that run together, 1 by default.
+        batch_size: Inputs in one batch, 1 by default.
 
     Returns:
         For each input a list with one dict for each returned sequence: `"generated_text"`, and with `return_prompts`
@@ -62,7 +62,7 @@ class ListenPipeline(Pipeline):
 
     Raises:
         TypeError: an unknown keyword.
-        ValueError: input that cannot be read, or that does not say what to do.
+        ValueError: input that cannot be read, or without an instruction.
 
     Example:
 
@@ -102,7 +102,7 @@ class ListenPipeline(Pipeline):
         elif isinstance(inputs, (list, tuple)):
             inputs = [Chat(item) if _is_chat(item) else item for item in inputs]
         if type(inputs).__module__.partition(".")[0] == "datasets":
-            inputs = (row for row in inputs)  # known to the base class as a stream
+            inputs = (row for row in inputs)  # the base class treats it as a stream
         return super().__call__(inputs, **kwargs)
 
     def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -131,10 +131,10 @@ class ListenPipeline(Pipeline):
         max_audio_seconds: float | None = None,
         number_clips: bool = False,
     ) -> dict[str, Any]:
-        """One input as rendered text and waveforms."""
+        """One input as rendered text and clips, which `collate` loads."""
         if isinstance(input_, Chat):
             if text is not None:
-                raise ValueError(f"chat messages bring their own text; text={text!r} has no place there")
+                raise ValueError(f"chat messages bring their own text; leave out text={text!r}")
             if task is not None and self.processor.tasks is None:
                 raise ValueError(f"chat messages bring their own text; write the wording of task={task!r} into them")
             rendered, clips = self._render_chat(input_.messages, number_clips)
@@ -142,10 +142,10 @@ class ListenPipeline(Pipeline):
             sample = self._as_sample(input_, text, task)
             rendered, clips = self._render_question(sample, number_clips)
             task, sampling_rate = sample.get("task"), sample.get("sampling_rate") or sampling_rate
-        rate = self.processor.feature_extractor.sampling_rate
-        waveforms = [load_waveform(clip, sampling_rate, rate) for clip in clips]
+        if sampling_rate is not None:  # inputs of one batch may differ in it
+            clips = [{"array": clip, "sampling_rate": sampling_rate} for clip in clips]
         options = {"num_prompts": num_prompts, "max_audio_seconds": max_audio_seconds}
-        return {"text": rendered, "audio": waveforms, "task": task, "options": options}
+        return {"text": rendered, "audio": clips, "task": task, "options": options}
 
     def _render_chat(self, messages: list[dict[str, Any]], number_clips: bool) -> tuple[str, list[Any]]:
         unfinished = messages[-1]["role"] == "assistant"
@@ -201,7 +201,6 @@ class ListenPipeline(Pipeline):
         return self.processor(
             [sample["text"] for sample in samples],
             clips if any(clips) else None,
-            sampling_rate=self.processor.feature_extractor.sampling_rate,
             task=tasks if any(tasks) else None,
             **samples[0]["options"],
         )
@@ -245,7 +244,7 @@ class ListenPipeline(Pipeline):
         return {"answers": sequences[:, length:], "batch_size": batch_size, "picked": picked}
 
     def _pick(self, inputs: dict[str, Any], adapter_names: list[str] | None) -> tuple[dict[str, Any], list[list[dict]]]:
-        """The prompts of each row, and inputs in which encoder frames stand for features: encoded once for both."""
+        """The selected prompts of each row, and the inputs with encoder frames, so that audio is encoded once."""
         audio = {
             name: inputs.pop(name) for name in self.processor.feature_extractor.model_input_names if name in inputs
         }
@@ -256,7 +255,7 @@ class ListenPipeline(Pipeline):
         if not (inputs["input_ids"] == self.processor.prompt_token_id).any():
             return inputs, [[] for _ in inputs["input_ids"]]
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):  # a pool that draws at random draws the same again
+        with torch.random.fork_rng(devices=devices):  # a random pool selects the same prompts again
             picked = self.model.select_prompts(**inputs, adapter_names=adapter_names)
         rows = zip(picked.indices.tolist(), picked.scores.tolist(), strict=True)
         return inputs, [

@@ -1,13 +1,14 @@
-"""From text or chat messages with audio in them to the inputs of a LiSTEN model.
+"""From text or chat messages with audio to the inputs of a LiSTEN model.
 
-Whatever the LLM, texts write `<|audio|>` where a clip is heard. The processor turns each into as many ids as the clip
-has audio embeddings, and writes k prompt ids in front of everything. Both ids need no row in the LLM's embedding: they
-are the tokenizer's own placeholders where it has some, else reserved tokens of its vocabulary, else ids added above it.
+Texts hold one `<|audio|>` for each clip, whatever the LLM. The processor replaces it by one id for each audio embedding
+of the clip, and puts k prompt ids first. Neither id needs a row in the LLM's embedding matrix: they are the tokenizer's
+own placeholders where it has them, else reserved tokens of its vocabulary, else ids added above it.
 """
 
 import difflib
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -36,31 +37,9 @@ from .configuration_listen import ListenConnectorConfig, check_padding
 from .context_listen import check_context, context_limit
 from .feature_extraction_listen import ListenFeatureExtractor, backbone_place, speech_settings
 from .placeholders_listen import AUDIO_TOKEN, PROMPT_TOKEN, place_token, prepare_padding
+from .tasks_listen import TASK_INSTRUCTIONS
 
 logger = logging.get_logger(__name__)
-
-# The wording of each task at test time; `{question}` is what the user asks, `{input}` the place of the recording.
-TASK_INSTRUCTIONS = {
-    "asr": "What is being said?",
-    "er": "Which emotion does the speaker show?",
-    "sv": "Do both recordings come from the same speaker? Answer yes or no.",
-    "sqa": "{question}",
-    "en2zh": "Translate the speech into Chinese.",
-    "acap": "Describe the sounds.",
-    "voice": "Describe the voice.",
-    "response": "{input}",
-    "repeat": "Repeat after me in English: {input}",
-    "speech_caption": (
-        "You will hear a speech utterance spoken by a person. In natural language, provide a caption that faithfully "
-        "describes the scenario in which the speech utterance is being spoken. Pay attention to the spoken content, "
-        "and make sure to incorporate any emotions expressed in the speech into the caption as needed: {input}"
-    ),
-    "ser": (
-        "Identify the emotional tone of the utterance that is provided. Select from the following options: neutral, "
-        "angry, disgusted, fearful, happy, sad, surprised, bored, confused, interested, sarcastic, laughing, "
-        "projected, sleepy, whisper: {input}"
-    ),
-}
 
 _GROUPS = ("common_kwargs", "text_kwargs", "audio_kwargs")
 _ARGUMENTS = ("text", "audio", "sampling_rate", "num_prompts", "task", "num_samples", "return_tensors")
@@ -69,31 +48,30 @@ _AUDIO_KEYWORDS = ("max_audio_seconds",)
 _PADDING_KEYWORDS = ("padding", "max_length", "pad_to_multiple_of")
 _OFFSET_KEYWORDS = ("return_mm_token_type_ids", "return_text_replacement_offsets")
 _KEYWORDS = (*_ARGUMENTS, *_AUDIO_KEYWORDS, *_TOKENIZER_KEYWORDS, *_PADDING_KEYWORDS, *_OFFSET_KEYWORDS)
-_PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "offset_mapping")
 
 
 class ListenProcessor(ProcessorMixin):
-    """A `ListenFeatureExtractor` and any tokenizer, joined.
+    """A `ListenFeatureExtractor` and any tokenizer in one processor.
 
     The tokenizer is changed: it pads on the left, with its end-of-sequence token where it has no padding token, and
-    knows both placeholder ids as special tokens.
+    both placeholder ids become special tokens.
 
     Args:
         feature_extractor: Makes the inputs of both encoders.
         tokenizer: The LLM's.
         chat_template: In place of the tokenizer's; `DEFAULT_CHAT_TEMPLATE` (`USER: ...`, `ASSISTANT: ...`) where
             neither is given.
-        audio_token_id: Id that marks the place of one audio embedding; chosen where `None`.
-        prompt_token_id: Id that marks the place of one prompt; chosen where `None`.
-        num_prompts: k, unless a call says otherwise.
-        pool_size: Prompts of the pool, the most that a call may ask for; unchecked where `None`.
+        audio_token_id: Placeholder id of one audio embedding; chosen if `None`.
+        prompt_token_id: Placeholder id of one prompt; chosen if `None`.
+        num_prompts: Default k.
+        pool_size: Number of prompts in the pool, the maximum of k; unchecked if `None`.
         connector: Fields of the model's `ListenConnectorConfig`, which counts the audio embeddings of a clip; its
-            defaults where `None`.
+            defaults if `None`.
         tasks: Names of the tasks that own a part of the pool; a call's `task` then becomes `task_ids`.
-        task_instructions: Wording of each task, for users who name a task instead; `TASK_INSTRUCTIONS` by default.
-        context_length: Positions of the LLM; an input with audio or prompts that is longer is refused before its
-            features are made. Unchecked where `None`.
-        max_audio_seconds: Clips that are longer are cut to it, with a warning; whole where `None`.
+        task_instructions: Wording of each task; `TASK_INSTRUCTIONS` by default.
+        context_length: Positions of the LLM; a longer input with audio or prompts raises an error before its features
+            are computed. Unchecked if `None`.
+        max_audio_seconds: Longer clips are cut to it, with a warning; no limit if `None`.
 
     Raises:
         ValueError: a placeholder id that the tokenizer cannot provide, or no token to pad with.
@@ -101,7 +79,6 @@ class ListenProcessor(ProcessorMixin):
 
     audio_token = AUDIO_TOKEN
     prompt_token = PROMPT_TOKEN
-    unused_input_names = ["num_samples"]
 
     def __init__(
         self,
@@ -123,7 +100,7 @@ class ListenProcessor(ProcessorMixin):
         prepare_padding(tokenizer)
         self.audio_token_id = place_token(tokenizer, AUDIO_TOKEN, audio_token_id)
         self.prompt_token_id = place_token(tokenizer, PROMPT_TOKEN, prompt_token_id, taken=self.audio_token_id)
-        # what stands in the tokenizer's vocabulary for the two, under whatever name
+        # the names of both ids in the tokenizer's vocabulary
         self._audio_symbol, self._prompt_symbol = tokenizer.convert_ids_to_tokens(
             [self.audio_token_id, self.prompt_token_id]
         )
@@ -149,11 +126,11 @@ class ListenProcessor(ProcessorMixin):
 
         Args:
             config: A `ListenConfig`.
-            tokenizer: In place of the one that `config.base_models["language_model"]` leads to.
-            **kwargs: Arguments of the processor, in place of what the config says.
+            tokenizer: In place of the one of `config.base_models["language_model"]`.
+            **kwargs: Arguments of the processor, in place of those from the config.
 
         Raises:
-            ValueError: no tokenizer to be found, or placeholder ids that it cannot provide.
+            ValueError: no tokenizer found, or placeholder ids that it cannot provide.
         """
         pool = config.prompt_pool_config
         settings = {
@@ -179,7 +156,7 @@ class ListenProcessor(ProcessorMixin):
         sampling_rate: int | None = None,
         num_prompts: int | None = None,
         task: str | list[str] | None = None,
-        num_samples: list[int] | None = None,
+        num_samples: list[int] | list[list[int]] | None = None,
         return_tensors: str | None = "pt",
         **kwargs: Any,
     ) -> BatchFeature:
@@ -190,12 +167,13 @@ class ListenProcessor(ProcessorMixin):
             audio: One clip, a list of all clips in the order of their placeholders, or a list of clips for each text.
                 A clip is anything that `audio_listen.load_waveform` reads: array, tensor, path, URL, bytes,
                 `datasets` row.
-            sampling_rate: Of clips given as raw arrays; files and rows know theirs.
+            sampling_rate: Rate of clips given as raw arrays; files and rows state their own.
             num_prompts: k, for all texts; `self.num_prompts` by default.
-            task: Task of each text, or one for all. Becomes `task_ids` where the pool is divided among `tasks`;
-                other pools do not read it.
-            num_samples: In place of `audio`, the lengths of clips at the extractor's rate. Placeholders are written
-                and features are not made: for encoder frames that were computed before, of whole clips.
+            task: Task of each text, or one for all. Becomes `task_ids` where the pool is divided among `tasks`; ignored
+                by other pools.
+            num_samples: In place of `audio`, the lengths of clips at the extractor's rate, as one list or a list for
+                each text. Placeholders are written and no features computed: for clips that were loaded or encoded
+                before.
             return_tensors: "pt", "np", or `None` for lists (features stay tensors).
             **kwargs: `max_audio_seconds` in place of the processor's (`inf` for whole clips), `padding` (`True` by
                 default, "max_length", `False`), `max_length`, `pad_to_multiple_of`, `truncation`, `add_special_tokens`
@@ -210,69 +188,48 @@ class ListenProcessor(ProcessorMixin):
         Raises:
             TypeError: an unknown keyword.
             ValueError: clips and placeholders that do not match, an input that exceeds the LLM's context, or any other
-                value that cannot be served.
+                invalid value.
         """
         options = _flattened(kwargs)
         sampling_rate = options.pop("sampling_rate", sampling_rate)
         return_tensors = options.pop("return_tensors", return_tensors)
-        data = self._process(text, audio, sampling_rate, num_prompts, task, num_samples, **options)
+        if audio is not None and num_samples is not None:
+            raise ValueError("give audio or num_samples, the lengths of clips loaded before, not both")
+        limit = options.get("max_audio_seconds")
+        limit = self.max_audio_seconds if limit is None else limit
+        waveforms, counts = self._load(audio, sampling_rate, limit) if audio is not None else ([], None)
+        lengths = [*map(len, waveforms)]
+        if num_samples is not None:
+            lengths, counts = _flat(num_samples, np.isscalar)
+            if limit is not None and max(lengths, default=0) > limit * self.feature_extractor.sampling_rate:
+                raise ValueError(f"num_samples exceed max_audio_seconds={limit:g}; cut these clips before encoding")
+        if text is None:
+            _check_features_alone(waveforms, num_prompts, task)
+            data = {}
+        else:
+            texts = self._checked_texts(text)
+            _check_counts(texts, counts, len(lengths))
+            k = self._checked_num_prompts(self.num_prompts if num_prompts is None else num_prompts)
+            data = self._padded(self._encode(texts, lengths, k, options), k, options)
+            data.update(self._task_ids(task, len(texts)))
+        if waveforms:
+            data.update(self.feature_extractor.extract(waveforms))
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=self.skip_tensor_conversion)
 
-    def _process(
-        self,
-        text: str | list[str] | None,
-        audio: Any,
-        sampling_rate: int | None,
-        num_prompts: int | None,
-        task: str | list[str] | None,
-        num_samples: list[int] | None,
-        **options: Any,
-    ) -> dict[str, Any]:
-        if audio is not None and num_samples is not None:
-            raise ValueError("give audio or num_samples, the lengths of clips encoded before, not both")
-        waveforms = self._load(audio, sampling_rate, options.get("max_audio_seconds"))
-        if text is None:
-            return self._features_alone(waveforms, num_prompts, task)
-        texts = self._checked_texts(text)
-        _check_counts(texts, audio if waveforms else num_samples, len(waveforms or num_samples or ()))
-        k = self._checked_num_prompts(self.num_prompts if num_prompts is None else num_prompts)
-        lengths = [len(waveform) for waveform in waveforms] if num_samples is None else num_samples
-        limit = options.get("max_audio_seconds") or self.max_audio_seconds
-        if limit is not None and max(lengths, default=0) > limit * self.feature_extractor.sampling_rate:
-            raise ValueError(
-                f"clips were encoded before and are longer than max_audio_seconds={limit:g}; encode them cut"
-            )
-        padded = self._padded(self._encode(texts, lengths, k, options), k, options)
-        data = {**padded, **(self._features(waveforms) if waveforms else {})}
-        task_ids = self._task_ids(task, len(texts))
-        return data if task_ids is None else {**data, "task_ids": task_ids}
-
-    def _load(self, audio: Any, sampling_rate: int | None, max_seconds: float | None) -> list[np.ndarray]:
-        if audio is None:
-            return []
-        rate, limit = (
-            self.feature_extractor.sampling_rate,
-            self.max_audio_seconds if max_seconds is None else max_seconds,
-        )
-        whole = [load_waveform(clip, sampling_rate, rate) for clip in _flat(audio)]
+    def _load(
+        self, audio: Any, sampling_rate: int | None, limit: float | None
+    ) -> tuple[list[np.ndarray], list[int] | None]:
+        """Waveforms of all clips, cut to `limit` seconds, and the number of clips of each text, see `_flat`."""
+        rate = self.feature_extractor.sampling_rate
+        clips, counts = _flat(audio, is_one_clip)
+        whole = [load_waveform(clip, sampling_rate, rate) for clip in clips]
         cut = [cut_waveform(waveform, limit, rate) for waveform in whole]
         longer = [f"{len(w) / rate:.1f} s" for w, kept in zip(whole, cut, strict=True) if len(kept) < len(w)]
         if longer:
             logger.warning(
                 f"{len(longer)} of {len(whole)} clips cut to max_audio_seconds={limit:g}: {', '.join(longer)}"
             )
-        return cut
-
-    def _features_alone(self, waveforms: list[np.ndarray], num_prompts: int | None, task: Any) -> dict[str, Any]:
-        if not waveforms:
-            raise ValueError("give text, audio or both")
-        if num_prompts or task is not None:
-            raise ValueError(f"num_prompts={num_prompts!r} and task={task!r} need a text that they stand with")
-        return self._features(waveforms)
-
-    def _features(self, waveforms: list[np.ndarray]) -> dict[str, torch.Tensor]:
-        features, _ = self._process_audio(waveforms)
-        return {name: value for name, value in features.items() if name not in self.unused_input_names}
+        return cut, counts
 
     def _encode(self, texts: list[str], num_samples: list[int], k: int, options: dict[str, Any]) -> dict[str, list]:
         """Rows of ids without prompts and padding."""
@@ -298,26 +255,19 @@ class ListenProcessor(ProcessorMixin):
         return {"padding": False, "return_token_type_ids": False, "return_attention_mask": True, **chosen}
 
     def _begin_with_bos(self, texts: list[str]) -> bool:
-        """Whether the texts, rendered by a chat template for instance, bring their BOS along."""
+        """Whether the texts start with BOS, as texts rendered by a chat template may."""
         bos = self.tokenizer.bos_token
-        having = [bool(bos) and text.startswith(bos) for text in texts]
-        if any(having) and not all(having):
+        having = {bool(bos) and text.startswith(bos) for text in texts}
+        if len(having) > 1:
             raise ValueError(f"some texts of the batch begin with {bos!r} and others do not; pass add_special_tokens=")
-        return all(having)
-
-    def _process_audio(self, audio: list[np.ndarray], **kwargs: Any) -> tuple[dict[str, Any], list[str]]:
-        """Features of the clips, and what each `<|audio|>` is replaced by."""
-        rate = self.feature_extractor.sampling_rate
-        features = dict(self.feature_extractor(audio, sampling_rate=rate, return_tensors="pt"))
-        features["num_samples"] = [len(waveform) for waveform in audio]
-        return features, [self.replace_audio_token(features, index) for index in range(len(audio))]
+        return having.pop()
 
     def replace_audio_token(self, audio_inputs: dict[str, Any], audio_idx: int, **kwargs: Any) -> str:
-        """What the `<|audio|>` of a clip is replaced by: its symbol once for each audio embedding."""
+        """The replacement of the `<|audio|>` of a clip: its symbol once for each audio embedding."""
         return self._audio_symbol * self.num_audio_embeddings(audio_inputs["num_samples"][audio_idx])
 
     def num_audio_embeddings(self, num_samples: int) -> int:
-        """Audio embeddings of a clip: what the connector makes of each of its chunks.
+        """Number of audio embeddings of a clip, over all of its chunks.
 
         Args:
             num_samples: Length of the clip at the extractor's sampling rate.
@@ -333,13 +283,20 @@ class ListenProcessor(ProcessorMixin):
         return sum(map(count, extractor.num_encoder_frames(num_samples)))
 
     def _padded(self, encoded: dict[str, list], k: int, options: dict[str, Any]) -> dict[str, list]:
-        """Rows with the prompts in front of everything and padding in front of the prompts."""
-        pad = self.tokenizer.pad_token_id
-        fills = dict(zip(_PER_TOKEN, ((self.prompt_token_id, pad), (1, 0), (0, 0), ((0, 0), (0, 0))), strict=True))
-        lengths = [k + len(row) for row in encoded["input_ids"]]
-        longest = encoded["input_ids"][int(np.argmax(lengths))]
-        check_context(self.context_length, max(lengths), k, list(longest).count(self.audio_token_id))
-        widths = _padded_widths(lengths, **{name: options[name] for name in _PADDING_KEYWORDS if name in options})
+        """Rows with k prompts in front and padding in front of the prompts."""
+        rows = encoded["input_ids"]
+        lengths = [k + len(row) for row in rows]
+        longest = int(np.argmax(lengths))
+        if self.context_length is not None and lengths[longest] > self.context_length:
+            num_audio = list(rows[longest]).count(self.audio_token_id)
+            check_context(self.context_length, lengths[longest], k, num_audio)
+        widths = _padded_widths(lengths, options)
+        fills = {  # of prompts and of padding
+            "input_ids": (self.prompt_token_id, self.tokenizer.pad_token_id),
+            "attention_mask": (1, 0),
+            "mm_token_type_ids": (0, 0),
+            "offset_mapping": ((0, 0), (0, 0)),
+        }
         data = dict(encoded)
         for name in fills.keys() & encoded.keys():
             prompt, padding = fills[name]
@@ -359,7 +316,7 @@ class ListenProcessor(ProcessorMixin):
         for symbol in reserved:
             if any(symbol in item for item in texts):
                 raise ValueError(
-                    f"the text holds {symbol!r}, which the processor alone writes; take it out, and use num_prompts= "
+                    f"the text holds {symbol!r}, which only the processor may write; remove it, and use num_prompts= "
                     f"for prompts and {AUDIO_TOKEN!r} for clips"
                 )
         return list(texts)
@@ -371,25 +328,25 @@ class ListenProcessor(ProcessorMixin):
             raise ValueError(f"num_prompts={num_prompts}, but the pool holds pool_size={self.pool_size}; ask for fewer")
         return int(num_prompts)
 
-    def _task_ids(self, task: str | list[str] | None, batch_size: int) -> torch.Tensor | None:
+    def _task_ids(self, task: str | list[str] | None, batch_size: int) -> dict[str, torch.Tensor]:
         if task is None or self.tasks is None:
-            return None
+            return {}
         names = [task] * batch_size if isinstance(task, str) else list(task)
         if len(names) != batch_size:
             raise ValueError(f"task names {len(names)} tasks for {batch_size} texts; give one for each or one for all")
         unknown = [name for name in names if name not in self.tasks]
         if unknown:
             raise ValueError(f"task={unknown[0]!r} owns no part of the pool; tasks: {', '.join(self.tasks)}")
-        return torch.tensor([self.tasks.index(name) for name in names])  # (batch,)
+        return {"task_ids": torch.tensor([*map(self.tasks.index, names)])}  # (batch,)
 
     def _check_special_mm_tokens(self, text: list[str], text_inputs: Any, modalities: list[str]) -> None:
-        """As upstream, for a symbol that need not be spelled `<|audio|>`: no audio was cut off or made up."""
+        """As upstream, for a symbol that need not be `<|audio|>`: no audio placeholder is lost or added."""
         wanted = [sample.count(self._audio_symbol) for sample in text]
         found = [list(ids).count(self.audio_token_id) for ids in text_inputs["input_ids"]]
         if wanted != found:
             raise ValueError(
-                f"{wanted} audio embeddings have places in the texts, but {found} are left after tokenisation: "
-                "truncation cut audio off; raise max_length or shorten the clips"
+                f"the texts hold {wanted} audio embeddings, but {found} are left after tokenization: truncation cut "
+                "audio off; raise max_length or shorten the clips"
             )
 
     # ------------------------------------------------------------------ chat
@@ -413,21 +370,21 @@ class ListenProcessor(ProcessorMixin):
         """Render chat messages, and process them with `tokenize=True`.
 
         Content is a string, or a list of `{"type": "text", "text": ...}` and `{"type": "audio", ...}`, the clip under
-        `audio`, `path`, `url`, `bytes`, or `array` with `sampling_rate`. It becomes plain text with `<|audio|>` before
-        the LLM's template sees it, as a string or as a list of one text, whichever the template reads; so any will do.
+        `audio`, `path`, `url`, `bytes`, or `array` with `sampling_rate`. The LLM's template gets it as plain text with
+        `<|audio|>`, as a string or a list of one text, whichever it reads; so any template works.
 
         Args:
             conversation: Messages (`{"role", "content"}`), or a list of conversations.
             chat_template: In place of `self.chat_template`: a template, or the name of one.
-            tools: For templates that write tools.
-            documents: For templates that write documents.
-            add_generation_prompt: Whether to write the beginning of the assistant's answer.
-            continue_final_message: Whether to leave the last message open, for the model to go on with it.
+            tools: For templates with tools.
+            documents: For templates with documents.
+            add_generation_prompt: Whether to add the beginning of the assistant's turn.
+            continue_final_message: Whether to leave the last message open, for the model to continue it.
             return_assistant_tokens_mask: Whether to add `assistant_masks` `(batch, sequence)`, 1 on the assistant's
                 tokens; the template must mark them by `{% generation %}`.
-            number_clips: Whether to write `Clip 1:`, `Clip 2:` ... before the clips of a conversation, each on a line
-                of its own, so that the text may speak of them by number.
-            tokenize: Whether to return model inputs in place of strings.
+            number_clips: Whether to put `Clip 1:`, `Clip 2:` ... before the clips of a conversation, each on its own
+                line, so that the text can refer to them by number.
+            tokenize: Whether to return model inputs instead of strings.
             return_tensors: As in `__call__`.
             return_dict: `False` for `input_ids` alone.
             processor_kwargs: Keywords of `__call__`; they may also stand among `kwargs`.
@@ -437,8 +394,8 @@ class ListenProcessor(ProcessorMixin):
             The rendered conversation, or a list of them, or the result of `__call__`.
 
         Raises:
-            TypeError: a keyword that neither the template nor `__call__` knows.
-            ValueError: content that cannot be read, or flags that exclude each other.
+            TypeError: a keyword that neither the template nor `__call__` accepts.
+            ValueError: content that cannot be read, or options that exclude each other.
         """
         template = self._resolve_chat_template(chat_template)
         options, variables = _split_keywords({**(processor_kwargs or {}), **kwargs}, template)
@@ -450,13 +407,13 @@ class ListenProcessor(ProcessorMixin):
                 "return_assistant_tokens_mask"
             )
         conversations, is_batch = as_conversations(conversation)
-        plain = [[plain_message(message) for message in messages] for messages in conversations]
+        plain = [[*map(plain_message, messages)] for messages in conversations]
         if number_clips:
             plain = [numbered_messages(messages) for messages in plain]
         variables = {**self.tokenizer.special_tokens_map, **variables, "tools": tools, "documents": documents}
         render = partial(render_jinja_template, chat_template=template, **variables)
         texts, spans = render(
-            conversations=[fit_template(messages, lambda probes: render([probes])[0][0]) for messages in plain],
+            conversations=[fit_template(messages, render) for messages in plain],
             return_assistant_tokens_mask=return_assistant_tokens_mask,
             continue_final_message=continue_final_message,
             add_generation_prompt=add_generation_prompt,
@@ -473,7 +430,7 @@ class ListenProcessor(ProcessorMixin):
         self, texts: list[str], spans: list, conversations: list, return_tensors: str | None, options: dict[str, Any]
     ) -> BatchFeature:
         if not self.tokenizer.is_fast:
-            raise ValueError("return_assistant_tokens_mask needs a fast tokenizer, which knows where tokens stand")
+            raise ValueError("return_assistant_tokens_mask needs a fast tokenizer, which gives the position of tokens")
         wanted = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
         inputs = self(texts, clips_or_none(conversations), return_tensors=None, **wanted, **options)
         inputs = self._adjust_assistant_masks_indices(inputs, spans)
@@ -489,13 +446,13 @@ class ListenProcessor(ProcessorMixin):
             question: For tasks whose wording holds `{question}`, and only for them.
 
         Raises:
-            ValueError: an unknown task, a question that is missing, or one that the task has no place for.
+            ValueError: an unknown task, a missing question, or a question for a task without one.
         """
         if not isinstance(task, str) or task not in self.task_instructions:
             raise ValueError(_unknown(f"task {task!r}", str(task), self.task_instructions))
         wording = self.task_instructions[task]
         if ("{question}" in wording) != bool(question):
-            need = "needs a question as text" if not question else f"has its own wording and no place for {question!r}"
+            need = f"has its own wording and takes no question, got {question!r}" if question else "needs a question"
             raise ValueError(f"task {task!r} {need}")
         return wording.replace("{question}", question or "")
 
@@ -506,7 +463,7 @@ class ListenProcessor(ProcessorMixin):
     def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> str | list[str]:
         """Text of ids, or texts of a batch of them.
 
-        Ids that name no token, such as the -100 of labels and the unused rows of an LLM's vocabulary, are left out;
+        Ids without a token, such as the -100 of labels and the unused rows of an LLM's vocabulary, are skipped;
         placeholders are special tokens.
 
         Args:
@@ -530,7 +487,7 @@ class ListenProcessor(ProcessorMixin):
 
 
 def feature_extractor_for(config: PreTrainedConfig) -> ListenFeatureExtractor:
-    """The feature extractor that the encoders of a config need."""
+    """The feature extractor for the encoders of a config."""
     audio = config.audio_config
     settings = {**speech_settings(config), "num_fbank_bins": None}
     if audio is not None:
@@ -555,10 +512,15 @@ def _unknown(what: str, name: str, known: Iterable[str]) -> str:
 
 
 def _flattened(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Keywords, those inside `text_kwargs` and the like brought to the top, none of them unknown or given twice."""
-    flat = {name: value for name, value in kwargs.items() if name not in _GROUPS}
+    """Keywords with those inside `text_kwargs` and the like moved to the top.
+
+    Raises:
+        TypeError: an unknown keyword.
+        ValueError: a keyword given twice.
+    """
+    flat = dict(kwargs)
     for group in _GROUPS:
-        for name, value in (kwargs.get(group) or {}).items():
+        for name, value in (flat.pop(group, None) or {}).items():
             if name in flat:
                 raise ValueError(f"{name} was given twice: as a keyword and in {group}")
             flat[name] = value
@@ -570,38 +532,47 @@ def _flattened(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _split_keywords(kwargs: dict[str, Any], template: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Keywords of `__call__` and variables of the template."""
-    variables = set(_get_template_variables(template))
-    known = (*_KEYWORDS, *_GROUPS)
-    for name in kwargs:
+    known, variables = {*_KEYWORDS, *_GROUPS}, _get_template_variables(template)
+    options: dict[str, Any] = {}
+    others: dict[str, Any] = {}
+    for name, value in kwargs.items():
         if name not in known and name not in variables:
-            raise TypeError(_unknown(f"keyword {name!r}", name, (*known, *variables)))
-    options = {name: value for name, value in kwargs.items() if name in known}
-    return options, {name: value for name, value in kwargs.items() if name not in known}
+            raise TypeError(_unknown(f"keyword {name!r}", name, {*known, *variables}))
+        (options if name in known else others)[name] = value
+    return options, others
 
 
-def _flat(audio: Any) -> list[Any]:
-    """All clips in order."""
-    if is_one_clip(audio):
-        return [audio]
-    return [clip for item in audio for clip in ([item] if is_one_clip(item) else item)]
+def _flat(clips: Any, is_one: Callable[[Any], bool]) -> tuple[list[Any], list[int] | None]:
+    """All clips in order, and how many each text has where there is a list of clips for each text."""
+    if is_one(clips):
+        return [clips], None
+    groups = [[item] if is_one(item) else item for item in clips]
+    counts = None if any(map(is_one, clips)) else [*map(len, groups)]
+    return [*chain.from_iterable(groups)], counts
 
 
-def _check_counts(texts: list[str], audio: Any, num_clips: int) -> None:
-    """Each `<|audio|>` has its clip, and each clip its `<|audio|>`; text by text where clips are grouped so."""
+def _check_counts(texts: list[str], counts: list[int] | None, num_clips: int) -> None:
+    """One `<|audio|>` for each clip, in each text where `counts` are those of the texts, else over all texts."""
     wanted = [text.count(AUDIO_TOKEN) for text in texts]
-    grouped = not is_one_clip(audio) and len(audio) == len(texts) and not any(is_one_clip(item) for item in audio)
-    given = [len(item) for item in audio] if grouped else num_clips
+    grouped = counts is not None and len(counts) == len(texts)
+    given = counts if grouped else num_clips
     if given != (wanted if grouped else sum(wanted)):
         raise ValueError(
             f"the texts hold {wanted} {AUDIO_TOKEN} but {given} clips were given; write one {AUDIO_TOKEN} in the text "
-            "for each clip, or leave the placing to chat messages with audio content"
+            "for each clip, or use chat messages with audio content, which place them"
         )
 
 
-def _padded_widths(
-    lengths: list[int], padding: Any = True, max_length: int | None = None, pad_to_multiple_of: int | None = None
-) -> list[int]:
+def _check_features_alone(waveforms: list[np.ndarray], num_prompts: int | None, task: Any) -> None:
+    if not waveforms:
+        raise ValueError("give text, audio or both")
+    if num_prompts or task is not None:
+        raise ValueError(f"num_prompts={num_prompts!r} and task={task!r} need a text")
+
+
+def _padded_widths(lengths: list[int], options: dict[str, Any]) -> list[int]:
     """The width of each row after padding."""
+    padding, max_length = options.get("padding", True), options.get("max_length")
     strategy = getattr(padding, "value", padding)
     if strategy in (False, "do_not_pad"):
         return lengths
@@ -610,7 +581,7 @@ def _padded_widths(
     if strategy == "max_length" and max_length is None:
         raise ValueError("padding='max_length' needs max_length=")
     width = max(*lengths, max_length) if strategy == "max_length" else max(lengths)
-    step = pad_to_multiple_of or 1
+    step = options.get("pad_to_multiple_of") or 1
     return [-(-width // step) * step] * len(lengths)
 
 

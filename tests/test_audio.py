@@ -115,7 +115,7 @@ def test_resampling_at_the_same_rate_changes_nothing(wave: np.ndarray) -> None:
         ("no/such.wav", None, FileNotFoundError, "no audio file at 'no/such.wav'"),
         (b"this is no audio at all", None, ValueError, "cannot decode 23 bytes"),
         ({"text": "hm"}, None, ValueError, "none of 'array', 'bytes' and 'path'"),
-        (object(), RATE, TypeError, "object is no source of audio"),
+        (object(), RATE, TypeError, "unsupported audio type object; expected a path, URL"),
     ],
 )
 def test_what_is_no_audio_raises(audio: object, rate: object, error: type, message: str) -> None:

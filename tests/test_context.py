@@ -159,7 +159,7 @@ def test_processor_refuses_before_it_makes_features(
     processor: ListenProcessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert processor.context_length == CONTEXT
-    monkeypatch.setattr(processor, "_features", lambda waveforms: pytest.fail("features were made"))
+    monkeypatch.setattr(processor.feature_extractor, "extract", lambda waveforms: pytest.fail("features were made"))
     with pytest.raises(ValueError, match=f"context of {CONTEXT}; cut the clips with max_audio_seconds="):
         processor("<|audio|>hello", wave(200.0), sampling_rate=RATE)
 

@@ -178,7 +178,7 @@ def test_a_bad_row_is_named(rows: list[dict], change: dict, message: str) -> Non
 
 def test_a_template_that_rewrites_the_response_is_refused(rows: list[dict]) -> None:
     template = CHAT_TEMPLATE.replace("message['content'] + '</s>'", "message['content'] | upper + '</s>'")
-    with pytest.raises(ValueError, match="does not write the response"):
+    with pytest.raises(ValueError, match="changes the response .* set another template"):
         ListenCollator(tiny_processor(tiny_config(), template))(rows)
 
 

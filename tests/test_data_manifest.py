@@ -10,7 +10,8 @@ import pytest
 from datasets import Audio, Dataset, concatenate_datasets
 from fixtures_training import RATE, write_clip, write_manifest
 
-from listen.data.audio import clip_seconds, read_clip, read_clips, row_seconds
+from listen.audio_listen import load_waveform
+from listen.data.audio import clip_seconds, read_clips, row_seconds
 from listen.data.manifest import (
     FEATURES,
     ManifestError,
@@ -129,7 +130,7 @@ def test_arrays_and_files_of_any_data_set_are_read(folder: Path) -> None:
     samples = np.linspace(-0.5, 0.5, 800)
     source = Dataset.from_dict({"audio": [{"array": samples, "sampling_rate": RATE}], "response": ["x"]})
     row = from_datasets(source, task="asr")[0]
-    assert np.allclose(read_clip(row["audio"][0], RATE), samples, atol=1e-6)
+    assert np.allclose(load_waveform(row["audio"][0], target_rate=RATE), samples, atol=1e-6)
     lines = [{"sound": str(folder / "audio" / "1.wav"), "text": "hi"}]
     data = write_manifest(folder / "d.jsonl", lines)
     loaded = load_source("json", {"audio": "sound", "response": "text"}, task="asr", data_files=str(data))

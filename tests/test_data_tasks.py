@@ -92,7 +92,7 @@ def test_options_are_the_tasks_own_unless_a_row_brings_others() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"instruction_test": "{input} or {input}"}, "stands twice"),
+        ({"instruction_test": "{input} or {input}"}, "occurs twice"),
         ({"instruction_test": "One of {options}: {input}"}, "needs labels"),
         ({"instruction_test": "Say.", "target_instruction": "Say it."}, "needs {input}"),
     ],

@@ -248,7 +248,7 @@ def test_tasks_become_ids_where_the_pool_is_divided_among_them() -> None:
         ({"text": "<|audio|>", "audio": wave(1), "sampling_rate": None}, ValueError, "without sampling_rate"),
         ({"text": "<|audio|>", "audio": np.zeros(0)}, ValueError, "empty audio"),
         ({"text": "<|audio|>", "audio": np.full(9, np.nan)}, ValueError, "NaN"),
-        ({"text": "a <|prompt|>"}, ValueError, "'<|prompt|>', which the processor alone writes"),
+        ({"text": "a <|prompt|>"}, ValueError, "'<|prompt|>', which only the processor may write"),
         ({"text": "a", "num_prompts": -1}, ValueError, "num_prompts=-1"),
         ({"text": "a", "num_prompts": 9}, ValueError, "num_prompts=9, but the pool holds pool_size=8"),
         ({"text": "a", "num_prompts": 2.5}, ValueError, "num_prompts=2.5"),
@@ -276,7 +276,7 @@ def test_wrong_input_raises(processor: ListenProcessor, kwargs: dict, error: typ
 def test_a_reserved_token_written_by_hand_is_refused() -> None:
     processor = build_processor("reserved")
     for symbol in RESERVED[2:]:
-        with pytest.raises(ValueError, match="which the processor alone writes"):
+        with pytest.raises(ValueError, match="which only the processor may write"):
             processor(f"the {symbol}")
     assert processor(f"the {RESERVED[0]}").input_ids.shape[0] == 1  # not one of the two
 

@@ -21,6 +21,8 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from datasets.arrow_writer import ArrowWriter
 from torch.nn.utils.rnn import pad_sequence
 
+from .audio import recordings_of
+
 STORE_FILE = "store.json"
 _VALUES_OF_A_WEIGHT = 256
 _FEATURES = Features(
@@ -79,6 +81,10 @@ class EncodedRecording:
     speech_frames: tuple[int, ...]
     audio: torch.Tensor | None = None
     audio_frames: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        """Samples, as of a waveform."""
+        return self.num_samples
 
 
 class FeatureStore:
@@ -204,12 +210,6 @@ def write_store_info(folder: Path, info: StoreInfo) -> None:
     partial = folder / f"{STORE_FILE}.{os.getpid()}.tmp"
     partial.write_text(json.dumps(asdict(info), indent=2, sort_keys=True), encoding="utf-8")
     partial.replace(folder / STORE_FILE)
-
-
-def recordings_of(row: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
-    """Clips of each recording of a row: all in one where they are joined, one each otherwise."""
-    clips = list(row["audio"])
-    return [clips] if row.get("join") else [[clip] for clip in clips]
 
 
 def recording_keys(row: Mapping[str, Any], folder: Path) -> list[str]:

@@ -25,7 +25,7 @@ import numpy as np
 import soundfile
 from datasets import Audio, Dataset, Features, IterableDataset, List, Value, load_dataset
 
-from .tasks import UnknownTaskError, get_task
+from .tasks import UnknownTaskError, extra_fields, get_task
 
 FEATURES = Features(
     {
@@ -212,11 +212,6 @@ def to_row(where: str, record: Mapping[str, Any], folder: Path, check_files: boo
     return row
 
 
-def extra_fields(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a row beyond the schema, such as `speaker` or `label`."""
-    return json.loads(row["extra"]) if row.get("extra") else {}
-
-
 def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """The objects of a JSONL file, each after its file and line.
 
@@ -348,3 +343,18 @@ LOADERS: dict[str, Callable[..., Dataset | IterableDataset]] = {
     "datasets": load_source,
 }
 """Readers by the name of their format."""
+
+__all__ = [
+    "FEATURES",
+    "JOINS",
+    "LOADERS",
+    "SALMONN_TASKS",
+    "ManifestError",
+    "extra_fields",
+    "from_datasets",
+    "load_manifest",
+    "load_salmonn",
+    "load_source",
+    "read_json_lines",
+    "to_row",
+]

@@ -11,12 +11,12 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .audio import clip_seconds, read_clips
+from ..audio_listen import read_clips
+from .audio import clip_seconds, recordings_of
 from .features import (
     EncodedRecording,
     FeatureStore,
     recording_keys,
-    recordings_of,
     store_info,
     write_shard,
     write_store_info,
@@ -101,10 +101,9 @@ def _encode_all(
 ) -> Iterator[tuple[str, EncodedRecording]]:
     extractor = processor.feature_extractor
 
-    def collate(batch: list[_Recording]) -> tuple[list[str], list[int], Any]:
+    def collate(batch: list[_Recording]) -> tuple[list[str], list[int], dict[str, torch.Tensor]]:
         waves = [read_clips(clips, extractor.sampling_rate, True, silence)[0] for _, clips in batch]
-        features = extractor(waves, sampling_rate=extractor.sampling_rate, return_tensors="pt")
-        return [key for key, _ in batch], [len(wave) for wave in waves], features
+        return [key for key, _ in batch], [*map(len, waves)], extractor.extract(waves)
 
     loader = DataLoader(recordings, batch_size=batch_size, collate_fn=collate, num_workers=num_workers)
     for keys, lengths, features in loader:
@@ -113,11 +112,13 @@ def _encode_all(
 
 
 @torch.no_grad()
-def _encode_batch(model: Any, extractor: Any, lengths: Sequence[int], features: Any) -> list[EncodedRecording]:
-    encoded = model.encode_audio(**features.to(model.device))
+def _encode_batch(
+    model: Any, extractor: Any, lengths: Sequence[int], features: dict[str, torch.Tensor]
+) -> list[EncodedRecording]:
+    encoded = model.encode_audio(**{name: value.to(model.device) for name, value in features.items()})
     mask = encoded.speech_hidden_states_mask
     if model.config.connector_config.salmonn_compat:
-        mask = torch.ones_like(mask)  # silence is heard
+        mask = torch.ones_like(mask)  # padding is encoded too
     speech, speech_frames = _by_chunk(encoded.speech_hidden_states, mask)
     audio, audio_frames = [], []
     if encoded.audio_hidden_states is not None:

@@ -1,11 +1,11 @@
-"""Task registry: how each task is worded, which answers it knows and how it is scored.
+"""Task registry: the instructions, answers and metrics of each task.
 
-A task owns several wordings of its instruction for training, so that a model learns the task and not one sentence, and
-exactly one for test, so that figures can be compared (LiSTEN, Interspeech 2025, section 3). The wordings are plain
-ASCII English. A wording may hold `{question}`, which each row of the data then has to bring; `{options}`, the classes
-to choose from; and `{input}`, the place of the recording, or of a text in its stead. Without `{input}` the recording
-comes first. The last tasks are those of behavioural alignment (SpeechEmotionLlama, arXiv 2410.01162), in its own words,
-the same in training and test.
+A task has several wordings of its instruction for training, so that a model learns the task and not one sentence, and
+exactly one for test, so that results can be compared (LiSTEN, Interspeech 2025, section 3). The wordings are plain
+ASCII English. A wording may hold `{question}`, which each row of the data then has to give; `{options}`, the classes
+to choose from; and `{input}`, the position of the recording, or of a text in place of it. Without `{input}` the
+recording comes first. The last tasks are those of behavioural alignment (SpeechEmotionLlama, arXiv 2410.01162), with
+the same wording in training and test.
 
     >>> from listen.data.tasks import get_task
     >>> get_task("asr").instruction()
@@ -15,18 +15,21 @@ the same in training and test.
 from __future__ import annotations
 
 import difflib
+import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..chat_listen import INPUT_FIELD, place_input
+from ..tasks_listen import SER_EMOTIONS, SER_INSTRUCTION, TASK_INSTRUCTIONS
 
 _QUESTION_FIELD = "{question}"
 _OPTIONS_FIELD = "{options}"
 
 
 class UnknownTaskError(KeyError):
-    """A task name that nobody registered; the message names the known ones."""
+    """A task name that is not registered; the message lists the known ones."""
 
     def __str__(self) -> str:
         """The message itself: `KeyError` would show it quoted."""
@@ -35,20 +38,20 @@ class UnknownTaskError(KeyError):
 
 @dataclass(frozen=True)
 class Task:
-    """One thing to do with audio.
+    """An audio task.
 
     Attributes:
         name: short identifier, as in the `task` field of a manifest.
         title: readable name for reports and plots.
-        instructions_train: wordings drawn at random while training.
+        instructions_train: wordings drawn at random in training.
         instruction_test: the one wording used for evaluation.
-        metrics: names of the scores that evaluation reports, the leading one first.
+        metrics: names of the metrics that evaluation reports, the main one first.
         labels: the closed set of answers; empty when answers are free text or when the data set defines the classes.
-            They fill `{options}` of rows that bring no list of their own.
+            They fill `{options}` for rows without a list of their own.
         language: ISO 639-1 code of the response.
-        target_instruction: what the LLM is told, with a text at `{input}`, to write the response that the recording
-            shall get; `None` where that is the task's own wording.
-        tagged: whether the text that stands for the recording there names the emotion, as `<happy> i am here`.
+        target_instruction: instruction, with the transcript at `{input}`, by which the LLM writes the target response
+            for a recording; `None` to use the task's own wording.
+        tagged: whether that transcript starts with the emotion, as `<happy> i am here`.
     """
 
     name: str
@@ -69,21 +72,21 @@ class Task:
                 `{options}` without labels.
         """
         if not self.name or not self.instructions_train or not self.instruction_test:
-            raise ValueError(f"task {self.name!r} needs a name, a training wording or more and one test wording")
+            raise ValueError(f"task {self.name!r} needs a name, at least one training wording and one test wording")
         asking = {_QUESTION_FIELD in wording for wording in (*self.instructions_train, self.instruction_test)}
         if len(asking) > 1:
-            raise ValueError(f"task {self.name!r}: {_QUESTION_FIELD} must stand in all of its wordings or in none")
+            raise ValueError(f"task {self.name!r}: {_QUESTION_FIELD} must be in all of its wordings or in none")
         for wording in self._all_wordings():
             if wording.count(INPUT_FIELD) > 1:
-                raise ValueError(f"task {self.name!r}: {INPUT_FIELD} stands twice in {wording!r}; keep one")
+                raise ValueError(f"task {self.name!r}: {INPUT_FIELD} occurs twice in {wording!r}; keep one")
             if _OPTIONS_FIELD in wording and not self.labels:
                 raise ValueError(f"task {self.name!r}: {_OPTIONS_FIELD} needs labels to choose from")
         if self.target_instruction is not None and INPUT_FIELD not in self.target_instruction:
-            raise ValueError(f"task {self.name!r}: target_instruction needs {INPUT_FIELD}, the place of the text")
+            raise ValueError(f"task {self.name!r}: target_instruction needs {INPUT_FIELD}, the position of the text")
 
     @property
     def needs_question(self) -> bool:
-        """Whether every row of this task has to bring a question."""
+        """Whether every row of this task needs a question."""
         return _QUESTION_FIELD in self.instruction_test
 
     def instruction(
@@ -95,18 +98,18 @@ class Task:
         """The instruction for one row.
 
         Args:
-            question: fills `{question}`; ignored by tasks that ask none.
-            rng: draws among the training wordings; without it the test wording is taken.
-            options: classes to choose from, in place of `labels`; ignored by tasks that list none.
+            question: fills `{question}`; ignored by tasks without one.
+            rng: draws one of the training wordings; without it the test wording is used.
+            options: classes to choose from, in place of `labels`; ignored by tasks without `{options}`.
 
         Returns:
-            The instruction as plain text, in which `{input}` is left to mark the place of the recording.
+            The instruction as plain text; `{input}` is kept and marks the position of the recording.
 
         Raises:
             ValueError: the task needs a question and the row has none, or `options` is one text.
         """
         if isinstance(options, str):
-            raise ValueError(f"options={options!r} must be a list, a text for each class")
+            raise ValueError(f"options={options!r} must be a list with one text for each class")
         wording = self.instruction_test if rng is None else rng.choice(self.instructions_train)
         wording = wording.replace(_OPTIONS_FIELD, ", ".join(options or self.labels))
         if not self.needs_question:
@@ -122,11 +125,11 @@ class Task:
         question: str | None = None,
         options: Sequence[str] | None = None,
     ) -> str:
-        """What a text LLM is told so that its answer is the one that the recording shall get.
+        """The prompt by which a text LLM writes the target response for a recording.
 
         Args:
             transcript: the words of the recording.
-            emotion: how they are said; written before them where the task is `tagged`.
+            emotion: of the speaker; written before the words where the task is `tagged`.
             question: see `instruction`.
             options: see `instruction`.
 
@@ -143,7 +146,7 @@ class Task:
 
 
 def tagged_text(text: str, emotion: str | None) -> str:
-    """The words with the emotion before them as SpeechEmotionLlama writes it: `<happy> i am here`."""
+    """The words with the emotion before them, in the format of SpeechEmotionLlama: `<happy> i am here`."""
     return f"<{emotion}> {text}" if emotion else text
 
 
@@ -151,10 +154,10 @@ _TASKS: dict[str, Task] = {}
 
 
 def register_task(task: Task, overwrite: bool = False) -> Task:
-    """Make a task known by its name.
+    """Add a task to the registry.
 
     Raises:
-        ValueError: the name is taken by a different task and `overwrite` is false.
+        ValueError: a different task has this name and `overwrite` is false.
     """
     known = _TASKS.get(task.name)
     if known is not None and known != task and not overwrite:
@@ -167,7 +170,7 @@ def get_task(name: str) -> Task:
     """The task of that name.
 
     Raises:
-        UnknownTaskError: nobody registered it; the known names and the closest one are in the message.
+        UnknownTaskError: it is not registered; the message lists the known names and the closest one.
     """
     if name in _TASKS:
         return _TASKS[name]
@@ -178,6 +181,27 @@ def get_task(name: str) -> Task:
     )
 
 
+def row_instruction(row: Mapping[str, Any], rng: random.Random | None = None) -> str:
+    """The instruction of a row of the manifest schema: its own where it has one, else a wording of its task.
+
+    Args:
+        row: its `question`, and `options` among its extra fields, fill the wording.
+        rng: see `Task.instruction`.
+
+    Raises:
+        UnknownTaskError: the task is not registered.
+        ValueError: see `Task.instruction`.
+    """
+    if row.get("instruction"):
+        return row["instruction"]
+    return get_task(row["task"]).instruction(row.get("question"), rng, extra_fields(row).get("options"))
+
+
+def extra_fields(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a row beyond the manifest schema, such as `options`, `speaker` or `label`."""
+    return json.loads(row["extra"]) if row.get("extra") else {}
+
+
 def list_tasks() -> tuple[str, ...]:
     """Names of all registered tasks, in order of registration."""
     return tuple(_TASKS)
@@ -186,218 +210,130 @@ def list_tasks() -> tuple[str, ...]:
 def wordings(names: Iterable[str] | None = None) -> list[str]:
     """Every instruction wording of the named tasks (default: all), without repeats.
 
-    They are those of training, of test and of the making of targets, with the task's own options filled in. Useful to
-    build a tokenizer or a text pretraining set that knows all of them.
+    Wordings of training, of test and of target generation, with the task's own options filled in. Useful to build a
+    tokenizer or a text pretraining set that covers all of them.
     """
     tasks = [get_task(name) for name in (list_tasks() if names is None else names)]
     filled = (w.replace(_OPTIONS_FIELD, ", ".join(task.labels)) for task in tasks for w in task._all_wordings())
     return list(dict.fromkeys(filled))
 
 
-ASR = register_task(
-    Task(
-        name="asr",
-        title="Speech recognition",
-        instructions_train=(
-            "What is being said?",
-            "Write down what the speaker says.",
-            "Transcribe the speech.",
-            "Which words are spoken?",
-            "Turn the speech into text.",
-        ),
-        instruction_test="What is being said?",
-        metrics=("wer", "cer"),
-    )
-)
+def _register_shipped(
+    name: str, title: str, metrics: tuple[str, ...], also_in_training: tuple[str, ...] = (), **fields: Any
+) -> None:
+    """Register a task whose test wording, the first one of training too, is the processor's."""
+    wording = fields.pop("wording", TASK_INSTRUCTIONS[name])
+    register_task(Task(name, title, (wording, *also_in_training), wording, metrics, **fields))
 
-ER = register_task(
-    Task(
-        name="er",
-        title="Emotion recognition",
-        instructions_train=(
-            "Which emotion does the speaker show?",
-            "How does the speaker feel?",
-            "Name the emotion in the voice.",
-            "What is the mood of the speaker?",
-            "Describe the emotion of the speaker in one word.",
-        ),
-        instruction_test="Which emotion does the speaker show?",
-        metrics=("accuracy", "uar"),
-    )
-)
 
-SV = register_task(
-    Task(
-        name="sv",
-        title="Speaker verification",
-        instructions_train=(
-            "Do both recordings come from the same speaker? Answer yes or no.",
-            "Is it the same person speaking both times? Answer yes or no.",
-            "Are the two voices one and the same? Answer yes or no.",
-            "Does one person speak in both parts? Answer yes or no.",
-            "Compare the two voices. Same speaker, yes or no?",
-        ),
-        instruction_test="Do both recordings come from the same speaker? Answer yes or no.",
-        metrics=("accuracy", "eer"),
-        labels=("yes", "no"),
-    )
+_register_shipped(
+    "asr",
+    "Speech recognition",
+    ("wer", "cer"),
+    (
+        "Write down what the speaker says.",
+        "Transcribe the speech.",
+        "Which words are spoken?",
+        "Turn the speech into text.",
+    ),
 )
-
-SQA = register_task(
-    Task(
-        name="sqa",
-        title="Spoken question answering",
-        instructions_train=(
-            "{question}",
-            "Listen and answer: {question}",
-            "Answer the question about the speech. {question}",
-            "{question} Answer from what you hear.",
-            "Here is a question about the recording: {question}",
-        ),
-        instruction_test="{question}",
-        metrics=("exact_match", "rouge_l"),
-    )
+_register_shipped(
+    "er",
+    "Emotion recognition",
+    ("accuracy", "uar"),
+    (
+        "How does the speaker feel?",
+        "Name the emotion in the voice.",
+        "What is the mood of the speaker?",
+        "Describe the emotion of the speaker in one word.",
+    ),
 )
-
-EN2ZH = register_task(
-    Task(
-        name="en2zh",
-        title="Speech translation, English to Chinese",
-        instructions_train=(
-            "Translate the speech into Chinese.",
-            "What does the speaker say? Answer in Chinese.",
-            "Say in Chinese what you hear.",
-            "Turn the English speech into Chinese text.",
-            "Write the Chinese translation of the speech.",
-        ),
-        instruction_test="Translate the speech into Chinese.",
-        metrics=("bleu", "chrf"),
-        language="zh",
-    )
+_register_shipped(
+    "sv",
+    "Speaker verification",
+    ("accuracy", "eer"),
+    (
+        "Is it the same person speaking both times? Answer yes or no.",
+        "Are the two voices one and the same? Answer yes or no.",
+        "Does one person speak in both parts? Answer yes or no.",
+        "Compare the two voices. Same speaker, yes or no?",
+    ),
+    labels=("yes", "no"),
 )
-
-ACAP = register_task(
-    Task(
-        name="acap",
-        title="Audio captioning",
-        instructions_train=(
-            "Describe the sounds.",
-            "What can be heard?",
-            "Write a caption for this recording.",
-            "Which sounds are in the recording?",
-            "Tell me what happens in this sound scene.",
-        ),
-        instruction_test="Describe the sounds.",
-        metrics=("cider", "rouge_l", "event_f1"),
-    )
+_register_shipped(
+    "sqa",
+    "Spoken question answering",
+    ("exact_match", "rouge_l"),
+    (
+        "Listen and answer: {question}",
+        "Answer the question about the speech. {question}",
+        "{question} Answer from what you hear.",
+        "Here is a question about the recording: {question}",
+    ),
 )
-
-VOICE = register_task(
-    Task(
-        name="voice",
-        title="Voice description",
-        instructions_train=(
-            "Describe the voice.",
-            "What does the voice sound like?",
-            "Describe the voice of the speaker.",
-            "What kind of voice is speaking?",
-        ),
-        instruction_test="Describe the voice.",
-        metrics=("exact_match", "rouge_l"),
-    )
+_register_shipped(
+    "en2zh",
+    "Speech translation, English to Chinese",
+    ("bleu", "chrf"),
+    (
+        "What does the speaker say? Answer in Chinese.",
+        "Say in Chinese what you hear.",
+        "Turn the English speech into Chinese text.",
+        "Write the Chinese translation of the speech.",
+    ),
+    language="zh",
 )
-
-RESPONSE = register_task(
-    Task(
-        name="response",
-        title="Spoken dialogue",
-        instructions_train=("{input}",),
-        instruction_test="{input}",
-        metrics=("rouge_l",),
-        target_instruction=(
-            "Respond as if you are a natural conversation companion. Do not apologize, and do not refer to the fact "
-            "that you are a large language model or an AI. If the user input indicates an emotion, respond as if you "
-            "are being spoken to in that emotion: {input}"
-        ),
-        tagged=True,
-    )
+_register_shipped(
+    "acap",
+    "Audio captioning",
+    ("cider", "rouge_l", "event_f1"),
+    (
+        "What can be heard?",
+        "Write a caption for this recording.",
+        "Which sounds are in the recording?",
+        "Tell me what happens in this sound scene.",
+    ),
 )
-
-REPEAT = register_task(
-    Task(
-        name="repeat",
-        title="Repetition",
-        instructions_train=("Repeat after me in English: {input}",),
-        instruction_test="Repeat after me in English: {input}",
-        metrics=("wer", "cer"),
-    )
+_register_shipped(
+    "voice",
+    "Voice description",
+    ("exact_match", "rouge_l"),
+    (
+        "What does the voice sound like?",
+        "Describe the voice of the speaker.",
+        "What kind of voice is speaking?",
+    ),
 )
-
-_SPEECH_CAPTION = (
-    "You will hear a speech utterance spoken by a person. In natural language, provide a caption that faithfully "
-    "describes the scenario in which the speech utterance is being spoken. Pay attention to the spoken content, and "
-    "make sure to incorporate any emotions expressed in the speech into the caption as needed: {input}"
+_register_shipped(
+    "response",
+    "Spoken dialogue",
+    ("rouge_l",),
+    target_instruction=(
+        "Respond as if you are a natural conversation companion. Do not apologize, and do not refer to the fact "
+        "that you are a large language model or an AI. If the user input indicates an emotion, respond as if you "
+        "are being spoken to in that emotion: {input}"
+    ),
+    tagged=True,
 )
-SPEECH_CAPTION = register_task(
-    Task(
-        name="speech_caption",
-        title="Speech captioning",
-        instructions_train=(_SPEECH_CAPTION,),
-        instruction_test=_SPEECH_CAPTION,
-        metrics=("rouge_l",),
-        tagged=True,
-    )
-)
-
-_SER = (
-    "Identify the emotional tone of the utterance that is provided. Select from the following options: {options}: "
-    "{input}"
-)
-SER = register_task(
-    Task(
-        name="ser",
-        title="Emotion recognition among options",
-        instructions_train=(_SER,),
-        instruction_test=_SER,
-        metrics=("accuracy", "uar"),
-        labels=(
-            "neutral",
-            "angry",
-            "disgusted",
-            "fearful",
-            "happy",
-            "sad",
-            "surprised",
-            "bored",
-            "confused",
-            "interested",
-            "sarcastic",
-            "laughing",
-            "projected",
-            "sleepy",
-            "whisper",
-        ),
-        tagged=True,
-    )
+_register_shipped("repeat", "Repetition", ("wer", "cer"))
+_register_shipped("speech_caption", "Speech captioning", ("rouge_l",), tagged=True)
+_register_shipped(
+    "ser",
+    "Emotion recognition among options",
+    ("accuracy", "uar"),
+    wording=SER_INSTRUCTION,
+    labels=SER_EMOTIONS,
+    tagged=True,
 )
 
 __all__ = [
-    "ACAP",
-    "ASR",
-    "EN2ZH",
-    "ER",
-    "REPEAT",
-    "RESPONSE",
-    "SER",
-    "SPEECH_CAPTION",
-    "SQA",
-    "SV",
     "Task",
     "UnknownTaskError",
-    "VOICE",
+    "extra_fields",
     "get_task",
     "list_tasks",
     "register_task",
+    "row_instruction",
     "tagged_text",
     "wordings",
 ]

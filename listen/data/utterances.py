@@ -17,8 +17,8 @@ from typing import Any
 from datasets import Audio, ClassLabel, load_dataset
 from transformers.utils import logging
 
-from .manifest import FEATURES, ManifestError, extra_fields, read_json_lines, to_row
-from .tasks import tagged_text
+from .manifest import FEATURES, ManifestError, read_json_lines, to_row
+from .tasks import extra_fields, tagged_text
 
 logger = logging.get_logger(__name__)
 
