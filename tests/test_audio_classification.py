@@ -315,9 +315,9 @@ def test_impossible_settings_are_named(make: Callable[[], object], message: str)
 
 def test_inputs_that_do_not_fit_are_named(model: ListenForAudioClassification) -> None:
     inputs = features(noise(0.4), noise(0.5))
-    with pytest.raises(ValueError, match="give either input_features or layer_states"):
+    with pytest.raises(ValueError, match="input_features.*layer_states"):
         model()
-    with pytest.raises(ValueError, match=r"chunk_counts=\[1\] do not add up to the 2 rows"):
+    with pytest.raises(ValueError, match=r"chunk_counts=\[1\].* 2 rows"):
         model(**{**inputs, "chunk_counts": torch.tensor([1])})
     with pytest.raises(TypeError, match="unexpected keyword"):
         model(**inputs, input_values=torch.zeros(1))

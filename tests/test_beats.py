@@ -293,7 +293,7 @@ def test_input_that_does_not_fit_raises(model, arguments, message):
 
 
 def test_an_unknown_argument_raises(model):
-    with pytest.raises(TypeError, match=r"\['attention_mask'\]; masks are input_values_mask"):
+    with pytest.raises(TypeError, match=r"\['attention_mask'\].*input_values_mask"):
         model(torch.zeros(1, 32, 128), attention_mask=torch.ones(1, 32))
 
 

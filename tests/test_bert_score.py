@@ -93,7 +93,7 @@ def test_the_best_reference_counts_and_the_mean_is_over_examples(embeddings: Ber
 def test_an_empty_prediction_is_wrong_and_an_empty_reference_an_error(embeddings: BertScore) -> None:
     value = embeddings.compute(predictions=["", "glad"], references=["glad", "glad"])
     assert value == pytest.approx(dict.fromkeys(BertScore.names, 0.5), abs=1e-6)
-    with pytest.raises(ValueError, match="example 1 has an empty reference"):
+    with pytest.raises(ValueError, match="example 1 .*empty.*give"):
         embeddings.compute(predictions=["glad", "glad"], references=["glad", " "])
 
 

@@ -150,7 +150,7 @@ def test_a_request_that_fails_for_good_is_an_answer_without_a_text() -> None:
 def test_an_endpoint_that_cannot_be_used_ends_the_work(status: int, path: str) -> None:
     with serve_chat(lambda body: (status, "no key")) as server:
         model = EndpointChatModel(server.url.removesuffix("/v1") + path, "m")
-        with pytest.raises(ChatModelError, match=f"answers {404 if not path else 401} for model 'm'.*check the URL"):
+        with pytest.raises(ChatModelError, match=f"{404 if not path else 401} .*'m'.*check the URL"):
             model.answer(chats(PROMPTS))
 
 

@@ -125,7 +125,7 @@ class Intruder:
 
 def test_code_in_the_file_is_refused_not_run(tmp_path):
     path = write(tmp_path / "evil.pt", {"cfg": Intruder(), "model": {}})
-    with pytest.raises(convert_beats.ConversionError, match=r"evil.pt .* it holds the Python object sys.exit$"):
+    with pytest.raises(convert_beats.ConversionError, match=r"evil.pt .*sys.exit$"):
         convert_beats.convert(path, tmp_path / "out")
 
 

@@ -133,7 +133,7 @@ def test_a_checkpoint_without_beats_and_lora(paths: dict[str, str], tmp_path: Pa
     speech = encoder_frames((32, 32), [100]).speech_hidden_states
     found = model.get_audio_features(encoded=EncodedAudio(speech, torch.ones(1, 1500))).pooler_output
     torch.testing.assert_close(found.double(), embed(checkpoint, speech[0]), atol=1e-4, rtol=0)
-    with pytest.raises(convert_salmonn.ConversionError, match="no ln_audio.weight, hence no place for"):
+    with pytest.raises(convert_salmonn.ConversionError, match="ln_audio.weight"):
         convert(checkpoint, tmp_path, paths, with_lora=False)
 
 
@@ -312,10 +312,10 @@ def test_weights_are_unchanged(converted: tuple) -> None:
 
 
 def test_a_model_that_does_not_pad_is_named(converted: tuple, processor: ListenProcessor) -> None:
-    with pytest.raises(ValueError, match="salmonn_compat=True listens to 30 s"):
+    with pytest.raises(ValueError, match="salmonn_compat=True.*pad_to_30s=True"):
         ListenProcessor(ListenFeatureExtractor(), processor.tokenizer, connector=processor.connector)
     model = tiny_model()
-    with pytest.raises(ValueError, match="salmonn_compat=True listens to 30 s"):
+    with pytest.raises(ValueError, match="salmonn_compat=True.*pad_to_30s=True"):
         model._add_listen_adapter("salmonn", ListenConfig.from_pretrained(converted[1]).connector_config, None)
     assert list(model.adapters) == ["default"]
 
@@ -407,10 +407,10 @@ def test_backbones_of_another_width_are_named(paths: dict[str, str], tmp_path: P
     others = {name: path for name, path in paths.items() if name != "language_model"}
     with pytest.raises(
         convert_salmonn.ConversionError,
-        match=r"speech_llama_proj.weight is made for .* 48, but lmsys/vicuna-13b-v1.1 has 5120.*--language-model",
+        match=r"speech_llama_proj.weight .* 48,.* lmsys/vicuna-13b-v1.1 .*5120.*--language-model",
     ):
         convert(synthetic_checkpoint(**TINY), tmp_path, others)
-    with pytest.raises(convert_salmonn.ConversionError, match="config of 'no/where' is not on this machine"):
+    with pytest.raises(convert_salmonn.ConversionError, match="'no/where'.*--download"):
         convert(synthetic_checkpoint(**TINY), tmp_path, {**paths, "language_model": "no/where"})
 
 

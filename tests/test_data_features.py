@@ -99,7 +99,7 @@ def test_a_store_of_other_encoders_is_refused(tmp_path: Path) -> None:
         store.check(other)
     with pytest.raises(FeatureStoreError, match="another setting"):
         precompute_features(tiny_model(seed=1), PROCESSOR, dataset, tmp_path / "features", progress=False)
-    with pytest.raises(FeatureStoreError, match="join_silence_seconds=0.0, but here join_silence_seconds=0.1"):
+    with pytest.raises(FeatureStoreError, match="join_silence_seconds=0.0.*join_silence_seconds=0.1.*another folder"):
         store.check(store_info(MODEL, PROCESSOR.feature_extractor, join_silence_seconds=0.1))
     with pytest.raises(FeatureStoreError, match="cannot be stored: trainable="):
         store_info(tiny_model(trainable=["adapter", "speech_encoder"]), PROCESSOR.feature_extractor)
@@ -117,7 +117,7 @@ def test_evaluation_reads_a_store_and_refuses_that_of_another_model(tmp_path: Pa
 def test_what_is_not_stored_is_named(tmp_path: Path) -> None:
     dataset = load_manifest(small_corpus(tmp_path, num_rows=3))
     store = compute(dataset.select([0]), tmp_path / "features")
-    with pytest.raises(FeatureStoreError, match="no features of '../audio/1.wav'; run examples/precompute_features.py"):
+    with pytest.raises(FeatureStoreError, match="'../audio/1.wav'.*precompute_features.py"):
         store.recordings(dataset[1])
     with pytest.raises(FeatureStoreError, match="is no feature store"):
         FeatureStore(tmp_path)

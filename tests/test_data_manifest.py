@@ -75,7 +75,7 @@ def test_a_mark_before_the_first_line_is_no_part_of_it(folder: Path) -> None:
     (folder / "m.jsonl").write_text(json.dumps(row) + "\r\n", encoding="utf-8-sig")
     assert load_manifest(folder / "m.jsonl")["response"][0] == ["\u00e4"]
     (folder / "m.jsonl").write_text(json.dumps(row, ensure_ascii=False), encoding="latin-1")
-    with pytest.raises(ManifestError, match=r"m.jsonl: not UTF-8 .*0xe4.*; convert it"):
+    with pytest.raises(ManifestError, match=r"m.jsonl: .*UTF-8 .*0xe4.*convert"):
         load_manifest(folder / "m.jsonl")
 
 
@@ -102,7 +102,7 @@ def test_salmonn_annotations(folder: Path) -> None:
 def test_salmonn_tasks_that_are_not_known_can_be_mapped(folder: Path) -> None:
     entry = {"path": "audio/0.wav", "text": "a sad voice", "task": "describe_voice"}
     (folder / "a.json").write_text(json.dumps({"annotation": [entry]}))
-    with pytest.raises(ManifestError, match="annotation 0: unknown task 'describe_voice'"):
+    with pytest.raises(ManifestError, match="annotation 0: .*'describe_voice'"):
         load_salmonn(folder / "a.json")
     assert load_salmonn(folder / "a.json", task_names={"describe_voice": "voice"})["task"][0] == "voice"
     for content in ("[]", '{"annotation": null}'):
@@ -139,7 +139,7 @@ def test_arrays_and_files_of_any_data_set_are_read(folder: Path) -> None:
 
 def test_a_missing_column_is_named_with_the_fix() -> None:
     source = Dataset.from_dict({"file": ["a.wav"], "text": ["one"]})
-    with pytest.raises(ManifestError, match=r"no column 'audio' for 'audio'; it has \['file', 'text'\]"):
+    with pytest.raises(ManifestError, match=r"'audio'.*\['file', 'text'\].*columns={'audio'"):
         from_datasets(source, {"response": "text"}, task="asr")
     with pytest.raises(ManifestError, match="give task="):
         from_datasets(source, {"response": "text", "audio": "file"})

@@ -241,7 +241,7 @@ def test_wrong_audio_is_named(clip, message):
 
 
 def test_another_sampling_rate_says_to_resample():
-    with pytest.raises(ValueError, match="sampling_rate=16000, got 44100; resample"):
+    with pytest.raises(ValueError, match="16000.*44100.*resample"):
         ListenFeatureExtractor()(noise(100), sampling_rate=44_100)
 
 

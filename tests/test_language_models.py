@@ -412,7 +412,7 @@ def test_a_cache_that_the_input_outgrows_is_made_anew() -> None:
 
 def test_prompts_are_not_picked_by_a_part_of_the_input() -> None:
     model = other_model("gpt2")
-    with pytest.raises(ValueError, match="8 positions picks the prompts.* reads 4 of them.* prefill_chunk_size"):
+    with pytest.raises(ValueError, match="8 positions.* 4 .*prefill_chunk_size"):
         answers(model, rows_of(model, range(1, 2)), prefill_chunk_size=4)
 
 
@@ -425,7 +425,7 @@ def test_an_llm_that_cannot_take_back_a_token_is_not_assisted() -> None:
 def test_an_llm_without_an_attention_cache_says_how_to_generate() -> None:
     model = other_model("mamba")
     batch = rows_of(model)
-    with pytest.raises(ValueError, match="'mamba' have no attention cache; pass use_cache=False"):
+    with pytest.raises(ValueError, match="'mamba'.*use_cache=False"):
         answers(model, batch)
     together = answers(model, batch, use_cache=False)
     for row in range(3):
@@ -434,11 +434,11 @@ def test_an_llm_without_an_attention_cache_says_how_to_generate() -> None:
 
 def test_an_llm_that_is_blind_to_masks_takes_no_padding() -> None:
     model = other_model("rwkv")
-    with pytest.raises(ValueError, match="'rwkv' read padding as if it were text; give one row at a time"):
+    with pytest.raises(ValueError, match="'rwkv'.*padding.*one row at a time"):
         model(**rows_of(model))
     assert logits(model, rows_of(model, range(1))).isfinite().all()
 
 
 def test_an_llm_that_reads_ids_alone_is_refused() -> None:
-    with pytest.raises(ValueError, match="'cpmant' reads token ids, not embeddings"):
+    with pytest.raises(ValueError, match="'cpmant'.*embeddings.*choose another"):
         other_model("cpmant")

@@ -178,11 +178,11 @@ def test_a_second_adapter_is_refused_with_the_way_out(backbones: dict[str, str],
     owner, guest = moved(backbones), fresh(backbones, trainable=["connector"])
     owner.save_pretrained(tmp_path / "owner")
     guest.save_pretrained(tmp_path / "guest")
-    with pytest.raises(ValueError, match=r"adapter 'second' cannot share the speech_encoder of this model.*save_pretr"):
+    with pytest.raises(ValueError, match=r"adapter 'second' .*speech_encoder of this model.*save_pretr"):
         owner.add_adapter(adapter_name="second")
-    with pytest.raises(ValueError, match="guest' cannot share the speech_encoder of this model"):
+    with pytest.raises(ValueError, match="guest' .*speech_encoder of this model.*save_pretr"):
         owner.load_adapter(tmp_path / "guest", "guest")
-    with pytest.raises(ValueError, match="this model cannot share the speech_encoder of adapter .*owner"):
+    with pytest.raises(ValueError, match="this model .*speech_encoder of adapter .*owner.*save_pretr"):
         guest.load_adapter(tmp_path / "owner", "owner")
     assert list(owner.adapters) == list(guest.adapters) == ["default"]
 
@@ -230,14 +230,14 @@ def test_an_encoder_can_begin_to_learn_later(backbones: dict[str, str], tmp_path
 
 def test_changes_that_would_lose_weights_are_refused(backbones: dict[str, str]) -> None:
     model = fresh(backbones)
-    with pytest.raises(ValueError, match=r"freezes \['speech_encoder'\], which was trained; save it on its own"):
+    with pytest.raises(ValueError, match=r"\['speech_encoder'\].*save_pretrained"):
         model.set_trainable(["connector"])
     with pytest.raises(ValueError, match="'qformer'.* is unknown"):
         model.set_trainable([*TRAINABLE, "qformer"])
     assert model.config.trainable == TRAINABLE
     shared = fresh(backbones, trainable=["connector"])
     shared.add_adapter(adapter_name="second")
-    with pytest.raises(ValueError, match="another adapter cannot share the speech_encoder"):
+    with pytest.raises(ValueError, match="another adapter .*speech_encoder.*save_pretrained"):
         shared.set_trainable(TRAINABLE)
     assert shared.config.trainable == ["connector"]
 
@@ -304,7 +304,7 @@ def test_a_run_may_thaw_the_encoder_of_a_checkpoint(backbones: dict[str, str], m
     model = {"checkpoint": str(first.model_folder), "trainable": TRAINABLE}
     result = run({**settings, "model": model, "training": second})
     assert any(key.startswith("speech_encoder.") for key in load_file(result.model_folder / "model.safetensors"))
-    with pytest.raises(ValueError, match="which was trained; save it on its own"):
+    with pytest.raises(ValueError, match="speech_encoder.*save_pretrained"):
         build_model(
             build_arguments({"model": {"checkpoint": str(result.model_folder), "trainable": ["connector"]}}).model
         )
@@ -320,7 +320,7 @@ def test_features_of_a_learned_encoder_are_not_taken_from_a_store(
     frozen = build_arguments({**settings, "model": {**settings["model"], "trainable": ["connector"]}})
     precompute_features(*build_encoders(frozen.model), load_manifest(manifest), tmp_path / "store", progress=False)
     settings["data"]["features"] = str(tmp_path / "store")
-    with pytest.raises(FeatureStoreError, match=r"features of \['speech_encoder'\] cannot be stored"):
+    with pytest.raises(FeatureStoreError, match=r"\['speech_encoder'\].*trainable="):
         run(settings)
 
 

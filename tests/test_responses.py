@@ -148,14 +148,14 @@ def test_what_cannot_be_evaluated_is_refused(setup: tuple, dataset: Dataset) -> 
     bare = dataset.remove_columns("extra").add_column("extra", [None] * 8)
     with pytest.raises(ValueError, match="nothing to evaluate"):
         evaluate_responses(*setup, bare.select([5]), **OPTIONS)
-    with pytest.raises(ValueError, match="has no text 'transcript', which a judge has to know"):
+    with pytest.raises(ValueError, match="'transcript'.*judge.*add"):
         evaluate_responses(*setup, bare.select([0]), judge=judge_by_rules, **OPTIONS)
-    with pytest.raises(ValueError, match="none of the 4 references is of the task 'response'"):
+    with pytest.raises(ValueError, match="4 references.*'response'.*give"):
         evaluate_responses(*setup, dataset, references=dataset.select(range(4, 8)), **OPTIONS)
     with first_forward(setup[0]) as asked:
         with pytest.raises(ValueError, match="\\['angry'\\] none of the classes"):
             evaluate_responses(*setup, dataset, recognise=lambda rows: ["angry"] * len(rows), **OPTIONS)
-        with pytest.raises(ValueError, match="emotions \\['sad'\\] are none of the classes"):
+        with pytest.raises(ValueError, match="\\['sad'\\].*classes="):
             evaluate_responses(*setup, dataset, **{**OPTIONS, "classes": ["happy", "angry"]})
         with pytest.raises(ValueError, match="ROUGE cannot read the reference"):
             evaluate_responses(*setup, _but(dataset, response=["你好"]), **OPTIONS)

@@ -66,14 +66,14 @@ def test_classes_are_those_of_the_rows_or_of_the_task(dataset: Dataset) -> None:
 
 
 def test_rows_that_cannot_be_asked_are_refused(dataset: Dataset) -> None:
-    with pytest.raises(ValueError, match="emotions \\['calm', 'sadly amused'\\] are none of the classes"):
+    with pytest.raises(ValueError, match="\\['calm', 'sadly amused'\\].*classes="):
         emotion_rows(dataset, ["sad", "happy"])
     with pytest.raises(ValueError, match="no row has an emotion"):
         emotion_rows(dataset.select([5]))
-    with pytest.raises(ValueError, match="label 'Sad' is empty or the same"):
+    with pytest.raises(ValueError, match="'Sad'.*rename"):
         emotion_rows(dataset, ["happy", "sad", "Sad"])
     number = Dataset.from_list([{**dataset[5], "extra": '{"emotion": 3}'}], dataset.features)
-    with pytest.raises(ValueError, match="emotion=3 must be the name of a class"):
+    with pytest.raises(ValueError, match="emotion=3 .*write it as text"):
         emotion_rows(number)
 
 
@@ -148,7 +148,7 @@ def test_answers_of_a_classifier_are_scored_alike(dataset: Dataset) -> None:
     found = scores_of(rows, ["Happy", "calm", "sadly amused", "sad"], num_resamples=0)
     assert found.answers == ["happy", "calm", "sadly amused", "sad"] and found.values["accuracy"] == 0.5
     assert found.probabilities.max(axis=1).tolist() == [1.0] * 4
-    with pytest.raises(ValueError, match="4 answers for 4 rows, \\['glad'\\] none of the classes"):
+    with pytest.raises(ValueError, match="4 answers for 4 rows.*\\['glad'\\].*classes"):
         scores_of(rows, ["glad", "sad", "sad", "sad"])
     with pytest.raises(ValueError, match="1 answers for 4 rows"):
         scores_of(rows, ["sad"])

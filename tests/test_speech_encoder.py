@@ -176,7 +176,7 @@ def test_whisper_keeps_its_own_class(tmp_path: Path) -> None:
 def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
     saved_whole("wav2vec2", tmp_path, num_hidden_layers=1)
     encoder_config("wav2vec2", num_hidden_layers=2).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"lacks weights of the speech encoder.*encoder.layers.1"):
+    with pytest.raises(ValueError, match=r"lacks .*encoder.layers.1"):
         load_speech_encoder(tmp_path)
 
 
@@ -185,14 +185,14 @@ def test_a_checkpoint_with_more_layers_than_its_config_is_refused(kind: str, tmp
     saved_whole(kind, tmp_path)
     layers = "encoder_num_hidden_layers" if kind == "moonshine" else "num_hidden_layers"
     encoder_config(kind, **{layers: 1}).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"its config does not describe.*layers\.1"):
+    with pytest.raises(ValueError, match=r"layers\.1.*give the config"):
         load_speech_encoder(tmp_path)
 
 
 def test_a_text_model_is_refused(tmp_path: Path) -> None:
     config = transformers.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     transformers.BertModel(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="model_type='bert' is no speech encoder known here; choose one of whisper"):
+    with pytest.raises(ValueError, match="model_type='bert'.*choose one of whisper"):
         load_speech_encoder(tmp_path)
 
 
@@ -268,7 +268,7 @@ def test_input_of_another_encoder_is_refused(kind: str, shape: tuple[int, ...], 
 
 
 def test_a_mask_of_another_shape_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"mask must have shape \(1, 4000\), got \(1, 12\)"):
+    with pytest.raises(ValueError, match=r"mask .*\(1, 4000\).*\(1, 12\)"):
         random_encoder("hubert")(torch.zeros(1, 4000), torch.ones(1, 12))
 
 

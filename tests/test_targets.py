@@ -127,7 +127,7 @@ def test_data_sets_with_other_columns_classes_and_embedded_audio(tmp_path: Path)
 def test_sources_that_say_nothing_are_refused(tmp_path: Path) -> None:
     write_clip(tmp_path / "a.wav", 0.2)
     silent = write_manifest(tmp_path / "silent.jsonl", [{"audio": "a.wav", "caption": "rain"}])
-    with pytest.raises(ManifestError, match="no row has words; name their field"):
+    with pytest.raises(ManifestError, match="words.*columns="):
         read_utterances(silent)
     assert read_utterances(silent, columns={"transcript": "caption"})[0].transcript == "rain"
     with pytest.raises(ManifestError, match=r"columns names \['words'\]"):
@@ -215,7 +215,7 @@ def test_a_folder_never_mixes_llms_or_settings(
     assert set(manifests(tmp_path)) == {"response", "speech_caption"}
     assert set(load_from_disk(tmp_path / "dataset")) == {"response", "speech_caption"}
     assert json.loads((tmp_path / "summary.json").read_text())["rows"] == {"response": 1, "speech_caption": 1}
-    with pytest.raises(TargetError, match="were made with seed=0, but here seed=1; make them in another folder"):
+    with pytest.raises(TargetError, match="seed=0.* seed=1.*another folder"):
         make(utterances, tmp_path, llm, seed=1)
     longer = LocalChatModel(llm.name, max_new_tokens=7)
     with pytest.raises(TargetError, match="were made with llm="):

@@ -36,7 +36,7 @@ def test_the_rate_is_what_the_processor_counts() -> None:
 def test_a_source_without_rows_is_named(tmp_path: Path) -> None:
     manifest = str(small_corpus(tmp_path, num_rows=6))
     for source in (str(write_manifest(tmp_path / "empty.jsonl", [])), {"path": manifest, "tasks": ["sqa"]}):
-        with pytest.raises(ArgumentError, match=r"(empty.jsonl gives no row|with tasks=\['sqa'\]).*; fill it"):
+        with pytest.raises(ArgumentError, match=r"(empty.jsonl|tasks=\['sqa'\]).*fill it"):
             build_train_dataset(DataArguments(train=[manifest, source]), 0)
 
 
@@ -45,7 +45,7 @@ def test_an_empty_response_is_found_before_the_run(tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path / "m.jsonl", [json.loads(lines[0]), {**json.loads(lines[1]), "response": " "}])
     data = DataArguments(train=[str(manifest)], eval=[str(manifest)])
     for build in (build_train_dataset, build_eval_dataset):
-        with pytest.raises(ManifestError, match=r"rows \['m.jsonl:2'\] \(1 in all\) have an empty response"):
+        with pytest.raises(ManifestError, match=r"\['m.jsonl:2'\].*empty response.*take them out"):
             build(data, 0)
 
 

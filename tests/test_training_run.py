@@ -251,10 +251,10 @@ def test_a_run_goes_on_from_the_last_checkpoint_that_is_whole(backbones: dict, m
     assert all(torch.equal(straight[name], weight) for name, weight in learned(tmp_path).items())
     for folder in tmp_path.glob("checkpoint-*"):
         (folder / "optimizer.pt").unlink()
-    with pytest.raises(ArgumentError, match="checkpoint-6 holds no state of the optimiser"):
+    with pytest.raises(ArgumentError, match="checkpoint-6 .*optimi.er.*model.checkpoint"):
         run(settings)
     settings["training"]["resume"] = "flase"
-    with pytest.raises(ArgumentError, match="training.resume='flase' is no checkpoint folder"):
+    with pytest.raises(ArgumentError, match="training.resume='flase'.*true for the last"):
         run(settings)
 
 
@@ -263,7 +263,7 @@ def test_a_run_over_other_backbones_is_not_resumed(backbones: dict, manifest: Pa
     run(settings)
     settings["training"]["resume"] = True
     settings["model"]["language_model"] = save_tiny_llm(tmp_path / "other", seed=7)
-    with pytest.raises(ValueError, match="language_model: adapter .*checkpoint-6' was trained over weights"):
+    with pytest.raises(ValueError, match="language_model: .*checkpoint-6'.*fingerprint"):
         run(settings)
 
 
@@ -394,7 +394,7 @@ def test_baselines_train_and_come_back(backbones: dict, manifest: Path, tmp_path
 def test_a_pool_alone_needs_a_connector_that_was_trained(backbones: dict, manifest: Path, tmp_path: Path) -> None:
     first = run(sections(backbones, manifest, tmp_path / "a", **{**RESUMABLE, "max_steps": 1}))
     settings = sections(backbones, manifest, tmp_path / "b", {"trainable": ["prompt_pool"]})
-    with pytest.raises(ArgumentError, match="name a checkpoint whose connector it starts with as model.connector_from"):
+    with pytest.raises(ArgumentError, match="trainable=.*model.connector_from"):
         run(settings)
     settings["model"]["connector_from"] = str(first.model_folder)
     settings["training"].update(max_steps=1)
