@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.table import Table
 
 from listen import ListenConfig, ListenForConditionalGeneration
-from listen.analysis.sizes import count_parameters
 from listen.configuration_listen import BACKBONES
 from listen.processing_listen import feature_extractor_for
 
@@ -99,12 +98,11 @@ def embeddings(model: ListenForConditionalGeneration, ids: torch.Tensor) -> torc
 
 def report_rates(model: ListenForConditionalGeneration, rows: list[Measurement], options: Namespace) -> None:
     """Prints what the times amount to."""
-    sizes = count_parameters(model)
-    step, answer = rows[1], rows[3]
+    parameters, step, answer = list(model.parameters()), rows[1], rows[3]
     table = Table("figure", "value", title="Rates of the whole model", title_justify="left")
-    table.add_row("parameters", f"{sum(part.parameters for part in sizes.values()):,}")
-    table.add_row("learned", f"{sum(part.learned for part in sizes.values()):,}")
-    table.add_row("weights", f"{sum(part.bytes for part in sizes.values()) / MIB:,.0f} MiB")
+    table.add_row("parameters", f"{sum(p.numel() for p in parameters):,}")
+    table.add_row("trainable", f"{sum(p.numel() for p in parameters if p.requires_grad):,}")
+    table.add_row("weights", f"{sum(p.nbytes for p in parameters) / MIB:,.0f} MiB")
     table.add_row("training", f"{options.batch / step.seconds:.2f} samples/s")
     table.add_row("answer", f"{options.batch * options.new_tokens / answer.seconds:.1f} tokens/s, hearing included")
     heard = options.batch * options.seconds

@@ -16,17 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# the metrics build on the library `evaluate`, which the script of that name beside this one must not hide
-if str(Path(__file__).resolve().parent) in sys.path:  # in the corpus's worker processes it is not
-    sys.path.remove(str(Path(__file__).resolve().parent))
-
 import torch
 from datasets import concatenate_datasets
 from rich.console import Console
 from rich.table import Table
 from transformers import pipeline
 
-import listen
 from listen.data import FeatureStore, load_manifest, precompute_features
 from listen.data.corpus import build_corpus
 from listen.evaluation import EvaluationResult, evaluate_model
@@ -48,7 +43,7 @@ console = Console()
 
 def main() -> None:
     """Run all stages."""
-    os.chdir(Path(listen.__file__).resolve().parent)  # the paths of the configuration start at the repository
+    os.chdir(Path(__file__).resolve().parents[1])  # paths in recipes start at the repository
     run = parse_arguments(["--config", "examples/configs/demo.yaml", *sys.argv[1:]])
     torch.set_num_threads(run.training.num_threads or 1)
     console.rule("1  The corpus")

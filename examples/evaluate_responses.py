@@ -20,14 +20,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-
-# the metrics build on the library `evaluate`, which a script of that name beside this one must not hide
-if str(Path(__file__).resolve().parent) in sys.path:
-    sys.path.remove(str(Path(__file__).resolve().parent))
 
 from datasets import Dataset, concatenate_datasets
 from rich.console import Console

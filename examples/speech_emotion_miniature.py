@@ -22,8 +22,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-import listen
-
 FOLDER = Path("runs/speech-emotion")
 CORPUS = Path("runs/demo/corpus")  # the demo's own, so that it is made once
 CONFIGS = Path("examples/configs/speech_emotion")
@@ -79,7 +77,7 @@ SYSTEMS = (
 def main() -> None:
     """Run all stages."""
     options = parse_arguments()
-    os.chdir(Path(listen.__file__).resolve().parent)  # paths start at the repository
+    os.chdir(Path(__file__).resolve().parents[1])  # paths in recipes start at the repository
     started = time.perf_counter()
     console.rule("1  The corpus")
     call("corpus", "-c", f"from listen.data.corpus import build_corpus; build_corpus({str(CORPUS)!r}, num_workers=2)")

@@ -12,7 +12,6 @@ TensorBoard logs, what is needed to repeat the run, and the trained adapter unde
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from transformers.utils import logging
 
@@ -24,8 +23,6 @@ def main() -> None:
     if "--help" in sys.argv or "-h" in sys.argv:
         print(__doc__)
         return
-    # evaluation builds on the library `evaluate`, which the script of that name beside this one must not hide
-    sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
     logging.set_verbosity_info()
     try:
         run = parse_arguments(sys.argv[1:])

@@ -5,16 +5,16 @@
 
 Arguments are those of `listen.training.classifier_arguments`. The run's folder (`--training.output_dir`) gets the
 logs, what is needed to repeat the run, and the classifier under `model/`, ready for `pipeline("audio-classification")`
-and for `examples/evaluate.py --cascade`.
+and for `examples/evaluate_tasks.py --cascade`.
 """
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from transformers.utils import logging
 
+from listen.data import ManifestError
 from listen.training import ArgumentError, parse_arguments
 from listen.training.classifier import train_classifier
 from listen.training.classifier_arguments import CLASSIFIER_SECTIONS
@@ -25,13 +25,11 @@ def main() -> None:
     if "--help" in sys.argv or "-h" in sys.argv:
         print(__doc__)
         return
-    # evaluation builds on the library `evaluate`, which the script of that name beside this one must not hide
-    sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
     logging.set_verbosity_info()
     try:
         run = parse_arguments(sys.argv[1:], CLASSIFIER_SECTIONS)
         result = train_classifier(run.model, run.data, run.training, raw=run.raw)
-    except (ArgumentError, FileNotFoundError) as error:
+    except (ArgumentError, ManifestError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     for name in ("accuracy", "uar"):
         if f"eval_{name}" in result.eval_metrics:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from conftest import tiny_config, tiny_model
 from fixtures_classification import LABELS, noise, tiny_classifier
-from fixtures_examples import EXAMPLES
+from fixtures_examples import load_example
 from fixtures_training import RATE, tiny_processor, write_clip, write_manifest
 
 from listen import ListenAudioClassificationFeatureExtractor
@@ -95,15 +94,12 @@ def test_the_script_classifies_only_what_is_asked_and_keeps_it_when_a_sweep_fail
     ListenAudioClassificationFeatureExtractor().save_pretrained(tmp_path / "classifier")
     clips = [str(manifest.parent / f"{number}.wav") for number in (0, 4)]
     pair = write_manifest(tmp_path / "pair.jsonl", [{"audio": clips, "task": "sv", "response": "no"}])
-    spec = importlib.util.spec_from_file_location("evaluate_script", EXAMPLES + "/evaluate.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     names = {"model": "model", "cascade": "classifier", "output": "results"}
     folders = [word for name, folder in names.items() for word in (f"--{name}", str(tmp_path / folder))]
     data = ["--data", str(manifest), str(pair), "--tasks", "repeat", "--max-new-tokens", "2", "--sweep", "1000"]
-    monkeypatch.setattr("sys.argv", ["evaluate.py", *folders, *data])
+    monkeypatch.setattr("sys.argv", ["evaluate_tasks.py", *folders, *data])
     with pytest.raises(ValueError, match="num_prompts=1000"):
-        script.main()
+        load_example("evaluate_tasks").main()
     lines = (tmp_path / "results" / "predictions.jsonl").read_text().splitlines()
     assert len(lines) == 2 and all("English: <" in json.loads(line)["instruction"] for line in lines)
 

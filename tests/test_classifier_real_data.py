@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from listen.training.arguments import build_arguments
 from listen.training.classifier import train_classifier
 from listen.training.classifier_arguments import CLASSIFIER_SECTIONS
+from listen.training.parsing import build_arguments
 
 DATA = Path(os.environ.get("LISTEN_REAL_DATA") or "missing")
 ENCODER = Path(__file__).parent.parent / "model_cards" / "listen-tiny" / "backbones" / "speech_encoder"

@@ -360,8 +360,15 @@ def test_two_processes_give_what_one_gives(setup, manifest, result, tmp_path):
     model.save_pretrained(tmp_path / "model", save_full=True)
     processor.save_pretrained(tmp_path / "model")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "examples" / "evaluate.py"), "--model", str(tmp_path / "model"), "--data", str(manifest)]
-    command += ["--batch-size", "5", "--max-new-tokens", "6", "--output", str(tmp_path / "eval"), "--sweep"]
+    command += [
+        str(ROOT / "examples" / "evaluate_tasks.py"),
+        "--model",
+        str(tmp_path / "model"),
+        "--data",
+        str(manifest),
+    ]
+    command += ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "eval")]
+    command += ["--batch-size", "5", "--max-new-tokens", "6", "--sweep"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment, check=False)
     assert run.returncode == 0, run.stderr

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from listen.analysis.probe import Probe, plot_embeddings, probe_groups, probe_split
+from listen.evaluation.probe import Probe, plot_embeddings, probe_groups, probe_split
 
 LABELS = [("glad", "sad", "calm")[i % 3] for i in range(90)]
 SPEAKERS = [f"s{i // 9}" for i in range(90)]

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from listen import ListenForConditionalGeneration, ListenProcessor
-from listen.analysis.probe import probe_groups
 from listen.data.manifest import extra_fields, load_manifest
 from listen.evaluation.embeddings import pooled_embeddings
+from listen.evaluation.probe import probe_groups
 
 DATA = Path(os.environ.get("LISTEN_REAL_DATA") or "missing")
 FOLDER = Path(__file__).parents[1] / "model_cards" / "listen-tiny"

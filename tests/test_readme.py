@@ -31,7 +31,7 @@ PROSE = [  # their links resolve
 ]
 MINIATURE = ROOT / "model_cards" / "listen-tiny"
 SHORTER = {  # the same commands over fewer rows and steps
-    "examples/evaluate.py": ["--max-examples", "2", "--max-new-tokens", "16"],
+    "examples/evaluate_tasks.py": ["--max-examples", "2", "--max-new-tokens", "16"],
     "examples/train.py": ["--training.max_steps", "2", "--training.keys_from_rows", "8"],
 }
 ROWS = 4

@@ -1,4 +1,4 @@
-"""What `listen.analysis.sizes` computes is what really built models have, hold and do."""
+"""What `listen.analysis.sizes` computes is what really built models have; `examples/sizes.py` prints it."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import clip, make_inputs, tiny_config, tiny_model
+from fixtures_examples import load_example
 from fixtures_language_models import family_text_config
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from listen import ListenConfig
-from listen.analysis.sizes import Sizes, cache_bytes, cost_rows, main, measure_sizes, parameter_rows, read_model
+from listen.analysis.sizes import Sizes, cache_bytes, measure_sizes
 from listen.presets_listen import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS, TEXT = 1.5, 9
+SCRIPT = load_example("sizes")
 
 
 @pytest.fixture(scope="module")
@@ -159,23 +161,23 @@ def test_sizes_of_nothing_are_refused(wrong: dict) -> None:
 def test_command_reads_folders_recipes_and_presets(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     tiny_config().save_pretrained(tmp_path)
     small = ["--audio-seconds", "0.5", "--text-tokens", "3"]
-    found = main([str(tmp_path), *small, "--json"])
+    found = SCRIPT.main([str(tmp_path), *small, "--json"])
     assert json.loads(capsys.readouterr().out)["forward_flops"] == found.forward_flops
     assert found == measure_sizes(tiny_config(), audio_seconds=0.5, text_tokens=3)
-    config, lora = read_model(str(ROOT / "examples" / "configs" / "lora-baseline.yaml"))
+    config, lora = SCRIPT.read_model(str(ROOT / "examples" / "configs" / "lora-baseline.yaml"))
     assert config.text_config.hidden_size == 4096 and lora
     with pytest.raises(SystemExit, match="neither a preset"):
-        main(["no-such-model"])
+        SCRIPT.main(["no-such-model"])
     with pytest.raises(SystemExit, match="No such file .*none.yaml"):
-        main([str(tmp_path / "none.yaml")])
+        SCRIPT.main([str(tmp_path / "none.yaml")])
     (tmp_path / "config.json").unlink()
     with pytest.raises(SystemExit, match="found no config.json"):
-        main([str(tmp_path)])
+        SCRIPT.main([str(tmp_path)])
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_read(name: str) -> None:
-    config, lora = read_model(name)
+    config, lora = SCRIPT.read_model(name)
     assert config.to_diff_dict() == ListenConfig.from_preset(name).to_diff_dict() and lora is None
 
 
@@ -184,6 +186,6 @@ def test_every_preset_is_read(name: str) -> None:
 def test_the_page_on_cost_shows_what_the_command_prints(name: str) -> None:
     page = (ROOT / "docs" / "cost.md").read_text(encoding="utf-8")
     sizes = measure_sizes(ListenConfig.from_preset(name))
-    rows = [*parameter_rows(sizes), *cost_rows(sizes)]
+    rows = [*SCRIPT.parameter_rows(sizes), *SCRIPT.cost_rows(sizes)]
     missing = [row for row in rows if f"| {' | '.join(row)} |" not in page]
     assert missing == []

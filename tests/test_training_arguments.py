@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from listen.data.targets import KINDS
-from listen.training import ArgumentError, build_arguments, build_config, parse_arguments
+from listen.training import ArgumentError, build_arguments, build_config, parse_arguments, read_config
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "configs"
 CONFIGS = sorted(
@@ -126,6 +126,89 @@ def test_something_must_be_named_to_train() -> None:
     with pytest.raises(ArgumentError, match="model.speech_encoder and model.language_model"):
         build_arguments({})
     assert build_arguments({"model": {"checkpoint": "x"}}).model.checkpoint == "x"
+
+
+def test_a_recipe_may_say_only_what_differs_from_another(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "base.yaml").write_text(
+        "model: {prompt_pool: {pool_size: 50, num_prompts: 2}}\ndata: {train: [a, b]}\n"
+    )
+    (tmp_path / "middle.yaml").write_text("extends: base.yaml\nmodel: {preset: p, prompt_pool: {pool_size: 60}}\n")
+    (tmp_path / "sub" / "last.yaml").write_text("extends: ../middle.yaml\nmodel: {preset: null}\ndata: {train: [c]}\n")
+    assert read_config(tmp_path / "sub" / "last.yaml") == {
+        "model": {"preset": None, "prompt_pool": {"pool_size": 60, "num_prompts": 2}},
+        "data": {"train": ["c"]},
+    }
+
+
+def test_recipes_that_extend_nothing_real_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("extends: ./a.yaml\n")
+    with pytest.raises(ArgumentError, match=r"extend each other in a circle: .*a\.yaml -> .*b\.yaml -> .*a\.yaml"):
+        read_config(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text("extends: [b.yaml]\n")
+    with pytest.raises(ArgumentError, match=r"a\.yaml: extends=\['b.yaml'\] must be the path of one recipe"):
+        read_config(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text("extends: c.yaml\n")
+    with pytest.raises(FileNotFoundError, match=r"c\.yaml"):
+        read_config(tmp_path / "a.yaml")
+
+
+def differences(one: object, other: object, name: str = "") -> dict[str, object]:
+    """Dotted names of what `other` has in place of what `one` has; `None` stands for what one of them lacks."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return {} if one == other else {name: other}
+    pairs = {key: differences(one.get(key), other.get(key), f"{name}.{key}".strip(".")) for key in {**one, **other}}
+    return {key: value for found in pairs.values() for key, value in found.items()}
+
+
+LORA = {"r": 8, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]}
+SOFT_PROMPT = {"strategy": "fixed", "pool_size": 20, "num_prompts": 20, "stochastic": False}
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("soft-prompt-baseline", {"prompt_pool": SOFT_PROMPT}),
+        ("lora-baseline", {"prompt_pool": {"pool_size": 0}, "lora": LORA}),
+        ("listen-0.4m", {"preset": "listen-0.4m", "connector_from": "runs/listen-llama3-8b/model"}),
+    ],
+)
+def test_baselines_differ_from_the_paper_in_what_they_are_baselines_of(name: str, model: dict) -> None:
+    paper, baseline = (read_config(EXAMPLES / f"{recipe}.yaml") for recipe in ("listen-llama3-8b", name))
+    expected = {f"model.{key}": value for key, value in model.items()}
+    assert differences(paper, baseline) == {**expected, "training.output_dir": f"runs/{name}"}
+
+
+FROM_BASELINE = {
+    "model.checkpoint": "runs/speech_emotion/baseline1/model",
+    "model.preset": None,
+    "model.speech_encoder": None,
+    "model.language_model": None,
+}
+POOL = {
+    "model.prompt_pool": {"pool_size": 100, "num_prompts": 20},
+    "model.trainable": ["adapter"],
+    "training.layerwise_lr_decay": 1.0,
+    "training.ddp_find_unused_parameters": False,
+}
+DISTILL = {"training.alignment": "distill", "training.distill_temperature": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("system", "expected"),
+    [
+        *((name, FROM_BASELINE) for name in ("baseline2", "v1", "v2", "v3")),
+        ("distill", FROM_BASELINE | DISTILL),
+        ("pool_alignment", POOL),
+    ],
+)
+def test_systems_of_behavioural_alignment_differ_from_baseline_1_as_stated(system: str, expected: dict) -> None:
+    baseline, recipe = (read_config(EXAMPLES / "speech_emotion" / f"{name}.yaml") for name in ("baseline1", system))
+    found = differences(baseline, recipe)
+    trained, evaluated = (found.pop(f"data.{part}") for part in ("train", "eval"))
+    assert [path.replace("_train/", "_dev/") for path in trained] == evaluated
+    assert found == {**expected, "training.output_dir": f"runs/speech_emotion/{system}"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -13,10 +13,11 @@ from fixtures_training import RATE, write_manifest
 
 from listen import ListenAudioClassificationFeatureExtractor, ListenForAudioClassification
 from listen.data import load_manifest
+from listen.data.classification import hold_out_speakers, row_label
 from listen.training import ArgumentError, parse_arguments
-from listen.training.arguments import RunArguments, build_arguments
-from listen.training.classifier import ClassifierResult, build_rows, hold_out_speakers, row_label, train_classifier
+from listen.training.classifier import ClassifierResult, build_rows, train_classifier
 from listen.training.classifier_arguments import CLASSIFIER_SECTIONS
+from listen.training.parsing import RunArguments, build_arguments
 
 RECIPES = Path(__file__).parent.parent / "examples" / "configs" / "speech_emotion"
 RECIPE = RECIPES / "classifier.yaml"

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from .usage import task_names
-
-if TYPE_CHECKING:
-    from .queries import QueryClusters
-    from .sweep import Sweep
-    from .usage import PromptUsage
+from .queries import QueryClusters
+from .usage import PromptUsage, task_names
 
 # Okabe & Ito's palette, which colour-blind readers can tell apart; the markers repeat the distinction
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
 _MARKERS = "os^DvPX*"
 _MAX_TICKS = 40
 _GREY = "#666666"
@@ -87,33 +82,6 @@ def plot_map(points: np.ndarray, labels: Sequence[str], names: Sequence[str], ti
     return figure
 
 
-def plot_sweep(sweep: Sweep) -> Figure:
-    """The leading metric of each task over the number of prompts k, with its 95 % interval; one panel a task."""
-    names = list(sweep.metrics)
-    columns = min(3, len(names))
-    rows = -(-len(names) // columns)
-    figure = Figure(figsize=(3.6 * columns, 2.7 * rows), layout="constrained")
-    for place, name in enumerate(names):
-        axes = figure.add_subplot(rows, columns, place + 1)
-        _plot_curve(axes, sweep, name)
-    figure.suptitle("Scores over the number of prompts k", x=0.01, ha="left")
-    return figure
-
-
-def _plot_curve(axes: Axes, sweep: Sweep, task: str) -> None:
-    counts = sweep.num_prompts
-    low, high = np.array([sweep.interval(task, k) for k in counts]).T  # (counts,) each
-    axes.fill_between(counts, low, high, color=_COLOURS[0], alpha=0.15, linewidth=0)
-    axes.plot(counts, [sweep.value(task, k) for k in counts], color=_COLOURS[0], marker="o", markersize=4)
-    if min(counts) > 0:
-        axes.set_xscale("log", base=2)
-    axes.set_xticks(counts, [str(k) for k in counts])
-    axes.minorticks_off()
-    axes.set_title(f"{task}: {sweep.metrics[task]}", loc="left", fontsize=10)
-    axes.set_xlabel("prompts k")
-    axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
-
-
 def _panel(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
@@ -123,8 +91,8 @@ def _panel(width: float, height: float) -> tuple[Figure, Axes]:
 
 def _style(place: int) -> Mapping[str, str]:
     """Colour and marker of the entry at `place`; no two of the first 64 share both."""
-    shift = place // len(_COLOURS)
-    return {"color": _COLOURS[place % len(_COLOURS)], "marker": _MARKERS[(place + shift) % len(_MARKERS)]}
+    shift = place // len(COLOURS)
+    return {"color": COLOURS[place % len(COLOURS)], "marker": _MARKERS[(place + shift) % len(_MARKERS)]}
 
 
 def _heat_map(

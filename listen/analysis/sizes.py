@@ -1,21 +1,17 @@
-"""What a model costs before it is built: parameters, memory and FLOPs, by module.
+"""What a model costs before it is built: parameters, memory and FLOPs, by module. `examples/sizes.py` prints them.
 
-    python -m listen.analysis.sizes listen-llama3-8b
-    python -m listen.analysis.sizes examples/configs/demo.yaml --audio-seconds 10 --batch-size 8
-    python -m listen.analysis.sizes model_cards/listen-tiny --json
+Backbones are built of fake tensors, which have shapes and no memory; nothing is downloaded. The adapter, whose shapes
+depend on masks, runs on zeros. One sample is run through every part and multiplied by the batch.
 
-Takes the name of a preset, a training recipe or a saved model's folder. Backbones are built of fake tensors, which have
-shapes and no memory; nothing is downloaded. The adapter, whose shapes depend on masks, runs on zeros. One sample is run
-through every part and multiplied by the batch.
-
-Parameters: each counted once, tied ones too; Whisper without its decoder. Learned ones take float32, frozen ones
-`dtype`. While training, each learned parameter has a gradient and the two moments of AdamW beside it, 12 bytes.
+Parameters: each counted once, tied ones too; Whisper without its decoder. Trainable ones take float32, frozen ones
+`dtype`. While training, each trainable parameter has a gradient and the two moments of AdamW beside it, 12 bytes.
 
 FLOPs: those of matrix products and convolutions as `torch.utils.flop_counter` counts them, 2 for a multiply-add; of a
-mixture of experts, those of the experts that a position is sent to.
+mixture of experts, those of the experts that a position is routed to.
 
 Cache: for each layer `2 * kv heads * head width * min(positions, window) * bytes of a number`, taken from the cache
-that the LLM itself fills, with its states where it has other layers; none where an LLM reads all anew for each token.
+that the LLM itself fills, with its states where it has other layers; 0 for an LLM without a cache, which recomputes all
+positions for each token.
 
 Activations: bytes of the tensors that autograd keeps for the backward pass from the answer to the adapter, parameters
 left out. Attention runs in its plain form; fused kernels keep less, and gradient checkpointing far less.
@@ -25,20 +21,13 @@ A LoRA is counted among the parameters, not in FLOPs and activations.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -46,13 +35,12 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ..adapter_listen import ListenAdapter
-from ..configuration_listen import BACKBONES, ListenConfig
+from ..configuration_listen import BACKBONES
 from ..language_models_listen import embedded_inputs
 from ..modeling_listen import ListenForConditionalGeneration
-from ..presets_listen import PRESETS
 from ..processing_listen import feature_extractor_for
 
-_TRAINING_BYTES = 12  # of a learned parameter: gradient and two moments of AdamW, float32
+_TRAINING_BYTES = 12  # of a trainable parameter: gradient and two moments of AdamW, float32
 
 
 @dataclass
@@ -76,7 +64,7 @@ class ModuleSizes:
 
     Attributes:
         parameters: how many.
-        learned: how many of them learn.
+        learned: how many of them are trainable.
         bytes: memory of all.
     """
 
@@ -97,7 +85,7 @@ class Sizes:
         num_prompts: prompts among them.
         num_audio: audio embeddings among them.
         weight_bytes: parameters of all parts.
-        training_state_bytes: gradients and moments of what learns.
+        training_state_bytes: gradients and moments of the trainable parameters.
         cache_bytes: the LLM's cache for all positions of the batch.
         activation_bytes: kept for the backward pass of the batch.
         flops_per_audio_second: of each encoder and the adapter, for a second of audio.
@@ -155,28 +143,25 @@ def measure_sizes(
     chunks, frames = _encode(model, config, audio_seconds, fake)
     adapter, num_audio = _adapt(config, frames)
     num_prompts = config.prompt_pool_config.num_prompts if config.prompt_pool_config is not None else 0
-    sizes = Sizes(count_parameters(model), batch_size, audio_seconds, 0, num_prompts, num_audio)
+    sizes = Sizes(_modules(model), batch_size, audio_seconds, 0, num_prompts, num_audio)
     if lora or config.lora_config:
         sizes.modules["lora"] = _count_lora(config, lora or config.lora_config)
     sizes.positions = num_prompts + num_audio + text_tokens
     with fake:
-        text = _cost(model, lambda: _logits(model, sizes.positions), learns=True)
+        text = _cost(model, lambda: _logits(model, sizes.positions), trainable=True)
         sizes.cache_bytes, sizes.flops_per_new_token = _continue(model, sizes.positions)
     parts = {**chunks, "adapter": adapter, "language_model": text}
     _fill(sizes, parts)
     return sizes
 
 
-def count_parameters(model: nn.Module) -> dict[str, ModuleSizes]:
-    """Parameters of the backbones, connectors, pools and LoRA of a model, each one once."""
-    modules: dict[str, ModuleSizes] = {}
-    for name, parameter in model.named_parameters():
-        root, *rest = name.split(".")
-        part = "lora" if "lora_" in name else rest[1] if root == "adapters" else root
-        entry = modules.setdefault(part, ModuleSizes())
-        entry.parameters += parameter.numel()
-        entry.learned += parameter.numel() * parameter.requires_grad
-        entry.bytes += parameter.numel() * parameter.element_size()
+def _modules(model: ListenForConditionalGeneration) -> dict[str, ModuleSizes]:
+    """Parameters of the backbones, the connector and the pool of a model with one adapter."""
+    modules = {}
+    for name, (learned, total) in model.parameter_counts().items():
+        module = model.get_submodule(name if name in BACKBONES else f"adapters.{name}")
+        size = sum(parameter.nbytes for parameter in module.parameters())
+        modules[name.rpartition(".")[2]] = ModuleSizes(total, learned, size)
     return modules
 
 
@@ -198,7 +183,7 @@ def _build(config: PreTrainedConfig, dtype: torch.dtype) -> ListenForConditional
     for name, section in BACKBONES.items():
         backbone = getattr(config, section)
         if backbone is not None:
-            backbone.dtype = torch.float32 if name in config.trainable else dtype  # what learns does so in fp32
+            backbone.dtype = torch.float32 if name in config.trainable else dtype  # trainable parameters are float32
     with no_init_weights():
         model = ListenForConditionalGeneration(config)
     if dtype != torch.bfloat16 and any(name.endswith(".experts") for name, _ in model.named_modules()):
@@ -224,7 +209,7 @@ def _encode(
                 encoder = getattr(model, name)
                 given = torch.zeros(inputs[name].shape, dtype=encoder.dtype)
                 run = partial(_states, encoder, given)
-                _add(cost, _cost(model, run, learns=name in config.trainable), lengths.count(length))
+                _add(cost, _cost(model, run, trainable=name in config.trainable), lengths.count(length))
                 with torch.no_grad():
                     shapes[name] = tuple(run().shape)
         frames.append((lengths.count(length), shapes))
@@ -249,13 +234,13 @@ def _adapt(config: PreTrainedConfig, frames: list[tuple[int, dict[str, tuple[int
         streams = [value for shape in shapes.values() for value in (torch.zeros(shape), torch.ones(shape[:2]))]
         with torch.no_grad():
             embeddings += times * len(adapter.connector(*streams)[0])
-        _add(total, _cost(adapter, lambda s=streams: adapter.connector(*s)[0], learns=True), times)
+        _add(total, _cost(adapter, lambda s=streams: adapter.connector(*s)[0], trainable=True), times)
     pool = adapter.prompt_pool
     if pool is not None:
         query = torch.zeros(1, config.text_width)
         counts, tasks = torch.tensor([pool.config.num_prompts]), torch.zeros(1, dtype=torch.long)
         tasks = tasks if pool.config.strategy == "task" else None
-        _add(total, _cost(adapter, lambda: pool(query, counts, tasks)[0], learns=True), 1)
+        _add(total, _cost(adapter, lambda: pool(query, counts, tasks)[0], trainable=True), 1)
     return total, embeddings
 
 
@@ -268,10 +253,10 @@ def _logits(model: ListenForConditionalGeneration, positions: int) -> torch.Tens
 def _continue(model: ListenForConditionalGeneration, positions: int) -> tuple[int, int]:
     """Bytes of the cache after so many positions, and FLOPs of the token that follows."""
     cache = model.language_model(**_positions(model, positions), use_cache=True).get("past_key_values")
-    held, unread = (0, positions + 1) if cache is None else (cache_bytes(cache), 1)  # without a cache all is read anew
+    size, unread = (0, positions + 1) if cache is None else (cache_bytes(cache), 1)
     with _counter() as counter:
         model.language_model(**_positions(model, unread), **({"past_key_values": cache} if cache is not None else {}))
-    return held, counter.get_total_flops()
+    return size, counter.get_total_flops()
 
 
 def _positions(model: ListenForConditionalGeneration, number: int) -> dict[str, torch.Tensor]:
@@ -299,7 +284,7 @@ def cache_bytes(cache: Any) -> int:
     return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
 
 
-def _cost(module: nn.Module, run: Callable[[], torch.Tensor], learns: bool) -> Cost:
+def _cost(module: nn.Module, run: Callable[[], torch.Tensor], trainable: bool) -> Cost:
     """Cost of `run`, whose tensors come from `module`; its backward pass too where a gradient goes through it."""
     parameters = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
     kept: dict[int, torch.Tensor] = {}
@@ -310,11 +295,11 @@ def _cost(module: nn.Module, run: Callable[[], torch.Tensor], learns: bool) -> C
             kept[storage._cdata] = tensor  # held, so that no other storage gets its address
         return tensor
 
-    with _counter() as counter, torch.set_grad_enabled(learns):
+    with _counter() as counter, torch.set_grad_enabled(trainable):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             result = run()
         forward = counter.get_total_flops()
-        if learns:
+        if trainable:
             result.float().sum().backward()
     module.zero_grad()
     return Cost(forward, counter.get_total_flops(), sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
@@ -336,139 +321,5 @@ def _fill(sizes: Sizes, parts: dict[str, Cost]) -> None:
     sizes.forward_flops = batch * sum(cost.forward_flops for cost in parts.values())
     sizes.training_flops = batch * sum(cost.training_flops for cost in parts.values())
     sizes.flops_per_position = parts["language_model"].forward_flops / sizes.positions
-    hearing = {name: cost for name, cost in parts.items() if name != "language_model"}
-    sizes.flops_per_audio_second = {n: cost.forward_flops / sizes.audio_seconds for n, cost in hearing.items()}
-
-
-# ---------------------------------------------------------------------- the command
-
-
-def read_model(source: str) -> tuple[PreTrainedConfig, dict[str, Any] | None]:
-    """Config and LoRA settings of a preset, a training recipe (`.yaml`) or a saved model's folder.
-
-    A recipe whose backbones are not on this machine is measured with the shapes of its preset.
-
-    Raises:
-        ValueError: none of the three, or a recipe without preset whose backbones are not on this machine.
-        FileNotFoundError: there is no such recipe.
-    """
-    if source in PRESETS:
-        return ListenConfig.from_preset(source), None
-    if Path(source).suffix in (".yaml", ".yml"):
-        return _read_recipe(source)
-    if not Path(source).is_dir():
-        raise ValueError(
-            f"{source!r} is neither a preset ({', '.join(PRESETS)}), nor a recipe (.yaml), nor the folder of a model"
-        )
-    return ListenConfig.from_pretrained(source), None
-
-
-def _read_recipe(path: str) -> tuple[PreTrainedConfig, dict[str, Any] | None]:
-    from ..training.arguments import ModelArguments, read_config
-    from ..training.build import build_config
-
-    arguments = ModelArguments(**read_config(path).get("model", {}))
-    if arguments.checkpoint:
-        return ListenConfig.from_pretrained(arguments.checkpoint), arguments.lora
-    sources = [getattr(arguments, name) for name in BACKBONES if getattr(arguments, name)]
-    if all(_is_here(source) for source in sources):
-        return build_config(arguments), arguments.lora
-    if not arguments.preset:
-        raise ValueError(f"{path} names no preset and not all of {', '.join(sources)} are on this machine")
-    preset = PRESETS[arguments.preset]()
-    given = {"connector_config": arguments.connector, "prompt_pool_config": arguments.prompt_pool}
-    fields = {name: {**(preset.get(name) or {}), **settings} for name, settings in given.items()}
-    if fields["prompt_pool_config"].get("pool_size") == 0 or preset.get("prompt_pool_config", {}) is None:
-        fields["prompt_pool_config"] = None
-    trainable = arguments.trainable or preset.get("trainable")
-    return ListenConfig(**{**preset, **fields, "trainable": trainable}), arguments.lora
-
-
-def _is_here(source: str) -> bool:
-    return Path(source).is_dir() or isinstance(try_to_load_from_cache(source, "config.json"), str)
-
-
-def parameter_rows(sizes: Sizes) -> list[tuple[str, str, str, str]]:
-    """Rows of the table of parameters: part, all, learned, memory."""
-    rows = [(name, f"{m.parameters:,}", f"{m.learned:,}", _bytes(m.bytes)) for name, m in sizes.modules.items()]
-    entries = sizes.modules.values()
-    totals = (sum(m.parameters for m in entries), sum(m.learned for m in entries))
-    return [*rows, ("all", *(f"{total:,}" for total in totals), _bytes(sizes.weight_bytes))]
-
-
-def cost_rows(sizes: Sizes) -> list[tuple[str, str]]:
-    """Rows of the table of memory and FLOPs: what, how much."""
-    hearing = sizes.flops_per_audio_second.items()
-    return [
-        ("weights", _bytes(sizes.weight_bytes)),
-        ("cache", _bytes(sizes.cache_bytes)),
-        ("training: gradients and AdamW", _bytes(sizes.training_state_bytes)),
-        ("training: activations", _bytes(sizes.activation_bytes)),
-        *((f"{name}, a second of audio", _flops(flops)) for name, flops in hearing),
-        ("language_model, a position", _flops(sizes.flops_per_position)),
-        ("language_model, a new token", _flops(sizes.flops_per_new_token)),
-        ("forward pass", _flops(sizes.forward_flops)),
-        ("training step", _flops(sizes.training_flops)),
-    ]
-
-
-def describe(sizes: Sizes) -> str:
-    """The batch that the figures are for."""
-    text = sizes.positions - sizes.num_prompts - sizes.num_audio
-    return (
-        f"batch {sizes.batch_size}, {sizes.audio_seconds:g} s of audio each, {sizes.positions} positions: "
-        f"{sizes.num_prompts} prompts, {sizes.num_audio} audio embeddings, {text} of text"
-    )
-
-
-def _bytes(number: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if number < 1024:
-            return f"{number:.4g} {unit}"
-        number /= 1024
-    return f"{number:.2f} GiB"
-
-
-def _flops(number: float) -> str:
-    for unit in ("", "K", "M", "G"):
-        if number < 1000:
-            return f"{number:.3g} {unit}FLOP"
-        number /= 1000
-    return f"{number:.2f} TFLOP"
-
-
-def _parse(given: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="listen.analysis.sizes", description=__doc__.split("\n\n")[0])
-    parser.add_argument("model", help=f"{', '.join(PRESETS)}, a recipe (.yaml), or the folder of a model")
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--audio-seconds", type=float, default=30.0, help="audio of each sample (default 30)")
-    parser.add_argument("--text-tokens", type=int, default=64, help="tokens of its text (default 64)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the backbones")
-    parser.add_argument("--json", action="store_true", help="write JSON")
-    return parser.parse_args(given)
-
-
-def main(given: list[str] | None = None) -> Sizes:
-    """Measure what the command line names and write it out."""
-    options = _parse(given)
-    try:
-        config, lora = read_model(options.model)
-        dtype = getattr(torch, options.dtype) if options.dtype else None
-        sizes = measure_sizes(config, options.batch_size, options.audio_seconds, options.text_tokens, dtype, lora)
-    except (ValueError, OSError) as error:
-        raise SystemExit(str(error)) from error
-    if options.json:
-        sys.stdout.write(json.dumps(asdict(sizes), indent=2) + "\n")
-        return sizes
-    parameters, costs = Table("part", title=options.model), Table("memory and FLOPs", "", title=describe(sizes))
-    for heading in ("parameters", "learned", "memory"):
-        parameters.add_column(heading, justify="right")
-    for table, rows in ((parameters, parameter_rows(sizes)), (costs, cost_rows(sizes))):
-        for row in rows:
-            table.add_row(*row)
-        Console().print(table)
-    return sizes
-
-
-if __name__ == "__main__":
-    main()
+    audio = {name: cost for name, cost in parts.items() if name != "language_model"}
+    sizes.flops_per_audio_second = {n: cost.forward_flops / sizes.audio_seconds for n, cost in audio.items()}

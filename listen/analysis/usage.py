@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from listen.data.tasks import list_tasks
+from ..data.tasks import list_tasks
 
 
 @dataclass

@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from listen.data import audio
-from listen.data.collator import ListenCollator
-from listen.data.features import store_info
-from listen.data.processes import launched_processes
+from ..data import audio
+from ..data.collator import ListenCollator
+from ..data.features import store_info
+from ..data.processes import launched_processes
 
 Result = TypeVar("Result")
 

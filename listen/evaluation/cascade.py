@@ -15,14 +15,13 @@ from accelerate.utils import extract_model_from_parallel
 from datasets import Dataset
 from transformers import FeatureExtractionMixin, PreTrainedModel
 
-from listen.chat_listen import INPUT_FIELD, place_input
-from listen.data.manifest import FEATURES, extra_fields
-from listen.data.processes import launched_processes
-from listen.data.tasks import get_task, tagged_text
-from listen.feature_extraction_audio_classification import ListenAudioClassificationFeatureExtractor
-from listen.modeling_audio_classification import ListenForAudioClassification
-from listen.training.classifier import ClipCollator
-
+from ..chat_listen import INPUT_FIELD, place_input
+from ..data.classification import ClipCollator
+from ..data.manifest import FEATURES, extra_fields
+from ..data.processes import launched_processes
+from ..data.tasks import get_task, tagged_text
+from ..feature_extraction_audio_classification import ListenAudioClassificationFeatureExtractor
+from ..modeling_audio_classification import ListenForAudioClassification
 from .batches import map_rows
 
 

@@ -12,10 +12,9 @@ from accelerate.utils import extract_model_from_parallel
 from datasets import Dataset
 from transformers import PreTrainedModel, ProcessorMixin
 
-from listen.data.collator import ListenCollator
-from listen.data.features import FeatureStore
-from listen.outputs_listen import EncodedAudio
-
+from ..data.collator import ListenCollator
+from ..data.features import FeatureStore
+from ..outputs_listen import EncodedAudio
 from .batches import map_rows
 
 

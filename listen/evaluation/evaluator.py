@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,60 +10,14 @@ from accelerate.utils import extract_model_from_parallel
 from datasets import Dataset
 from transformers import PreTrainedModel, ProcessorMixin
 
-from listen.analysis import PoolAnalysis, analyse_pool, task_names
-from listen.data.features import FeatureStore
-from listen.data.manifest import extra_fields
-from listen.data.processes import launched_processes
-from listen.data.tasks import get_task
-
+from ..analysis import PoolAnalysis, analyse_pool, task_names
+from ..data.features import FeatureStore
+from ..data.manifest import extra_fields
+from ..data.processes import launched_processes
+from ..data.tasks import get_task
 from .generate import Prediction, generate_predictions
-from .report import write_report
+from .result import EvaluationResult
 from .scoring import TaskScores, check_references, score_task
-
-
-@dataclass
-class EvaluationResult:
-    """What an evaluation found.
-
-    Attributes:
-        metrics: `{task: {metric: value}}`, a task's leading metric first, then diagnostics and the number of examples
-            `n`. Error rates, accuracies and F1 are fractions; BLEU and chrF run to 100 and CIDEr to 10.
-        intervals: `{task: {metric: (low, high)}}`, 95 % bootstrap intervals.
-        predictions: one record a row of the data set, in its order: what was asked, expected and answered, the scores
-            of the row and the prompts that were picked.
-        settings: how the answers were made.
-        pool: what the prompt pool did; `None` for a model without one.
-    """
-
-    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
-    intervals: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
-    predictions: list[dict[str, Any]] = field(default_factory=list)
-    settings: dict[str, Any] = field(default_factory=dict)
-    pool: PoolAnalysis | None = None
-
-    def save(self, folder: str | Path, extra: Mapping[str, Any] | None = None) -> Path:
-        """Write `metrics.json`, `predictions.jsonl`, the report, and the pool's numbers and plots.
-
-        Args:
-            folder: made if needed.
-            extra: further top-level entries of `metrics.json`, such as `{"train_seconds": 512.0}`.
-
-        Returns:
-            The folder.
-        """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.json").write_text(_to_json(self.as_dict(extra), indent=2) + "\n", encoding="utf-8")
-        lines = [_to_json(record) + "\n" for record in self.predictions]
-        (folder / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
-        plots = self.pool.save(folder / "pool") if self.pool is not None else []
-        write_report(self, folder, plots)
-        return folder
-
-    def as_dict(self, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """The content of `metrics.json`: the tasks, `extra`, and `details` with the intervals and settings."""
-        details = {"confidence_95": self.intervals, "settings": self.settings}
-        return {**self.metrics, **(extra or {}), "details": details}
 
 
 def evaluate_model(
@@ -236,16 +186,3 @@ def _settings(
         "dtype": str(model.dtype).removeprefix("torch."),
         "generation": dict(generate_kwargs),
     }
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    """JSON in which what is not a number is null, as the standard wants."""
-    return json.dumps(_without_nan(value), ensure_ascii=False, indent=indent)
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _without_nan(entry) for name, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(entry) for entry in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

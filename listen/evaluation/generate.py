@@ -16,9 +16,8 @@ from accelerate.utils import extract_model_from_parallel
 from datasets import Dataset
 from transformers import PreTrainedModel, ProcessorMixin
 
-from listen.data.collator import ListenCollator
-from listen.data.features import FeatureStore
-
+from ..data.collator import ListenCollator
+from ..data.features import FeatureStore
 from .batches import map_rows
 
 logger = logging.getLogger(__name__)

@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from listen.data.chat_models import ChatModel
-
+from ..data.chat_models import ChatModel
 from .confidence import bootstrap_intervals
 
 logger = logging.getLogger(__name__)
@@ -200,7 +199,7 @@ def judge_by_rules(items: Sequence[JudgeItem], num_resamples: int = 1000) -> Jud
     Raises:
         ValueError: a transcript that is no sentence of the corpus.
     """
-    from listen.data.corpus.responses import rate_response
+    from ..data.corpus.responses import rate_response
 
     rated = [rate_response(item.response, item.transcript, item.emotion) for item in items]
     return scored(np.array(rated, dtype=np.float64), {"judge": "rules of the built-in corpus"}, num_resamples)

@@ -8,15 +8,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment
 
-from listen.data.tasks import get_task
-
-if TYPE_CHECKING:
-    from .evaluator import EvaluationResult
+from ..data.tasks import get_task
+from .result import EvaluationResult
 
 _SHOWN_EXAMPLES = 5
 _CAPTIONS = {

@@ -14,12 +14,10 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedModel, ProcessorMixin
 
-from listen.analysis.probe import Probe, plot_embeddings, probe_groups, probe_split
-from listen.data.chat_models import ChatModelError
-from listen.data.manifest import extra_fields
-from listen.data.processes import launched_processes
-from listen.data.tasks import get_task
-
+from ..data.chat_models import ChatModelError
+from ..data.manifest import extra_fields
+from ..data.processes import launched_processes
+from ..data.tasks import get_task
 from .bert_score import BertScore
 from .cascade import tag_rows
 from .confidence import bootstrap_intervals
@@ -27,6 +25,7 @@ from .embeddings import pooled_embeddings
 from .generate import generate_predictions
 from .judge import JudgeItem, Judgement
 from .metrics import Classification, Rouge, RowMetric
+from .probe import Probe, plot_embeddings, probe_groups, probe_split
 from .scoring import check_references
 from .ser import EmotionScores, emotion_rows, recognise_emotions, row_emotion, scores_of
 

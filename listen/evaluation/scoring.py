@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from listen.data.tasks import Task
-
+from ..data.tasks import Task
 from .confidence import bootstrap_intervals
 from .metrics import (
     CiderD,

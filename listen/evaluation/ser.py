@@ -16,11 +16,10 @@ from scipy.special import softmax
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, ProcessorMixin
 
-from listen.data.collator import ListenCollator
-from listen.data.features import FeatureStore
-from listen.data.manifest import FEATURES, extra_fields
-from listen.data.tasks import get_task
-
+from ..data.collator import ListenCollator
+from ..data.features import FeatureStore
+from ..data.manifest import FEATURES, extra_fields
+from ..data.tasks import get_task
 from .batches import map_rows
 from .confidence import bootstrap_intervals
 from .metrics import Classification

@@ -7,22 +7,15 @@
 
 from __future__ import annotations
 
-from .arguments import (
-    ArgumentError,
-    DataArguments,
-    DataSource,
-    ListenTrainingArguments,
-    ModelArguments,
-    RunArguments,
-    build_arguments,
-    parse_arguments,
-)
+from .arguments import DataArguments, DataSource, ListenTrainingArguments, ModelArguments
 from .build import build_config, build_encoders, build_model, initialize_keys
 from .datasets import build_eval_dataset, build_train_dataset
 from .distillation import DistillationTrainer, distillation_loss
+from .parsing import RunArguments, build_arguments, parse_arguments, read_config
 from .pool_health import PoolHealth, PoolMonitor
 from .run import TrainResult, build_trainer, run_trainer, train
 from .trainer import ListenTrainer
+from .values import ArgumentError
 
 __all__ = [
     "ArgumentError",
@@ -46,6 +39,7 @@ __all__ = [
     "distillation_loss",
     "initialize_keys",
     "parse_arguments",
+    "read_config",
     "run_trainer",
     "train",
 ]

@@ -1,33 +1,22 @@
-"""Arguments of a training run: documented dataclasses, filled from a YAML file and the command line.
+"""Arguments of a training run: one documented dataclass for each section of a recipe, with its checks.
 
-A file has one section a dataclass; any value can be overridden by its dotted name, or by its bare name where only one
-section has it:
-
-    accelerate launch examples/train.py --config examples/configs/listen-llama3-8b.yaml \\
-        --model.prompt_pool.pool_size 200 --training.learning_rate 1e-4 --bf16
-
-Values are read as YAML (`true`, `1e-4`, `[a, b]`, `{x: 1}`, `null`); a flag without a value is `true`. A name that no
-section knows is an error which names the closest one, and so is a value of another type than its field's.
+`listen.training.parsing` fills them from a YAML file and the command line.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import TrainingArguments
 
 from ..data.manifest import LOADERS
 from ..data.mixing import STRATEGIES
 from ..data.tasks import UnknownTaskError, get_task
-from .values import ArgumentError, check_values
+from .values import ArgumentError, check_values, field_names, refuse_unknown
 
 ALIGNMENTS = ("lm", "distill")
 
@@ -293,163 +282,6 @@ class ListenTrainingArguments(TrainingArguments):
         return self.seed if self.data_seed is None else self.data_seed
 
 
-SECTIONS: dict[str, type] = {"model": ModelArguments, "data": DataArguments, "training": ListenTrainingArguments}
-"""Section of a file -> its dataclass."""
-
-
-@dataclass(frozen=True)
-class RunArguments:
-    """All arguments of a run.
-
-    Attributes:
-        model: section `model`.
-        data: section `data`.
-        training: section `training`.
-        raw: what the file and the command line said, for the run folder.
-    """
-
-    model: ModelArguments
-    data: DataArguments
-    training: ListenTrainingArguments
-    raw: dict[str, Any]
-
-
-def parse_arguments(argv: Sequence[str], sections: Mapping[str, type] = SECTIONS) -> RunArguments:
-    """Read `--config FILE` and overrides.
-
-    Args:
-        argv: command line without the program's name.
-        sections: dataclass of each section, for runs of another kind.
-
-    Returns:
-        The checked arguments.
-
-    Raises:
-        ArgumentError: an unknown name, a missing value, or a value that cannot be.
-        FileNotFoundError: there is no such file.
-    """
-    overrides = _split(argv)
-    files = [value for name, value in overrides if name == "config"]
-    raw: dict[str, Any] = {}
-    for file in files:
-        _merge(raw, read_config(file))
-    for name, value in overrides:
-        if name != "config":
-            _set(raw, resolve_name(name, sections), _parse_value(value))
-    return build_arguments(raw, sections)
-
-
-def build_arguments(raw: Mapping[str, Any], sections: Mapping[str, type] = SECTIONS) -> RunArguments:
-    """Arguments from nested mappings, as a file would hold them, with a dataclass for each section.
-
-    Raises:
-        ArgumentError: see `parse_arguments`.
-    """
-    _refuse_unknown(raw, list(sections), "")
-    built = {}
-    for section, kind in sections.items():
-        values = raw.get(section) or {}
-        _refuse_unknown(values, _field_names(kind), f"{section}.")
-        built[section] = _construct(section, kind, check_values(f"{section}.", kind, values))
-    return RunArguments(**built, raw={section: dict(raw.get(section) or {}) for section in sections})
-
-
-def _construct(section: str, kind: type, values: Mapping[str, Any]) -> Any:
-    try:
-        return kind(**values)
-    except ArgumentError:
-        raise
-    except ValueError as error:  # of transformers
-        raise ArgumentError(f"section {section}: {error}") from error
-
-
-def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a YAML file of sections.
-
-    Raises:
-        ArgumentError: it is not YAML, or not a mapping.
-        FileNotFoundError: there is no such file.
-    """
-    try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader) or {}
-    except yaml.YAMLError as error:
-        raise ArgumentError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ArgumentError(f"{path} must hold the sections {', '.join(SECTIONS)}, found {type(content).__name__}")
-    return content
-
-
-def resolve_name(name: str, sections: Mapping[str, type] = SECTIONS) -> str:
-    """Dotted name of an argument given with or without its section.
-
-    Raises:
-        ArgumentError: no section has it, or several have.
-    """
-    if name.split(".")[0] in sections:
-        return name
-    homes = [section for section, kind in sections.items() if name.split(".")[0] in _field_names(kind)]
-    if len(homes) == 1:
-        return f"{homes[0]}.{name}"
-    if homes:
-        raise ArgumentError(f"--{name} is in the sections {', '.join(homes)}; write --{homes[0]}.{name}")
-    everything = [f"{section}.{known}" for section, kind in sections.items() for known in _field_names(kind)]
-    raise ArgumentError(f"unknown argument --{name}{_closest(name, everything)}")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 floats: PyYAML would read `1e-4` as text."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
-def _split(argv: Sequence[str]) -> list[tuple[str, str]]:
-    """`--a 1 --b=2 --c` as pairs."""
-    pairs: list[tuple[str, str]] = []
-    position = 0
-    while position < len(argv):
-        word = argv[position]
-        if not word.startswith("--"):
-            raise ArgumentError(f"expected --name before {word!r}")
-        name, equals, value = word[2:].partition("=")
-        position += 1
-        if not equals:
-            has_value = position < len(argv) and not argv[position].startswith("--")
-            value = argv[position] if has_value else "true"
-            position += has_value
-        pairs.append((name, value))
-    return pairs
-
-
-def _parse_value(text: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
-        return text
-
-
-def _set(raw: dict[str, Any], name: str, value: Any) -> None:
-    *parents, last = name.split(".")
-    node = raw
-    for parent in parents:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
-            raise ArgumentError(f"--{name}: {parent!r} holds {node!r}, which has no fields")
-    node[last] = value
-
-
-def _merge(base: dict[str, Any], other: Mapping[str, Any]) -> None:
-    for name, value in other.items():
-        if isinstance(value, Mapping) and isinstance(base.get(name), dict):
-            _merge(base[name], value)
-        else:
-            base[name] = value
-
-
 def check_tasks(where: str, names: Sequence[str] | None) -> None:
     """Refuse names of tasks that are not registered.
 
@@ -469,7 +301,7 @@ def parse_sources(where: str, value: Any) -> list[DataSource]:
     Raises:
         ArgumentError: neither, or an unknown field.
     """
-    return [_source(where, item) for item in _as_list(value)]
+    return [_source(where, item) for item in (value if isinstance(value, (list, tuple)) else [value])]
 
 
 def _source(where: str, item: Any) -> DataSource:
@@ -479,29 +311,9 @@ def _source(where: str, item: Any) -> DataSource:
         return DataSource(path=os.fspath(item))
     if not isinstance(item, Mapping) or "path" not in item:
         raise ArgumentError(f"{where}: a source is a path or a mapping with 'path', found {item!r}")
-    _refuse_unknown(item, _field_names(DataSource), f"{where}: ")
+    refuse_unknown(item, field_names(DataSource), f"{where}: ")
     return DataSource(**check_values(f"{where}: ", DataSource, item))
 
 
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _field_names(kind: type) -> list[str]:
-    return [entry.name for entry in dataclasses.fields(kind) if entry.init]
-
-
-def _refuse_unknown(given: Any, known: Sequence[str], prefix: str) -> None:
-    if not isinstance(given, Mapping):
-        raise ArgumentError(f"{prefix.rstrip('.') or 'the file'} must be a mapping, found {given!r}")
-    for name in given:
-        if name not in known:
-            raise ArgumentError(f"unknown argument {prefix}{name}{_closest(str(name), known)}")
-
-
-def _closest(name: str, known: Sequence[str]) -> str:
-    bare = name.split(".")[-1]
-    close = difflib.get_close_matches(name, known, n=1) or [
-        full for full in known if difflib.get_close_matches(bare, [full.split(".")[-1]], n=1)
-    ]
-    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(known))}"
+SECTIONS: dict[str, type] = {"model": ModelArguments, "data": DataArguments, "training": ListenTrainingArguments}
+"""Section of a file -> its dataclass."""

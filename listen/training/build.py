@@ -15,7 +15,8 @@ from ..data.collator import ListenCollator
 from ..modeling_listen import ListenForConditionalGeneration, ListenModel
 from ..presets_listen import PRESETS
 from ..processing_listen import ListenProcessor
-from .arguments import ArgumentError, ModelArguments
+from .arguments import ModelArguments
+from .values import ArgumentError
 
 logger = logging.get_logger(__name__)
 
@@ -81,16 +82,7 @@ def build_config(arguments: ModelArguments) -> PreTrainedConfig:
     Raises:
         ArgumentError: an unknown preset.
     """
-    if arguments.preset is not None and arguments.preset not in PRESETS:
-        raise ArgumentError(f"model.preset={arguments.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
-    preset = PRESETS[arguments.preset]() if arguments.preset else {}
-    pool = {**(preset.get("prompt_pool_config") or {}), **arguments.prompt_pool}
-    without_pool = pool.get("pool_size") == 0 or (preset and not pool)
-    settings: dict[str, Any] = {
-        "connector_config": {**(preset.get("connector_config") or {}), **arguments.connector},
-        "prompt_pool_config": None if without_pool else pool,
-        "trainable": arguments.trainable or preset.get("trainable"),
-    }
+    settings = adapter_settings(arguments)
     if arguments.pad_to_30s is not None:
         settings["pad_to_30s"] = arguments.pad_to_30s
     return ListenConfig.from_backbones(
@@ -100,6 +92,24 @@ def build_config(arguments: ModelArguments) -> PreTrainedConfig:
         revisions=arguments.revisions,
         **settings,
     )
+
+
+def adapter_settings(arguments: ModelArguments) -> dict[str, Any]:
+    """Fields of `ListenConfig` for a fresh adapter: those of the preset, and what differs from them.
+
+    Raises:
+        ArgumentError: an unknown preset.
+    """
+    if arguments.preset is not None and arguments.preset not in PRESETS:
+        raise ArgumentError(f"model.preset={arguments.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
+    preset = PRESETS[arguments.preset]() if arguments.preset else {}
+    pool = {**(preset.get("prompt_pool_config") or {}), **arguments.prompt_pool}
+    without_pool = pool.get("pool_size") == 0 or (preset and not pool)
+    return {
+        "connector_config": {**(preset.get("connector_config") or {}), **arguments.connector},
+        "prompt_pool_config": None if without_pool else pool,
+        "trainable": arguments.trainable or preset.get("trainable"),
+    }
 
 
 def stop_at_end_of_turn(model: ListenForConditionalGeneration, processor: ListenProcessor) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,16 +12,14 @@ import numpy as np
 import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from sklearn.metrics import accuracy_score, recall_score
-from torch.nn.utils.rnn import pad_sequence
 from transformers import EvalPrediction, Trainer, set_seed
 from transformers.utils import logging
 
 from ..configuration_audio_classification import ListenAudioClassificationConfig
-from ..data.audio import read_clips
-from ..data.manifest import extra_fields
+from ..data.classification import ClipCollator, collate_states, hold_out_speakers, row_label, row_speakers
 from ..feature_extraction_audio_classification import ListenAudioClassificationFeatureExtractor
 from ..modeling_audio_classification import ListenForAudioClassification
-from .arguments import ArgumentError, DataArguments, DataSource
+from .arguments import DataArguments, DataSource
 from .classifier_arguments import (
     ClassifierDataArguments,
     ClassifierModelArguments,
@@ -32,6 +28,7 @@ from .classifier_arguments import (
 from .datasets import load
 from .run import MODEL_FOLDER, checkpoint_to_resume
 from .run_folder import write_run_folder
+from .values import ArgumentError
 
 logger = logging.get_logger(__name__)
 
@@ -56,51 +53,6 @@ class ClassifierResult:
     metrics: dict[str, float]
     eval_metrics: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
-
-
-class ClipCollator:
-    """Turns rows of the manifest schema into inputs of `ListenForAudioClassification`.
-
-    Args:
-        feature_extractor: the classifier's.
-        label2id: id of each class; `None` leaves labels out.
-        label_field: see `ClassifierDataArguments`.
-    """
-
-    def __init__(
-        self,
-        feature_extractor: ListenAudioClassificationFeatureExtractor,
-        label2id: Mapping[str, int] | None = None,
-        label_field: str = "response",
-    ) -> None:
-        self.feature_extractor = feature_extractor
-        self.label2id = label2id
-        self.label_field = label_field
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Inputs for a batch, one clip a row.
-
-        Raises:
-            ValueError: a row that cannot be read, or with several recordings; the message names it.
-        """
-        rate = self.feature_extractor.sampling_rate
-        inputs = dict(self.feature_extractor([_read(row, rate) for row in rows], rate))
-        if self.label2id is not None:
-            inputs["labels"] = torch.tensor([self.label2id[row_label(row, self.label_field)] for row in rows])
-        return inputs
-
-
-def collate_states(items: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """Inputs of `ListenForAudioClassification` from clips that its encoder has heard, see `encode_rows`."""
-    states = [item["layer_states"] for item in items]  # (steps, layers, width) each
-    lengths = torch.tensor([len(clip) for clip in states])
-    padded = pad_sequence(states, batch_first=True).transpose(1, 2)  # (clips, layers, steps, width)
-    mask = torch.arange(padded.shape[2]) < lengths[:, None]  # (clips, steps)
-    return {
-        "layer_states": padded,
-        "layer_states_mask": mask,
-        "labels": torch.tensor([item["labels"] for item in items]),
-    }
 
 
 def train_classifier(
@@ -177,51 +129,10 @@ def build_rows(arguments: ClassifierDataArguments, seed: int) -> tuple[Dataset, 
     if not arguments.eval:
         return train_rows, None
     eval_rows = _load(arguments.eval, arguments, seed)
-    shared = _speakers(train_rows, arguments.speaker_field) & _speakers(eval_rows, arguments.speaker_field)
+    shared = row_speakers(train_rows, arguments.speaker_field) & row_speakers(eval_rows, arguments.speaker_field)
     if shared:
         logger.warning(f"{len(shared)} speakers are in both training and evaluation: {sorted(shared)[:5]}")
     return train_rows, eval_rows
-
-
-def hold_out_speakers(rows: Dataset, speaker_field: str, share: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Divide rows so that no speaker is on both sides.
-
-    Args:
-        rows: all rows.
-        speaker_field: field beyond the schema that names the speaker.
-        share: share of the speakers whose rows go to the second part, at least one speaker.
-        seed: which speakers these are.
-
-    Raises:
-        ArgumentError: rows without the field, or fewer than two speakers.
-    """
-    names = [extra_fields(row).get(speaker_field) for row in rows.select_columns(["extra"])]
-    speakers = sorted({str(name) for name in names})
-    if None in names or len(speakers) < 2:
-        raise ArgumentError(
-            f"held_out_speakers={share} needs two or more speakers in the field {speaker_field!r} of all rows; name "
-            "the field with data.speaker_field"
-        )
-    count = min(max(1, round(share * len(speakers))), len(speakers) - 1)
-    chosen = set(random.Random(seed).sample(speakers, count))
-    places = {side: [i for i, name in enumerate(names) if (str(name) in chosen) is side] for side in (False, True)}
-    return rows.select(places[False]), rows.select(places[True])
-
-
-def row_label(row: Mapping[str, Any], label_field: str) -> str:
-    """The class of a row.
-
-    Raises:
-        ArgumentError: the row does not name exactly one.
-    """
-    value = row["response"] if label_field == "response" else extra_fields(row).get(label_field)
-    names = value if isinstance(value, list) else [] if value is None else [value]
-    if len(names) != 1 or not str(names[0]).strip():
-        raise ArgumentError(
-            f"row {row['id']!r}: data.label_field={label_field!r} must hold one class, found {value!r}; beyond "
-            f"'response' the row has {sorted(extra_fields(row))}"
-        )
-    return str(names[0]).strip()
 
 
 def encode_rows(
@@ -314,24 +225,7 @@ def _load(sources: Sequence[DataSource], arguments: ClassifierDataArguments, see
     return concatenate_datasets(parts)
 
 
-def _speakers(rows: Dataset, speaker_field: str) -> set[str]:
-    names = (json.loads(extra).get(speaker_field) for extra in rows["extra"] if extra)
-    return {str(name) for name in names if name is not None}
-
-
 def _check_known(labels: Any, config: ListenAudioClassificationConfig, where: str) -> None:
     unknown = sorted(set(labels) - set(config.label2id))
     if unknown:
         raise ArgumentError(f"the {where} rows name the classes {unknown}; the model knows {sorted(config.label2id)}")
-
-
-def _read(row: Mapping[str, Any], sampling_rate: int) -> np.ndarray:
-    try:
-        clips = read_clips(row["audio"], sampling_rate, bool(row.get("join")))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"row {row['id']!r}: {error}") from error
-    if len(clips) != 1:
-        raise ValueError(
-            f"row {row['id']!r} has {len(clips)} recordings; a class is told of one, join them or split it"
-        )
-    return clips[0]

@@ -1,4 +1,4 @@
-"""Arguments of a classifier's training; files and command line work as those of `listen.training.arguments`."""
+"""Arguments of a classifier's training; recipes and command line are read by `listen.training.parsing`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from .arguments import ArgumentError, parse_sources
+from .arguments import parse_sources
+from .values import ArgumentError
 
 
 @dataclass

@@ -12,7 +12,8 @@ from transformers.utils import logging
 from ..data.audio import row_seconds
 from ..data.manifest import FEATURES, ManifestError, load_manifest, load_salmonn, load_source
 from ..data.mixing import mix_datasets, split_by_task, subset_per_task
-from .arguments import ArgumentError, DataArguments, DataSource
+from .arguments import DataArguments, DataSource
+from .values import ArgumentError
 
 logger = logging.get_logger(__name__)
 

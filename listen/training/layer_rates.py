@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .arguments import ArgumentError
+from .values import ArgumentError
 
 
 def layer_rates(model: nn.Module, decay: float) -> dict[str, float]:

@@ -20,12 +20,13 @@ from ..data.features import FeatureStore, store_info
 from ..data.mixing import subset_per_task
 from ..modeling_listen import ListenForConditionalGeneration
 from ..processing_listen import ListenProcessor
-from .arguments import SECTIONS, ArgumentError, DataArguments, ListenTrainingArguments, ModelArguments
+from .arguments import SECTIONS, DataArguments, ListenTrainingArguments, ModelArguments
 from .build import build_model, initialize_keys
 from .datasets import build_eval_dataset, build_train_dataset, count_tasks
 from .distillation import DistillationTrainer
 from .run_folder import write_run_folder
 from .trainer import GenerationEvaluator, ListenTrainer
+from .values import ArgumentError
 
 logger = logging.get_logger(__name__)
 

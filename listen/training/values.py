@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -34,6 +35,38 @@ def check_values(prefix: str, kind: type, values: Mapping[str, Any]) -> dict[str
     hints = typing.get_type_hints(kind)
     notes = {entry.name: entry.metadata for entry in dataclasses.fields(kind)}
     return {name: _checked(f"{prefix}{name}", hints[name], notes[name], value) for name, value in values.items()}
+
+
+def field_names(kind: type) -> list[str]:
+    """Names of the fields that a dataclass takes as arguments."""
+    return [entry.name for entry in dataclasses.fields(kind) if entry.init]
+
+
+def refuse_unknown(given: Any, known: Sequence[str], prefix: str) -> None:
+    """Refuse names that are not known.
+
+    Args:
+        given: a mapping from names to values.
+        known: the names that exist.
+        prefix: what the error puts before a name.
+
+    Raises:
+        ArgumentError: `given` is not a mapping, or has an unknown name; the message suggests the closest one.
+    """
+    if not isinstance(given, Mapping):
+        raise ArgumentError(f"{prefix.rstrip('.') or 'the file'} must be a mapping, found {given!r}")
+    for name in given:
+        if name not in known:
+            raise ArgumentError(f"unknown argument {prefix}{name}{closest_name(str(name), known)}")
+
+
+def closest_name(name: str, known: Sequence[str]) -> str:
+    """End of an error about an unknown name: the closest known one, or all of them."""
+    bare = name.split(".")[-1]
+    close = difflib.get_close_matches(name, known, n=1) or [
+        full for full in known if difflib.get_close_matches(bare, [full.split(".")[-1]], n=1)
+    ]
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(known))}"
 
 
 def _checked(name: str, hint: Any, notes: Mapping[str, Any], value: Any) -> Any:

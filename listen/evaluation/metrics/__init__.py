@@ -1,6 +1,6 @@
 """LiSTEN's metrics: `evaluate.Metric` modules that work offline and wrap well-kept libraries.
 
-Each folder is a module for `evaluate.load(folder)` and a package to import from:
+Each file is a module for `evaluate.load(file)` and can be imported:
 
     >>> from listen.evaluation.metrics import WordErrorRate
     >>> WordErrorRate().compute(predictions=["a cat sat"], references=["the cat sat"])["wer"]

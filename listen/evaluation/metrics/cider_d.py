@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from nltk.tokenize import TreebankWordTokenizer
 
-from listen.evaluation.metrics.row_metric import RowMetric, reference_lists
+from .row_metric import RowMetric, reference_lists
 
 _ORDERS = 4
 _SIGMA = 6.0

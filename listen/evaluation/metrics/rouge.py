@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
 
-from listen.evaluation.metrics.row_metric import RowMetric, reference_lists
+from .row_metric import RowMetric, reference_lists
 
 _TYPES = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}  # our names and the library's
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from sklearn.metrics import roc_curve
 
-from listen.evaluation.metrics.label_parser import LabelParser
-from listen.evaluation.metrics.row_metric import RowMetric, reference_lists
+from .label_parser import LabelParser
+from .row_metric import RowMetric, reference_lists
 
 _LABELS = ("no", "yes")
 

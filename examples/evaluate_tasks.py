@@ -1,8 +1,8 @@
 """Evaluate a model on a manifest: metrics, predictions and a report.
 
-    python examples/evaluate.py --model model_cards/listen-tiny --data runs/corpus/test.jsonl --output runs/eval
-    accelerate launch --num_processes 2 examples/evaluate.py --model DIR --data test.jsonl --tasks asr er --num-beams 4
-    torchrun --nproc_per_node 2 examples/evaluate.py ...   # the same on CPUs, where accelerate starts one process alone
+    python examples/evaluate_tasks.py --model model_cards/listen-tiny --data runs/corpus/test.jsonl --output runs/eval
+    accelerate launch --num_processes 2 examples/evaluate_tasks.py --model DIR --data test.jsonl --num-beams 4
+    torchrun --nproc_per_node 2 examples/evaluate_tasks.py ...   # on CPUs, where accelerate starts only one process
 
 `--sweep 2 4 8` also evaluates with other numbers of prompts and plots the scores over them; `--sweep` alone doubles
 them from 2 to the processor's own.
@@ -12,24 +12,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-# the metrics build on the library `evaluate`, which a script of that name must not hide
-if str(Path(__file__).resolve().parent) in sys.path:
-    sys.path.remove(str(Path(__file__).resolve().parent))
 
 from datasets import concatenate_datasets
 from rich.console import Console
 from rich.table import Table
 from transformers.utils import cached_file
 
-from listen.analysis import default_counts, sweep_num_prompts
 from listen.data.features import FeatureStore
 from listen.data.manifest import load_manifest
-from listen.evaluation import EvaluationResult, evaluate_model, launched_processes, metrics_table, select_rows
+from listen.evaluation import (
+    EvaluationResult,
+    default_counts,
+    evaluate_model,
+    launched_processes,
+    metrics_table,
+    select_rows,
+    sweep_num_prompts,
+)
 from listen.evaluation.cascade import load_recogniser, tag_rows
 from listen.modeling_listen import ListenForConditionalGeneration
 from listen.processing_listen import ListenProcessor

@@ -8,7 +8,7 @@ from itertools import zip_longest
 import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
 
-from listen.evaluation.metrics.row_metric import RowMetric, reference_lists
+from .row_metric import RowMetric, reference_lists
 
 
 class _RowScores:

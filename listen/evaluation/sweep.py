@@ -7,12 +7,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .plots import plot_sweep
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-if TYPE_CHECKING:
-    from listen.evaluation import EvaluationResult
+from ..analysis.plots import COLOURS
+from .result import EvaluationResult
 
 
 @dataclass
@@ -101,3 +103,30 @@ def sweep_num_prompts(evaluate: Callable[..., EvaluationResult], counts: Sequenc
     for k in sorted(set(counts)):
         sweep.add(k, evaluate(num_prompts=k, **options))
     return sweep
+
+
+def plot_sweep(sweep: Sweep) -> Figure:
+    """The leading metric of each task over the number of prompts k, with its 95 % interval; one panel a task."""
+    names = list(sweep.metrics)
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(3.6 * columns, 2.7 * rows), layout="constrained")
+    for place, name in enumerate(names):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        _plot_curve(axes, sweep, name)
+    figure.suptitle("Scores over the number of prompts k", x=0.01, ha="left")
+    return figure
+
+
+def _plot_curve(axes: Axes, sweep: Sweep, task: str) -> None:
+    counts = sweep.num_prompts
+    low, high = np.array([sweep.interval(task, k) for k in counts]).T  # (counts,) each
+    axes.fill_between(counts, low, high, color=COLOURS[0], alpha=0.15, linewidth=0)
+    axes.plot(counts, [sweep.value(task, k) for k in counts], color=COLOURS[0], marker="o", markersize=4)
+    if min(counts) > 0:
+        axes.set_xscale("log", base=2)
+    axes.set_xticks(counts, [str(k) for k in counts])
+    axes.minorticks_off()
+    axes.set_title(f"{task}: {sweep.metrics[task]}", loc="left", fontsize=10)
+    axes.set_xlabel("prompts k")
+    axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)

@@ -8,7 +8,7 @@ import jiwer
 import numpy as np
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
-from listen.evaluation.metrics.row_metric import RowMetric, reference_lists
+from .row_metric import RowMetric, reference_lists
 
 
 class WordErrorRate(RowMetric):

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from sklearn.metrics import f1_score
 
-from listen.evaluation.metrics.label_parser import plain_words
-from listen.evaluation.metrics.row_metric import RowMetric
+from .label_parser import plain_words
+from .row_metric import RowMetric
 
 
 class EventF1(RowMetric):

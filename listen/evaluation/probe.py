@@ -14,8 +14,8 @@ from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from .plots import plot_map
-from .queries import project_queries, query_clusters
+from ..analysis.plots import plot_map
+from ..analysis.queries import project_queries, query_clusters
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from listen.evaluation.metrics.label_parser import plain_words
-from listen.evaluation.metrics.row_metric import RowMetric, reference_lists
+from .label_parser import plain_words
+from .row_metric import RowMetric, reference_lists
 
 _ARTICLES = {"a", "an", "the"}
 

@@ -1,0 +1,71 @@
+"""What an evaluation found, and the folder that it is written to."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..analysis import PoolAnalysis
+
+
+@dataclass
+class EvaluationResult:
+    """What an evaluation found.
+
+    Attributes:
+        metrics: `{task: {metric: value}}`, a task's leading metric first, then diagnostics and the number of examples
+            `n`. Error rates, accuracies and F1 are fractions; BLEU and chrF run to 100 and CIDEr to 10.
+        intervals: `{task: {metric: (low, high)}}`, 95 % bootstrap intervals.
+        predictions: one record a row of the data set, in its order: what was asked, expected and answered, the scores
+            of the row and the prompts that were picked.
+        settings: how the answers were made.
+        pool: what the prompt pool did; `None` for a model without one.
+    """
+
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    intervals: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
+    predictions: list[dict[str, Any]] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    pool: PoolAnalysis | None = None
+
+    def save(self, folder: str | Path, extra: Mapping[str, Any] | None = None) -> Path:
+        """Write `metrics.json`, `predictions.jsonl`, the report, and the pool's numbers and plots.
+
+        Args:
+            folder: created if needed.
+            extra: further top-level entries of `metrics.json`, such as `{"train_seconds": 512.0}`.
+
+        Returns:
+            The folder.
+        """
+        from .report import write_report  # at load time the two modules would import each other
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.json").write_text(_to_json(self.as_dict(extra), indent=2) + "\n", encoding="utf-8")
+        lines = [_to_json(record) + "\n" for record in self.predictions]
+        (folder / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
+        write_report(self, folder, self.pool.save(folder / "pool") if self.pool is not None else [])
+        return folder
+
+    def as_dict(self, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The content of `metrics.json`: the tasks, `extra`, and `details` with the intervals and settings."""
+        details = {"confidence_95": self.intervals, "settings": self.settings}
+        return {**self.metrics, **(extra or {}), "details": details}
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    """JSON with null in place of NaN, which the standard does not know."""
+    return json.dumps(_without_nan(value), ensure_ascii=False, indent=indent)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _without_nan(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
