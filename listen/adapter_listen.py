@@ -15,8 +15,7 @@ from transformers.utils import cached_file
 from .checkpoint_listen import HUB_KWARGS, FrozenBackbonesMixin, check_backbone
 from .configuration_listen import BACKBONES, ListenConnectorConfig, ListenPromptPoolConfig, check_padding
 from .language_models_listen import mean_embedding
-from .modeling_connector import WindowQFormer
-from .modeling_conv_rotary import ConvRotary
+from .modeling_connector import ConvRotary, WindowQFormer
 from .modeling_prompt_pool import ListenPromptPool
 from .outputs_listen import EncodedAudio, PromptOutput
 

@@ -9,9 +9,8 @@ from transformers.generation.candidate_generator import CandidateGenerator, Prom
 from transformers.masking_utils import create_masks_for_generate
 
 from .adapter_listen import chunk_rows
-from .context_listen import context_limit
 from .feature_extraction_listen import ListenFeatureExtractor
-from .language_models_listen import check_cache, check_input, is_outdated
+from .language_models_listen import check_cache, check_input, context_limit, is_outdated
 from .outputs_listen import EncodedAudio
 
 _ENCODED = tuple(EncodedAudio.__annotations__)

@@ -1,13 +1,13 @@
-"""What a LiSTEN model knows of the causal LLM that it gives ears to, whichever that is.
+"""What differs between causal LLMs: input embeddings, training around a frozen LLM, context length, unsupported LLMs.
 
-Audio embeddings and prompts live where the LLM's embedding layer ends: the space of its `inputs_embeds`. LLMs differ in
-what lies on either side of that point, and the rule holds for all of them:
+Audio embeddings and prompts are placed in the space of the LLM's `inputs_embeds`, the output of its embedding layer.
+What LLMs do before and after that point differs:
 
-- Gemma's embedding layer multiplies its rows by sqrt(width). That lies before: the connector's output is not
-  multiplied, and prompts start at the mean of what the layer gives, not of the rows that it stores.
-- Granite multiplies all that enters by `embedding_multiplier`. That lies behind, for text, audio and prompts alike.
-- Gemma 3n and 4 look up a second embedding for every layer by id, Qwen4-Exp one for runs of ids. Text has its own,
-  placeholders have the padding's, as the images and sounds of those models do.
+- Gemma's embedding layer multiplies its rows by sqrt(width), before that point: the connector's output is not
+  multiplied, and prompts start at the mean of the layer's output, not of its weights.
+- Granite multiplies its whole input by `embedding_multiplier`, after that point: text, audio and prompts alike.
+- Gemma 3n and 4 look up a second embedding for every layer by id, Qwen4-Exp one for runs of ids. Text uses its own ids,
+  placeholders the padding id, as for the images and audio of those models.
 
 No scale is built into the connector: its last layer is linear and learns it.
 """
@@ -20,22 +20,21 @@ from torch import nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .context_listen import check_context, context_limit
-
 _READ_IDS_ALONE = ("cpmant",)
 _BLIND_TO_MASKS = ("recurrent_gemma", "rwkv", "xlstm")
-_ROWS_AT_ONCE = 4096  # 64 MiB of a width of 4096 in fp32
+_STRETCHED = ("linear", "dynamic", "yarn")
+_ROWS_AT_ONCE = 4096  # 64 MiB at a width of 4096 in fp32
 
 
 @torch.no_grad()
 def mean_embedding(language_model: PreTrainedModel) -> torch.Tensor:
-    """The mean over the vocabulary of what the LLM's embedding layer gives, `(text width,)` in fp32.
+    """The mean output of the LLM's embedding layer over the vocabulary, `(text width,)` in fp32.
 
-    The layer is called, so that its scale counts and quantised or offloaded weights are read as it reads them.
+    The layer is called, so that its scale is included and quantised or offloaded weights are read correctly.
     """
     layer = language_model.get_input_embeddings()
     size, device = layer.num_embeddings, language_model.device
-    if device.type == "meta":  # offloaded: ids go where the weights are fetched to
+    if device.type == "meta":  # offloaded: weights are fetched to the CPU
         device = torch.device("cpu")
     total: torch.Tensor | float = 0.0
     for ids in torch.arange(size, device=device).split(_ROWS_AT_ONCE):
@@ -46,12 +45,12 @@ def mean_embedding(language_model: PreTrainedModel) -> torch.Tensor:
 def embedded_inputs(
     language_model: PreTrainedModel, input_ids: torch.Tensor, is_placeholder: torch.Tensor, embeds: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Arguments of the LLM's forward for embeddings in which placeholders are filled.
+    """Arguments of the LLM's forward for embeddings with filled placeholders.
 
     Args:
         language_model: Any causal LLM.
-        input_ids: `(batch, sequence)` that the embeddings were made from.
-        is_placeholder: `(batch, sequence)`, true where audio or a prompt stands.
+        input_ids: `(batch, sequence)`, with placeholder ids.
+        is_placeholder: `(batch, sequence)`, true at placeholders of audio and prompts.
         embeds: `(batch, sequence, text width)`.
     """
     decoder, config = language_model.get_decoder(), language_model.config.get_text_config()
@@ -64,16 +63,36 @@ def embedded_inputs(
 
 
 def is_outdated(cache: Cache | None, length: int, text_config: PreTrainedConfig) -> bool:
-    """Whether an input has outgrown a cache: behind so many positions Phi 3 turns all of them by other angles."""
+    """Whether a cache no longer fits its input: past a certain length, Phi 3 rotates all positions by other angles."""
     limit = getattr(text_config.get_text_config(), "original_max_position_embeddings", None)
     return cache is not None and limit is not None and cache.get_seq_length() <= limit < length
 
 
-def train_frozen(language_model: PreTrainedModel, mode: bool) -> None:
-    """Prepare a frozen LLM in eval mode for training what stands around it.
+def context_limit(text_config: PreTrainedConfig) -> int | None:
+    """Maximum number of positions of an LLM; `None` without a limit.
 
-    Gradient checkpointing, 4-bit layers and a LoRA's dropout go by a module's own mode. Those modules alone change
-    theirs, and lose the dropout that they do themselves (OPT): none is left in the LLM.
+    That is `max_position_embeddings`, extended by scaled rotary positions. Sliding-window attention does not limit
+    positions. Recurrent models and linear biases (ALiBi) have no limit, except for the table of MPT's biases.
+
+    Args:
+        text_config: The LLM's config.
+    """
+    config = text_config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None))
+    if limit is None or getattr(config, "alibi", False):
+        return None
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") not in _STRETCHED:  # others give the extended length
+        return limit
+    trained = rope.get("original_max_position_embeddings") or limit
+    return max(limit, int(trained * (rope.get("factor") or 1.0)))
+
+
+def train_frozen(language_model: PreTrainedModel, mode: bool) -> None:
+    """Prepare a frozen LLM in eval mode for training the modules around it.
+
+    Gradient checkpointing, 4-bit layers and a LoRA's dropout depend on a module's `training` flag. Only the flags of
+    those modules change; their own dropout (OPT) is set to 0, so that the LLM has none.
     """
     for name, module in language_model.named_modules():
         if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
@@ -95,29 +114,51 @@ def _is_4bit(layer: nn.Module) -> bool:
 
 
 def _unpack_4bit(layer: nn.Module) -> None:
-    """Undo what a 4-bit layer does to its weight on some CPUs when it first answers without gradients.
+    """Restore the weight of a 4-bit layer that was packed for a CPU kernel without gradients.
 
-    In eval mode it packs the weight for a kernel of AVX-512, many times faster, through which no gradient passes, and
-    stays with it. Asking for its state unpacks the weight; its scales stay rounded to bf16.
+    In eval mode, such a layer packs its weight for a much faster AVX-512 kernel and keeps it packed. Reading its
+    state dict unpacks the weight; its scales stay rounded to bf16.
     """
     if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
         layer.state_dict()
 
 
-# ---------------------------------------------------------------------- what cannot work
+# ---------------------------------------------------------------------- checks
 
 
 def check_language_model(text_config: PreTrainedConfig) -> None:
-    """Refuse an LLM that reads nothing but ids.
+    """Refuse an LLM that takes only token ids.
 
     Raises:
-        ValueError: it does; an audio embedding has no id.
+        ValueError: it does; audio embeddings have no ids.
     """
     config = text_config.get_text_config()
     if config.model_type in _READ_IDS_ALONE or "hash_moe" in (getattr(config, "mlp_layer_types", None) or ()):
         raise ValueError(
-            f"an LLM of type {config.model_type!r} reads token ids, not embeddings, so it cannot hear; choose another"
+            f"an LLM of type {config.model_type!r} reads token ids, not embeddings, as audio needs; choose another"
         )
+
+
+def check_context(limit: int | None, positions: int, num_prompts: int, num_audio: int) -> None:
+    """Refuse an input with audio or prompts that is longer than the LLM's context; text alone is left to the LLM.
+
+    Args:
+        limit: See `context_limit`.
+        positions: Length of the longest row without padding.
+        num_prompts: Prompts among them.
+        num_audio: Audio embeddings among them.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    if limit is None or positions <= limit or not num_prompts + num_audio:
+        return
+    text = positions - num_prompts - num_audio
+    raise ValueError(
+        f"the input has {positions} positions ({num_prompts} prompts, {num_audio} audio embeddings, {text} of text), "
+        f"more than the LLM's context of {limit}; cut the clips with max_audio_seconds=, ask for fewer prompts, or ask "
+        "about one part of the audio after the other"
+    )
 
 
 def check_input(config: PreTrainedConfig, input_ids: torch.Tensor | None, attention_mask: Any) -> None:
@@ -147,10 +188,10 @@ def check_input(config: PreTrainedConfig, input_ids: torch.Tensor | None, attent
 
 
 def check_cache(language_model: PreTrainedModel) -> None:
-    """Refuse to generate with a cache where the LLM keeps none of keys and values.
+    """Refuse to generate with a cache if the LLM has no cache of keys and values.
 
     Raises:
-        ValueError: it keeps another state, or none.
+        ValueError: it has another state, or none.
     """
     if "past_key_values" not in inspect.signature(language_model.forward).parameters:
         model_type = language_model.config.model_type
@@ -159,8 +200,10 @@ def check_cache(language_model: PreTrainedModel) -> None:
 
 __all__ = [
     "check_cache",
+    "check_context",
     "check_input",
     "check_language_model",
+    "context_limit",
     "embedded_inputs",
     "is_outdated",
     "mean_embedding",

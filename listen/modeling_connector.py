@@ -1,87 +1,69 @@
-"""Connectors: from frames of the frozen encoders to audio embeddings of the LLM's width."""
+"""Connectors: from frames of the frozen encoders to audio embeddings of the LLM's width.
+
+`WindowQFormer` is SALMONN's (arXiv 2310.13289), `ConvRotary` that of SpeechEmotionLlama (arXiv 2410.01162).
+"""
 
 from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import Blip2QFormerConfig, Blip2QFormerModel, PreTrainedConfig
+from transformers import Blip2QFormerConfig, Blip2QFormerModel, EuroBertConfig, PreTrainedConfig
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.models.eurobert.modeling_eurobert import (
+    EuroBertDecoderLayer,
+    EuroBertRMSNorm,
+    EuroBertRotaryEmbedding,
+)
 
 from .geometry_listen import num_resampled
 
 
 class FusingConnector(nn.Module):
-    """What all connectors share: the frames of both encoders are laid side by side, and their embeddings counted.
+    """Base of all connectors: fuses the frames of both encoders and projects the result to the LLM's width.
 
-    Args:
-        config: A `ListenConnectorConfig`.
-        speech_width: Width of the speech encoder's frames.
-        audio_width: Width of the audio encoder's frames; 0 without one.
-        frame_seconds: Time from one frame to the next.
-    """
-
-    def __init__(self, config: PreTrainedConfig, speech_width: int, audio_width: int, frame_seconds: float) -> None:
-        super().__init__()
-        self.config = config
-        self.frame_seconds = frame_seconds
-        self.speech_norm = nn.LayerNorm(speech_width)
-        self.audio_norm = nn.LayerNorm(audio_width) if audio_width else None
-
-    def lengths(self, frames: torch.Tensor) -> torch.Tensor:
-        """Embeddings that chunks of `frames` `(chunks,)` frames give, `(chunks,)`."""
-        counts = [self.config.num_embeddings(count, self.frame_seconds) for count in frames.tolist()]
-        return torch.tensor(counts, device=frames.device)
-
-    def fuse(
-        self,
-        speech: torch.Tensor,
-        speech_mask: torch.Tensor,
-        audio: torch.Tensor | None,
-        audio_mask: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalise both streams and lay them side by side: `(chunks, frames, width)` and its mask, bool.
-
-        Frames past the end of a stream are zero after its LayerNorm, as in SALMONN, whatever the batch mates.
-        """
-        dtype = self.speech_norm.weight.dtype
-        speech = self.speech_norm(speech.to(dtype)) * speech_mask[..., None].to(dtype)  # (chunks, frames, speech width)
-        if self.audio_norm is None:
-            return speech, speech_mask.bool()
-        audio = self.audio_norm(audio.to(dtype)) * audio_mask[..., None].to(dtype)  # (chunks, frames, audio width)
-        length = max(speech.shape[1], audio.shape[1])
-        streams = [F.pad(x, (0, 0, 0, length - x.shape[1])) for x in (speech, audio)]
-        masks = [F.pad(x.bool(), (0, length - x.shape[1])) for x in (speech_mask, audio_mask)]
-        return torch.cat(streams, dim=-1), masks[0] | masks[1]
-
-
-class WindowQFormer(FusingConnector):
-    """SALMONN's window-level Q-Former (arXiv 2310.13289, sec. 3) over the fused encoder frames.
-
-    Each stream is normalised, the shorter one is padded in time, both are concatenated on the feature axis; learned
-    queries then read one window of frames after the other. The last, partial window is kept and masked, and only
-    windows with real frames give embeddings. With `config.salmonn_compat` all is as in SALMONN: every frame of a padded
-    chunk is attended to, and the last, partial window is dropped.
+    A subclass provides `build`, which makes its layers, and `embed`, which runs them. `config.num_embeddings` must
+    give as many embeddings as `embed`, since the processor writes that many placeholders.
 
     Args:
         config: A `ListenConnectorConfig`.
         speech_width: Width of the speech encoder's frames.
         audio_width: Width of the audio encoder's frames; 0 without one.
         text_width: Width of the LLM's embeddings.
-        frame_seconds: Time from one frame to the next.
+        frame_seconds: Seconds from one frame to the next.
     """
 
     def __init__(
-        self,
-        config: PreTrainedConfig,
-        speech_width: int,
-        audio_width: int,
-        text_width: int,
-        frame_seconds: float,
+        self, config: PreTrainedConfig, speech_width: int, audio_width: int, text_width: int, frame_seconds: float
     ) -> None:
-        super().__init__(config, speech_width, audio_width, frame_seconds)
-        self.qformer = Blip2QFormerModel(_qformer_config(config, speech_width + audio_width))
-        self.query_tokens = nn.Parameter(torch.empty(1, config.num_queries, config.hidden_size))
+        super().__init__()
+        self.config = config
+        self.frame_seconds = frame_seconds
+        self.speech_norm = nn.LayerNorm(speech_width)
+        self.audio_norm = nn.LayerNorm(audio_width) if audio_width else None
+        self.build(speech_width + audio_width)
         self.projection = nn.Linear(config.hidden_size, text_width)
+
+    def build(self, width: int) -> None:
+        """Make the layers that read fused frames of that width."""
+        raise NotImplementedError
+
+    def embed(self, frames: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states of the embeddings, before the projection.
+
+        Args:
+            frames: Fused frames `(chunks, frames, width)`, zero where the mask is false.
+            mask: `(chunks, frames)`, true on real frames.
+
+        Returns:
+            `(total, config.hidden_size)`, the chunks one after the other, and embeddings of each chunk, `(chunks,)`.
+        """
+        raise NotImplementedError
+
+    def lengths(self, frames: torch.Tensor) -> torch.Tensor:
+        """Embeddings of chunks with `frames` `(chunks,)` frames, `(chunks,)`."""
+        counts = [self.config.num_embeddings(count, self.frame_seconds) for count in frames.tolist()]
+        return torch.tensor(counts, device=frames.device)
 
     def forward(
         self,
@@ -94,7 +76,7 @@ class WindowQFormer(FusingConnector):
 
         Args:
             speech_hidden_states: `(chunks, speech frames, speech width)`.
-            speech_mask: `(chunks, speech frames)`, 1 on real frames; not read with `salmonn_compat`.
+            speech_mask: `(chunks, speech frames)`, 1 on real frames; ignored with `config.salmonn_compat`.
             audio_hidden_states: `(chunks, audio frames, audio width)`, or `None` without an audio encoder.
             audio_mask: `(chunks, audio frames)`.
 
@@ -103,33 +85,69 @@ class WindowQFormer(FusingConnector):
             `(chunks,)`.
 
         Raises:
-            ValueError: with `salmonn_compat`, fewer frames than one window holds.
+            ValueError: with `salmonn_compat`, fewer frames than one window.
         """
         if self.config.salmonn_compat:
-            speech_mask = torch.ones_like(speech_mask)  # silence is heard
+            speech_mask = torch.ones_like(speech_mask)  # padding is encoded too
         frames, mask = self.fuse(speech_hidden_states, speech_mask, audio_hidden_states, audio_mask)
-        # (chunks, windows, frames, width), (chunks, windows, frames)
-        windows, window_mask = self._windows(frames, mask)
+        hidden, counts = self.embed(frames, mask)  # (total, hidden), (chunks,)
+        return self.projection(hidden), counts
+
+    def fuse(
+        self,
+        speech: torch.Tensor,
+        speech_mask: torch.Tensor,
+        audio: torch.Tensor | None,
+        audio_mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalise both streams and concatenate their features: `(chunks, frames, width)` and its mask, bool.
+
+        Frames after the end of a stream are zero after its LayerNorm, as in SALMONN, so batch mates have no effect.
+        """
+        dtype = self.speech_norm.weight.dtype
+        speech = self.speech_norm(speech.to(dtype)) * speech_mask[..., None].to(dtype)  # (chunks, frames, speech width)
+        if self.audio_norm is None:
+            return speech, speech_mask.bool()
+        audio = self.audio_norm(audio.to(dtype)) * audio_mask[..., None].to(dtype)  # (chunks, frames, audio width)
+        longer = audio.shape[1] - speech.shape[1]
+        speech, audio = F.pad(speech, (0, 0, 0, max(longer, 0))), F.pad(audio, (0, 0, 0, max(-longer, 0)))
+        mask = F.pad(speech_mask.bool(), (0, max(longer, 0))) | F.pad(audio_mask.bool(), (0, max(-longer, 0)))
+        return torch.cat((speech, audio), dim=-1), mask
+
+
+class WindowQFormer(FusingConnector):
+    """SALMONN's window-level Q-Former (arXiv 2310.13289, sec. 3): learned queries read one window of frames at a time.
+
+    The last, partial window is kept and masked, and only windows with real frames give embeddings. With
+    `config.salmonn_compat` all is as in SALMONN: every frame of a padded chunk is attended to, and the last, partial
+    window is dropped. Arguments are those of `FusingConnector`.
+    """
+
+    def build(self, width: int) -> None:
+        """Make the Q-Former and its queries."""
+        self.window = self.config.window_frames(self.frame_seconds)
+        self.qformer = Blip2QFormerModel(_qformer_config(self.config, width))
+        self.query_tokens = nn.Parameter(torch.empty(1, self.config.num_queries, self.config.hidden_size))
+
+    def embed(self, frames: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read each window with the queries; see `FusingConnector.embed`."""
+        if self.config.salmonn_compat:
+            windows, window_mask = self._salmonn_windows(frames)
+        else:
+            tail = -frames.shape[1] % self.window
+            windows = F.pad(frames, (0, 0, 0, tail)).unflatten(1, (-1, self.window))  # (chunks, windows, frames, width)
+            window_mask = F.pad(mask, (0, tail)).unflatten(1, (-1, self.window))  # (chunks, windows, frames)
         real = window_mask.any(-1)  # (chunks, windows)
         windows, window_mask = windows[real], window_mask[real]  # (real windows, frames, width), (.., frames)
         queries = self.query_tokens.expand(len(windows), -1, -1)  # (real windows, queries, hidden)
         hidden = self.qformer(
             query_embeds=queries, encoder_hidden_states=windows, encoder_attention_mask=window_mask.long()
-        ).last_hidden_state
-        embeddings = self.projection(hidden).flatten(0, 1)  # (real windows * queries, text width)
-        return embeddings, real.sum(-1) * self.config.num_queries
-
-    def _windows(self, frames: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.config.salmonn_compat:
-            return self._salmonn_windows(frames)
-        size = self.config.window_frames(self.frame_seconds)
-        tail = -frames.shape[1] % size
-        frames, mask = F.pad(frames, (0, 0, 0, tail)), F.pad(mask, (0, tail))
-        return frames.unflatten(1, (-1, size)), mask.unflatten(1, (-1, size))
+        ).last_hidden_state  # (real windows, queries, hidden)
+        return hidden.flatten(0, 1), real.sum(-1) * self.config.num_queries
 
     def _salmonn_windows(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Whole windows alone, which may overlap; of T frames, `(T - size) // stride + 1`, all of them to be read."""
-        size, stride = (f(self.frame_seconds) for f in (self.config.window_frames, self.config.stride_frames))
+        """Whole windows only, which may overlap: of T frames `(T - size) // stride + 1`, all of them real."""
+        size, stride = self.window, self.config.stride_frames(self.frame_seconds)
         if frames.shape[1] < size:
             raise ValueError(
                 f"salmonn_compat reads whole windows of {size} frames, but the chunks have {frames.shape[1]}; give "
@@ -139,16 +157,62 @@ class WindowQFormer(FusingConnector):
         return windows, windows.new_ones(windows.shape[:3], dtype=torch.bool)
 
 
+class ConvRotary(FusingConnector):
+    """The connector of SpeechEmotionLlama (arXiv 2410.01162): one audio embedding per started `embedding_seconds`.
+
+    A strided convolution shortens the fused frames, and rotary Transformer layers attend over the whole chunk in both
+    directions. The layers are EuroBERT's: Llama's (RMSNorm first, rotary attention, SwiGLU) without the causal mask.
+    Padding is zero before the convolution, as after the end of a clip, and masked in the attention: batch mates have no
+    effect. Arguments are those of `FusingConnector`.
+
+    Raises:
+        ValueError: `embedding_seconds` is no whole number of frames, or the kernel is shorter than the stride.
+    """
+
+    def build(self, width: int) -> None:
+        """Make the convolution and the layers."""
+        config = self.config
+        self.stride = config.embedding_frames(self.frame_seconds)
+        self.kernel_size = 2 * self.stride - 1 if config.kernel_size is None else config.kernel_size
+        if self.kernel_size < self.stride:
+            raise ValueError(
+                f"connector kernel_size={config.kernel_size} is shorter than its stride of {self.stride} frames "
+                f"({config.embedding_seconds} s), so frames would be skipped; enlarge kernel_size"
+            )
+        self.conv = nn.Conv1d(width, config.hidden_size, self.kernel_size, stride=self.stride)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layer_config = _layer_config(config)
+        self.rotary = EuroBertRotaryEmbedding(self.layer_config)
+        self.layers = nn.ModuleList(EuroBertDecoderLayer(self.layer_config, i) for i in range(config.num_hidden_layers))
+        self.norm = EuroBertRMSNorm(config.hidden_size, eps=self.layer_config.rms_norm_eps)
+
+    def embed(self, frames: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Shorten the frames and attend over the chunk; see `FusingConnector.embed`."""
+        tail = -frames.shape[1] % self.stride
+        overlap = self.kernel_size - self.stride
+        frames = F.pad(frames.transpose(1, 2), (overlap // 2, overlap - overlap // 2 + tail))  # (chunks, width, frames)
+        hidden = self.dropout(self.conv(frames).transpose(1, 2))  # (chunks, embeddings, hidden)
+        real = F.pad(mask, (0, tail)).unflatten(1, (-1, self.stride)).any(-1)  # (chunks, embeddings)
+        # an empty chunk attends to its padding: a softmax over nothing would be NaN, in the gradient too
+        attended = real | ~real.any(-1, keepdim=True)
+        attention_mask = create_bidirectional_mask(self.layer_config, inputs_embeds=hidden, attention_mask=attended)
+        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]  # (1, embeddings)
+        rotations = self.rotary(hidden, positions)
+        for layer in self.layers:
+            hidden = layer(hidden, attention_mask=attention_mask, position_embeddings=rotations)
+        return self.norm(hidden)[real], real.sum(-1)  # (total, hidden), (chunks,)
+
+
 def resample_frames(states: torch.Tensor, mask: torch.Tensor, step: Fraction) -> tuple[torch.Tensor, torch.Tensor]:
-    """Frames of one encoder at the rate of another: each new one is the mean over its time of those that it covers.
+    """Frames of one encoder at the rate of another: each new frame is the mean of the old ones over its time span.
 
     Args:
         states: `(chunks, frames, width)`.
         mask: `(chunks, frames)`, real frames first.
-        step: Old frames that go by during a new one.
+        step: Old frames per new frame.
 
     Returns:
-        `(chunks, new frames, width)` and its mask; what was given where `step` is 1.
+        `(chunks, new frames, width)` and its mask, bool; the input where `step` is 1.
     """
     if step == 1:
         return states, mask
@@ -178,4 +242,16 @@ def _qformer_config(config: PreTrainedConfig, encoder_width: int) -> Blip2QForme
     )
 
 
-__all__ = ["FusingConnector", "WindowQFormer", "resample_frames"]
+def _layer_config(config: PreTrainedConfig) -> EuroBertConfig:
+    return EuroBertConfig(
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        attention_dropout=config.dropout,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        attn_implementation="sdpa",
+    )
+
+
+__all__ = ["ConvRotary", "FusingConnector", "WindowQFormer", "resample_frames"]

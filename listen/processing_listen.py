@@ -34,8 +34,8 @@ from .chat_listen import (
     plain_message,
 )
 from .configuration_listen import ListenConnectorConfig, check_padding
-from .context_listen import check_context, context_limit
 from .feature_extraction_listen import ListenFeatureExtractor, backbone_place, speech_settings
+from .language_models_listen import check_context, context_limit
 from .placeholders_listen import AUDIO_TOKEN, PROMPT_TOKEN, place_token, prepare_padding
 from .tasks_listen import TASK_INSTRUCTIONS
 

@@ -12,8 +12,8 @@ from fixtures_tokenizers import build_tokenizer
 from transformers import AutoConfig
 
 from listen import ListenForConditionalGeneration, ListenPipeline, ListenProcessor
-from listen.context_listen import check_context, context_limit
 from listen.feature_extraction_listen import ListenFeatureExtractor
+from listen.language_models_listen import check_context, context_limit
 
 RATE = 16000
 CONTEXT = 512

@@ -11,7 +11,7 @@ from fixtures_training import tiny_processor
 from transformers import AutoModel
 
 from listen import ListenConnectorConfig, ListenForConditionalGeneration
-from listen.modeling_conv_rotary import ConvRotary
+from listen.modeling_connector import ConvRotary
 
 SPEECH, AUDIO, TEXT = 12, 8, 20
 FRAME_SECONDS, STRIDE = 0.02, 4

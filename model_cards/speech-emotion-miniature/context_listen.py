@@ -1,1 +1,0 @@
-../../listen/context_listen.py

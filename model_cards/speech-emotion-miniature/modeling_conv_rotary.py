@@ -1,1 +1,0 @@
-../../listen/modeling_conv_rotary.py
