@@ -215,8 +215,8 @@ def test_named_files_exist() -> None:
     pattern = r"`([\w./-]+\.(?:py|yaml)|[\w-]+(?:/[\w.-]+)+/?|[a-z_]+/)`"
     named = {name for page in PAGES for name in re.findall(pattern, text_of(page))}
     assert len(named) > 20
-    places = (ROOT, ROOT / "examples" / "configs", ROOT / "examples" / "configs" / "speech_emotion")
-    elsewhere = {name for name in named if name.startswith(("runs/", "facebook/"))}  # written by runs, or on the Hub
+    places = (ROOT, ROOT / "listen", ROOT / "examples" / "configs", ROOT / "examples" / "configs" / "speech_emotion")
+    elsewhere = {name for name in named if name.startswith(("runs/", "datasets/", "facebook/"))}  # made by users, or on the Hub
     if not MINIATURE.exists():
         elsewhere |= {name for name in named if name.startswith("model_cards")}
     missing = [name for name in named - elsewhere if not any((place / name).exists() for place in places)]
@@ -261,8 +261,11 @@ def test_indexes_list_every_page(index: str) -> None:
 
 
 def test_tables_name_every_module_and_task() -> None:
-    flat = {path.name for path in ROOT.glob("*_*.py") if path.stem != "__init__"}
-    assert flat - set(re.findall(r"`(\w+\.py)`", text_of(ROOT / "README.md"))) == set()
+    root, flat = (
+        {path.name for path in folder.glob("*_*.py") if path.stem != "__init__"} for folder in (ROOT, ROOT / "listen")
+    )
+    assert root - set(re.findall(r"`(\w+\.py)`", text_of(ROOT / "README.md"))) == set()
+    assert flat == set(re.findall(r"`(\w+_\w+\.py)`", text_of(ROOT / "CONTRIBUTING.md")))
     rows = re.findall(r"^\| `(\w+)` \|", text_of(ROOT / "docs" / "evaluation.md"), flags=re.MULTILINE)
     assert {"asr", "en2zh", "er", "sv", "sqa", "acap"} <= set(rows) <= set(list_tasks())
     assert all(get_task(name).title for name in rows)
