@@ -44,6 +44,7 @@ SMALLEST = {
         "2",
     ],
 }
+MOST_HOPS = {"row to batch": (90, 9), "batch to loss": (35, 7)}  # functions, files
 MIB = 2**20
 
 
@@ -83,6 +84,8 @@ def test_hops_counts_own_functions_of_a_row_and_of_a_batch(harness) -> None:
     hops = importlib.import_module("hops").measure()
     assert "data/collator.py:ListenCollator.__call__" in hops["row to batch"].functions
     assert "modeling_listen.py:ListenForConditionalGeneration.forward" in hops["batch to loss"].functions
+    counts = {name: (len(found.functions), len(found.files)) for name, found in hops.items()}
+    assert {name: count for name, count in counts.items() if any(map(int.__gt__, count, MOST_HOPS[name]))} == {}
 
 
 def test_ratios_tell_time_and_memory_apart(harness) -> None:

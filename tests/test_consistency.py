@@ -30,6 +30,7 @@ SETTINGS = ("Makefile", "pyproject.toml", "requirements.txt", "requirements-quan
 TEXT = [*CODE, *TESTS, *RECIPES, *PAGES, *(ROOT / name for name in SETTINGS)]
 
 MAX_BODY, MAX_MEDIAN, MAX_P90 = 50, 8, 20  # lines of a function, its docstring not counted
+MAX_FILE = 600  # lines of a module
 MAX_MODEL_BYTES = 20_000_000  # of all committed weights
 PICKLES = {".pt", ".pth", ".bin", ".pkl", ".ckpt"}
 # written in pieces, so that this file may be read by its own rule
@@ -89,6 +90,10 @@ def test_most_functions_of_the_library_are_small() -> None:
     lengths = [body_lines(f) for path in LIBRARY for f in functions(parse(path))]
     assert statistics.median(lengths) <= MAX_MEDIAN
     assert statistics.quantiles(lengths, n=10, method="inclusive")[-1] <= MAX_P90
+
+
+def test_modules_are_short() -> None:
+    assert offenders(LIBRARY, lambda path: len(lines_of(path)) if len(lines_of(path)) > MAX_FILE else 0) == {}
 
 
 def test_no_leftovers() -> None:

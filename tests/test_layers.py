@@ -10,6 +10,7 @@ from fixtures_repository import (
     DOORS,
     FLAT,
     LIBRARY,
+    PACKAGE,
     ROOT,
     SCRIPTS,
     TESTS,
@@ -20,11 +21,13 @@ from fixtures_repository import (
     load_time_imports,
     name_of,
     offenders,
+    package_modules,
     parse,
 )
 from packaging.utils import canonicalize_name
 
 HUB_PACKAGES = {"torch", "transformers", "numpy", "safetensors", "huggingface_hub"}  # all with transformers
+LAYERS = ("data", "analysis", "evaluation", "training")  # from below; the flat modules lie beneath them
 ROOT_ENTRIES = {
     *("listen", "examples", "tests", "benchmarks", "model_cards", "docs", ".ci"),
     *("modeling_listen.py", "configuration_listen.py", "processing_listen.py", "setup.py"),
@@ -37,6 +40,31 @@ PROVIDERS = importlib.metadata.packages_distributions()  # import name -> distri
 def foreign_packages(node: ast.Import | ast.ImportFrom) -> set[str]:
     """Top-level names outside the standard library that an absolute import asks for."""
     return {name.split(".")[0] for name in absolute_modules(node)} - sys.stdlib_module_names
+
+
+def layer(module: tuple[str, ...]) -> int:
+    """Layer of a module of the package, given as the parts of its name below `listen`."""
+    return LAYERS.index(module[0]) + 1 if module and module[0] in LAYERS else 0
+
+
+def test_no_module_imports_a_layer_above_its_own() -> None:
+    """Neither at load time nor inside functions, nor for type checkers alone."""
+
+    def find(path: Path) -> list[str]:
+        own = layer(path.relative_to(PACKAGE).parts)
+        asked = [(node.lineno, module) for node in imports_of(parse(path)) for module in package_modules(path, node)]
+        return [f"{line}: {'.'.join(module)}" for line, module in asked if layer(module) > own]
+
+    assert {path.parent.name for path in LIBRARY} >= set(LAYERS)
+    assert offenders([path for path in LIBRARY if path != PACKAGE / "__init__.py"], find) == {}
+
+
+def test_the_package_imports_itself_relatively() -> None:
+    def find(path: Path) -> list[int]:
+        nodes = imports_of(parse(path))
+        return [node.lineno for node in nodes if any(n.split(".")[0] == "listen" for n in absolute_modules(node))]
+
+    assert offenders(LIBRARY, find) == {}
 
 
 def test_doors_at_the_root_are_a_docstring_and_one_import() -> None:
