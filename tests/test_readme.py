@@ -216,7 +216,8 @@ def test_named_files_exist() -> None:
     named = {name for page in PAGES for name in re.findall(pattern, text_of(page))}
     assert len(named) > 20
     places = (ROOT, ROOT / "listen", ROOT / "examples" / "configs", ROOT / "examples" / "configs" / "speech_emotion")
-    elsewhere = {name for name in named if name.startswith(("runs/", "datasets/", "facebook/"))}  # made by users, or on the Hub
+    # made by users, or on the Hub
+    elsewhere = {name for name in named if name.startswith(("runs/", "datasets/", "facebook/"))}
     if not MINIATURE.exists():
         elsewhere |= {name for name in named if name.startswith("model_cards")}
     missing = [name for name in named - elsewhere if not any((place / name).exists() for place in places)]
