@@ -344,6 +344,8 @@ class AdapterMixin(FrozenBackbonesMixin):
                 self.language_model.enable_adapters()
 
     def _add_listen_adapter(self, name: str, connector: PreTrainedConfig, pool: PreTrainedConfig | None) -> None:
+        if name == BASE_ADAPTER:
+            raise ValueError(f"adapter name {name!r} means no adapter at all; choose another name")
         if name in self.adapters:
             raise ValueError(f"adapter {name!r} exists already; choose another name or delete it first")
         check_padding(connector, self.config.pad_to_30s)

@@ -295,6 +295,8 @@ def test_adapter_names_are_checked(two: ListenForConditionalGeneration, tmp_path
         two.set_adapter("nobody")
     with pytest.raises(ValueError, match="exists already"):
         two.load_adapter(tmp_path / "other", "other")
+    with pytest.raises(ValueError, match="'__base__' means no adapter"):
+        two.add_adapter(adapter_name="__base__")
     two.set_adapter("other")
     two.delete_adapter("other")
     assert (two.active_adapter, list(two.adapters), two.config.extra_adapters) == ("default", ["default"], None)

@@ -174,6 +174,13 @@ def test_model_refuses_before_any_encoder_runs() -> None:
             run(**inputs)
 
 
+def test_long_text_alone_is_left_to_the_llm() -> None:
+    ids = torch.full((1, CONTEXT + 1), 7)
+    for fields in ({}, {"audio_token_id": None, "prompt_token_id": None}):
+        model = tiny_model(**fields)
+        assert torch.equal(model(ids).logits, model.language_model(ids).logits)
+
+
 def test_padding_needs_no_context(shared_model: ListenForConditionalGeneration) -> None:
     inputs = make_inputs(shared_model, [[clip(0.5)]], text=[[7] * 20])
     wide = dict(inputs)

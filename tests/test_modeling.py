@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from fractions import Fraction
 
@@ -382,3 +383,15 @@ def test_another_speech_encoder_is_frozen_or_learns_as_a_whole() -> None:
         assert first.requires_grad == learns == model.speech_encoder.training
     model(**inputs, labels=_labels(inputs["input_ids"])).loss.backward()
     assert any(parameter.grad is not None for parameter in model.speech_encoder.parameters())
+
+
+def test_the_model_without_head_takes_the_same_inputs() -> None:
+    headless, whole = (
+        list(inspect.signature(cls.forward).parameters) for cls in (ListenModel, ListenForConditionalGeneration)
+    )
+    assert headless[:2] == ["self", "input_ids"]
+    assert headless == [name for name in whole if name not in {"labels", "logits_to_keep", "num_items_in_batch"}]
+
+
+def test_only_the_model_with_a_head_generates() -> None:
+    assert ListenForConditionalGeneration.can_generate() and not ListenModel.can_generate()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from listen.configuration_listen import ListenPromptPoolConfig
-from listen.modeling_prompt_pool import ListenPromptPool
+from listen.modeling_prompt_pool import STRATEGIES, ListenPromptPool
 
 POOL, WIDTH, BATCH = 10, 8, 5
 
@@ -207,3 +207,18 @@ def test_mixed_precision_does_not_change_the_choice(query: torch.Tensor) -> None
 def test_too_many_prompts_is_an_error(query: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="asks for 11 prompts but the pool can give 10"):
         make_pool("similarity")(query, full(11))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_strategies_follow_the_mode_of_the_pool_and_add_nothing_to_checkpoints(strategy: str) -> None:
+    pool = make_pool(strategy, tasks=["asr", "er"] if strategy == "task" else None)
+    assert not pool.strategy.training and pool.train().strategy.training
+    assert set(pool.state_dict()) == ({"values", "keys"} if pool.config.uses_query else {"values"})
+
+
+@pytest.mark.parametrize("strategy", ["similarity", "attention", "residual", "fixed", "random"])
+def test_places_that_no_row_fills_are_marked(strategy: str, query: torch.Tensor) -> None:
+    _, selection = make_pool(strategy)(query, torch.tensor([0, 4, 1, 3, 2]))
+    empty = torch.arange(4) >= torch.tensor([0, 4, 1, 3, 2])[:, None]  # (batch, k)
+    assert torch.equal(selection.indices == -1, empty)
+    assert (selection.scores[empty] == 0).all()
