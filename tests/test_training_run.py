@@ -352,7 +352,9 @@ def test_a_run_over_another_speech_encoder(kind: str, backbones: dict, manifest:
     model = ListenForConditionalGeneration.from_pretrained(tmp_path / "audio" / "model")
     processor = ListenProcessor.from_pretrained(tmp_path / "audio" / "model")
     heard, stored = (
-        generate_predictions(model, processor, load_manifest(manifest), features, max_new_tokens=3, progress=False)
+        generate_predictions(
+            model, processor, load_manifest(manifest), features=features, max_new_tokens=3, progress=False
+        )
         for features in (None, store)
     )
     assert [one.prompt_indices for one in heard] == [one.prompt_indices for one in stored]

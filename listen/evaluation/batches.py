@@ -1,9 +1,10 @@
-"""Something done to every row of a data set: in batches, shared by processes, given back in the order of the rows."""
+"""One function applied to all rows of a data set: in batches, shared by processes, results in the order of the rows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 import torch
@@ -11,14 +12,52 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
 from ..data import audio
 from ..data.collator import ListenCollator
-from ..data.features import store_info
+from ..data.features import FeatureStore, store_info
 from ..data.processes import launched_processes
 
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """How rows of a data set become batches of a model: keyword arguments of all functions that run one over rows.
+
+    Attributes:
+        features: store of encoder features, used in place of audio.
+        join_silence_seconds: silence between the clips of rows that join them, as in training.
+        batch_size: rows of a batch, in each process.
+        num_prompts: prompts k of each row; by default the processor's.
+        num_workers: processes that load audio ahead, for each process.
+        progress: whether the main process shows a progress bar.
+    """
+
+    features: FeatureStore | None = None
+    join_silence_seconds: float = 0.0
+    batch_size: int = 8
+    num_prompts: int | None = None
+    num_workers: int = 0
+    progress: bool = True
+
+    def collator(self, processor: ProcessorMixin) -> ListenCollator:
+        """Collator of prompts that `generate` continues."""
+        return ListenCollator(
+            processor,
+            for_generation=True,
+            num_prompts=self.num_prompts,
+            features=self.features,
+            join_silence_seconds=self.join_silence_seconds,
+        )
+
+
+def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Divide keyword arguments into fields of `BatchOptions` and arguments of `model.generate`."""
+    names = {entry.name for entry in fields(BatchOptions)}
+    batch = {name: value for name, value in options.items() if name in names}
+    return batch, {name: value for name, value in options.items() if name not in names}
 
 
 def map_rows(
@@ -26,26 +65,22 @@ def map_rows(
     model: PreTrainedModel,
     collator: ListenCollator | Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]],
     dataset: Dataset,
-    batch_size: int,
-    num_workers: int = 0,
-    progress: bool = True,
+    options: BatchOptions,
     description: str = "rows",
 ) -> list[Result]:
     """Call `step` on batches that hold each row once, the model in eval mode and without autograd.
 
-    Rows are sorted by task and length, so that a batch holds little padding and answers of like length, and dealt out
-    to the processes that `accelerate launch` started. All processes return all results in the data set's order.
+    Rows are sorted by task and length, so that a batch holds little padding and answers of similar length, and divided
+    among the processes that `accelerate launch` started. All processes return all results in the data set's order.
 
     Args:
-        step: takes the numbers of the rows of a batch and the model inputs that `collator` makes of them; gives one
-            result a row.
+        step: takes the row numbers of a batch and the model inputs that `collator` makes of the rows; returns one
+            result per row.
         model: its mode is restored afterwards.
-        collator: of prompts, with the store of encoder features if there is one; or of other inputs.
+        collator: makes model inputs of rows; one of prompts may read stored encoder features.
         dataset: rows of `listen.data.manifest`.
-        batch_size: rows of a batch, in each process.
-        num_workers: processes that read audio ahead, for each process.
-        progress: whether the main process shows a progress bar.
-        description: what the bar says.
+        options: batch size, workers and progress bar.
+        description: label of the progress bar.
 
     Raises:
         ValueError: `batch_size` below 1, or a row that cannot be read; the message names it.
@@ -55,11 +90,11 @@ def map_rows(
     if getattr(collator, "features", None) is not None:
         extractor = collator.processor.feature_extractor
         collator.features.check(store_info(model, extractor, collator.join_silence_seconds))
-    batches = plan_batches(dataset, batch_size)[state.process_index :: state.num_processes]
-    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collator, num_workers=num_workers)
-    bar = tqdm(total=len(batches), desc=description, unit="batch", disable=not (progress and state.is_main_process))
+    batches = plan_batches(dataset, options.batch_size)[state.process_index :: state.num_processes]
+    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collator, num_workers=options.num_workers)
+    hidden = not (options.progress and state.is_main_process)
     results: list[tuple[int, Result]] = []
-    with bar, _evaluating(model):
+    with tqdm(total=len(batches), desc=description, unit="batch", disable=hidden) as bar, _evaluating(model):
         for indices, inputs in zip(batches, loader, strict=True):
             results += zip(indices, step(indices, inputs), strict=True)
             bar.update()

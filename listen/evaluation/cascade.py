@@ -22,7 +22,7 @@ from ..data.processes import launched_processes
 from ..data.tasks import get_task, tagged_text
 from ..feature_extraction_audio_classification import ListenAudioClassificationFeatureExtractor
 from ..modeling_audio_classification import ListenForAudioClassification
-from .batches import map_rows
+from .batches import BatchOptions, map_rows
 
 
 def load_recogniser(checkpoint: str, batch_size: int) -> Callable[[Dataset], list[str]]:
@@ -66,8 +66,8 @@ def classify_rows(
         logits = model(**{name: value.to(model.device) for name, value in inputs.items()}).logits  # (batch, labels)
         return [model.config.id2label[index] for index in logits.argmax(-1).tolist()]
 
-    collator = ClipCollator(feature_extractor)
-    return map_rows(classify, model, collator, dataset, batch_size, num_workers, progress, "classifying")
+    options = BatchOptions(batch_size=batch_size, num_workers=num_workers, progress=progress)
+    return map_rows(classify, model, ClipCollator(feature_extractor), dataset, options, "classifying")
 
 
 def tag_rows(dataset: Dataset, labels: Sequence[str]) -> Dataset:

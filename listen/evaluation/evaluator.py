@@ -11,11 +11,11 @@ from datasets import Dataset
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..analysis import PoolAnalysis, analyse_pool, task_names
-from ..data.features import FeatureStore
 from ..data.manifest import extra_fields
 from ..data.processes import launched_processes
 from ..data.tasks import get_task
-from .generate import Prediction, generate_predictions
+from .batches import BatchOptions, split_options
+from .generate import GREEDY, Prediction, generate_predictions
 from .result import EvaluationResult
 from .scoring import TaskScores, check_references, score_task
 
@@ -26,15 +26,9 @@ def evaluate_model(
     dataset: Dataset,
     tasks: Sequence[str] | None = None,
     max_examples: int | None = None,
-    features: FeatureStore | None = None,
-    join_silence_seconds: float = 0.0,
-    batch_size: int = 8,
-    num_prompts: int | None = None,
-    num_workers: int = 0,
     spelling_mapping: Mapping[str, str] | None = None,
     num_resamples: int = 1000,
-    progress: bool = True,
-    **generate_kwargs: Any,
+    **options: Any,
 ) -> EvaluationResult:
     """Let a model answer a data set and score the answers task by task.
 
@@ -46,16 +40,11 @@ def evaluate_model(
         processor: its processor.
         dataset: rows of `listen.data.manifest`.
         tasks: keep these tasks alone.
-        max_examples: at most the first so many rows of each task.
-        features: see `generate_predictions`.
-        join_silence_seconds: see `generate_predictions`.
-        batch_size: see `generate_predictions`.
-        num_prompts: prompts k of each row; by default the processor's.
-        num_workers: see `generate_predictions`.
+        max_examples: max examples per task, the first ones.
         spelling_mapping: British to American spellings for the word error rate, see `WordErrorRate`.
         num_resamples: bootstrap resamples behind the intervals; 0 for none.
-        progress: whether to show a progress bar.
-        **generate_kwargs: passed to `model.generate`; greedy and at most 200 new tokens by default.
+        **options: fields of `BatchOptions`; all others go to `model.generate`, which is greedy and writes at most 200
+            tokens by default.
 
     Raises:
         ValueError: no rows are left, or a reference that a metric cannot use, found before anything is asked.
@@ -65,23 +54,12 @@ def evaluate_model(
     examples = _examples(dataset)
     for name in task_names(dataset["task"]):
         check_references(get_task(name), [example for example in examples if example["task"] == name])
-    generate_kwargs = {"do_sample": False, "max_new_tokens": 200, **generate_kwargs}
-    predictions = generate_predictions(
-        model,
-        processor,
-        dataset,
-        features=features,
-        join_silence_seconds=join_silence_seconds,
-        batch_size=batch_size,
-        num_prompts=num_prompts,
-        num_workers=num_workers,
-        progress=progress,
-        **generate_kwargs,
-    )
+    batch, generate_kwargs = split_options({**GREEDY, **options})
+    predictions = generate_predictions(model, processor, dataset, **batch, **generate_kwargs)
     result = EvaluationResult(predictions=[_record(e, p) for e, p in zip(examples, predictions, strict=True)])
     _score(result, examples, predictions, spelling_mapping, num_resamples)
     result.pool = _analyse(extract_model_from_parallel(model), examples, predictions)
-    result.settings = _settings(model, result.pool, predictions, batch_size, generate_kwargs)
+    result.settings = _settings(model, result.pool, predictions, BatchOptions(**batch).batch_size, generate_kwargs)
     return result
 
 

@@ -17,10 +17,12 @@ from datasets import Dataset
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..data.collator import ListenCollator
-from ..data.features import FeatureStore
-from .batches import map_rows
+from .batches import BatchOptions, map_rows, split_options
 
 logger = logging.getLogger(__name__)
+
+GREEDY = {"do_sample": False, "max_new_tokens": 200}
+"""Arguments of `generate` by which evaluations answer unless told otherwise."""
 
 
 @dataclass
@@ -58,45 +60,26 @@ def generate_predictions(
     model: PreTrainedModel,
     processor: ProcessorMixin,
     dataset: Dataset,
-    features: FeatureStore | None = None,
-    join_silence_seconds: float = 0.0,
-    batch_size: int = 8,
-    num_prompts: int | None = None,
-    num_workers: int = 0,
-    progress: bool = True,
-    **generate_kwargs: Any,
+    **options: Any,
 ) -> list[Prediction]:
-    """Let the model answer every row once.
-
-    Rows are sorted by task and length, so that a batch holds little padding and answers of like length, and dealt out
-    to the processes that `accelerate launch` started. All processes return all predictions in the data set's order.
+    """Generate the model's answer to every row once, in batches that processes share as in `map_rows`.
 
     Args:
         model: a LiSTEN model, wrapped for parallel training or not. Its mode is restored afterwards.
         processor: its processor.
         dataset: rows of `listen.data.manifest`.
-        features: store of encoder features, used in place of audio.
-        join_silence_seconds: silence between the clips of rows that join them, as in training.
-        batch_size: rows of a batch, in each process.
-        num_prompts: prompts k of each row; by default the processor's.
-        num_workers: processes that read audio ahead, for each process.
-        progress: whether the main process shows a progress bar.
-        **generate_kwargs: passed to `model.generate`, such as `num_beams=4` or `max_new_tokens=200`.
+        **options: fields of `BatchOptions`; all others go to `model.generate`, such as `num_beams=4`.
 
     Raises:
         ValueError: `batch_size` below 1, several answers asked for, or a row that cannot be read; the message names it.
         FeatureStoreError: `features` were computed by other encoders or settings, or lack a recording.
     """
     model = extract_model_from_parallel(model)
-    collator = ListenCollator(
-        processor,
-        for_generation=True,
-        num_prompts=num_prompts,
-        features=features,
-        join_silence_seconds=join_silence_seconds,
-    )
+    batch, generate_kwargs = split_options(options)
+    settings = BatchOptions(**batch)
+    collator = settings.collator(processor)
     answer = partial(_answer_batch, model, processor, answers=answer_ids(collator), generate_kwargs=generate_kwargs)
-    return map_rows(answer, model, collator, dataset, batch_size, num_workers, progress, description="answering")
+    return map_rows(answer, model, collator, dataset, settings, description="answering")
 
 
 def answer_ids(collator: ListenCollator) -> tuple[int, int] | None:

@@ -18,11 +18,12 @@ from ..data.chat_models import ChatModelError
 from ..data.manifest import extra_fields
 from ..data.processes import launched_processes
 from ..data.tasks import get_task
+from .batches import split_options
 from .bert_score import BertScore
 from .cascade import tag_rows
 from .confidence import bootstrap_intervals
 from .embeddings import pooled_embeddings
-from .generate import generate_predictions
+from .generate import GREEDY, generate_predictions
 from .judge import JudgeItem, Judgement
 from .metrics import Classification, Rouge, RowMetric
 from .probe import Probe, plot_embeddings, probe_groups, probe_split
@@ -101,11 +102,8 @@ def evaluate_responses(
     recognise: Recogniser | None = None,
     bert_score: BertScore | None = None,
     judge: Callable[[Sequence[JudgeItem]], Judgement] | None = None,
-    batch_size: int = 8,
-    num_prompts: int | None = None,
     num_resamples: int = 1000,
-    progress: bool = True,
-    **generate_kwargs: Any,
+    **options: Any,
 ) -> ResponseEvaluation:
     """Evaluate as SpeechEmotionLlama does (arXiv 2410.01162, section 4).
 
@@ -127,17 +125,15 @@ def evaluate_responses(
         bert_score: the metric over some text model; no BERTScore without.
         judge: scores answers, such as `functools.partial(judge_responses, LocalChatModel(...))`; it needs the fields
             `transcript` and `emotion` in the rows. No such scores without.
-        batch_size: rows of a batch, in each process.
-        num_prompts: prompts k of each row; by default the processor's.
         num_resamples: bootstrap resamples behind the intervals; 0 for none.
-        progress: whether to show progress bars.
-        **generate_kwargs: passed to `model.generate`; greedy and at most 200 new tokens by default.
+        **options: fields of `BatchOptions`; all others go to `model.generate`, which is greedy and writes at most 200
+            tokens by default.
 
     Raises:
         ValueError: neither rows to answer nor emotions, a row that a judge needs more of, or emotions that are none of
             the classes; found before anything is asked.
     """
-    generate_kwargs = {"do_sample": False, "max_new_tokens": 200, **generate_kwargs}
+    batch, generate_kwargs = split_options({**GREEDY, **options})
     asked = _responses(dataset if references is None else references)
     result = ResponseEvaluation(system, settings={"generation": generate_kwargs, "num_responses": len(asked)})
     if references is not None and not len(asked):
@@ -149,19 +145,17 @@ def evaluate_responses(
     learned = None if probe_train is None or heard is None else emotion_rows(probe_train, _classes(heard))
     _check(asked, judged=judge is not None)
     told = None if recognise is None or heard is None else scores_of(heard, recognise(heard), num_resamples)
-    options = {"batch_size": batch_size, "progress": progress}
     if len(asked):
         rows = asked if recognise is None else tag_rows(asked, recognise(asked))
-        predictions = generate_predictions(
-            model, processor, rows, num_prompts=num_prompts, **options, **generate_kwargs
-        )
+        predictions = generate_predictions(model, processor, rows, **batch, **generate_kwargs)
         _score_responses(result, asked, [p.text for p in predictions], bert_score, num_resamples)
     if heard is not None:
+        # 8 rows, the batch size of the answers
         scores = told or recognise_emotions(
-            model, processor, heard, num_resamples=num_resamples, num_prompts=num_prompts, **options
+            model, processor, heard, num_resamples=num_resamples, **{"batch_size": 8, **batch}
         )
         if recognise is None:
-            _probe(result, model, processor, heard, learned, num_resamples, options)
+            _probe(result, model, processor, heard, learned, num_resamples, batch)
         _add_emotions(result, heard, scores)
     # last: it may take hours on one process, for which the others must not wait
     if judge is not None and result.responses and launched_processes().is_main_process:

@@ -17,10 +17,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..data.collator import ListenCollator
-from ..data.features import FeatureStore
 from ..data.manifest import FEATURES, extra_fields
 from ..data.tasks import get_task
-from .batches import map_rows
+from .batches import BatchOptions, map_rows
 from .confidence import bootstrap_intervals
 from .metrics import Classification
 from .metrics.label_parser import LabelParser, plain_words
@@ -182,12 +181,7 @@ def score_answers(
     processor: ProcessorMixin,
     dataset: Dataset,
     answers: Sequence[str],
-    features: FeatureStore | None = None,
-    join_silence_seconds: float = 0.0,
-    batch_size: int = 4,
-    num_prompts: int | None = None,
-    num_workers: int = 0,
-    progress: bool = True,
+    **options: Any,
 ) -> np.ndarray:
     """How likely each of the answers is for every row.
 
@@ -201,12 +195,8 @@ def score_answers(
         processor: its processor.
         dataset: rows of `listen.data.manifest`; their own responses are not read.
         answers: two or more different texts.
-        features: store of encoder features, used in place of audio.
-        join_silence_seconds: silence between the clips of rows that join them, as in training.
-        batch_size: rows of a batch, in each process; the LLM runs over so many rows for each of the answers.
-        num_prompts: prompts k of each row; by default the processor's.
-        num_workers: processes that read audio ahead, for each process.
-        progress: whether the main process shows a progress bar.
+        **options: fields of `BatchOptions`. `batch_size` is 4 by default, as the LLM runs over so many rows for each of
+            the answers.
 
     Returns:
         `(rows, answers)` natural logarithms, float64.
@@ -218,15 +208,10 @@ def score_answers(
     if len(set(answers)) < max(2, len(answers)):
         raise ValueError(f"answers={list(answers)} must be two or more different texts")
     model = extract_model_from_parallel(model)
-    collator = ListenCollator(
-        processor,
-        for_generation=True,
-        num_prompts=num_prompts,
-        features=features,
-        join_silence_seconds=join_silence_seconds,
-    )
-    weigh = partial(_score_batch, model, _answer_ids(collator, answers))
-    rows = map_rows(weigh, model, collator, dataset, batch_size, num_workers, progress, description="weighing answers")
+    settings = BatchOptions(**{"batch_size": 4, **options})
+    collator = settings.collator(processor)
+    score = partial(_score_batch, model, _answer_ids(collator, answers))
+    rows = map_rows(score, model, collator, dataset, settings, description="scoring answers")
     return np.array(rows, dtype=np.float64)
 
 

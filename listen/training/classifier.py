@@ -26,7 +26,7 @@ from .classifier_arguments import (
     ClassifierTrainingArguments,
 )
 from .datasets import load
-from .run import MODEL_FOLDER, checkpoint_to_resume
+from .run import checkpoint_to_resume, train_and_save
 from .run_folder import write_run_folder
 from .values import ArgumentError
 
@@ -202,20 +202,14 @@ def _build_trainer(
 
 
 def _run(trainer: Trainer, extractor: ListenAudioClassificationFeatureExtractor) -> ClassifierResult:
-    output = trainer.train(resume_from_checkpoint=checkpoint_to_resume(trainer.args))
-    trainer.save_state()
-    trainer.save_metrics("train", output.metrics)
-    folder = Path(trainer.args.output_dir) / MODEL_FOLDER
-    trainer.save_model(str(folder))
-    if trainer.args.should_save:
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which no model needs
+    folder, metrics = train_and_save(trainer, checkpoint_to_resume(trainer.args))
     eval_metrics: dict[str, float] = {}
     if trainer.eval_dataset is not None:
         eval_metrics = trainer.evaluate()
         trainer.save_metrics("eval", eval_metrics)
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
     history = list(trainer.state.log_history)
-    return ClassifierResult(model, extractor, folder, output.metrics, eval_metrics, history)
+    return ClassifierResult(model, extractor, folder, metrics, eval_metrics, history)
 
 
 def _load(sources: Sequence[DataSource], arguments: ClassifierDataArguments, seed: int) -> Dataset:

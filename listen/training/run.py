@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
@@ -182,27 +182,37 @@ def run_trainer(trainer: ListenTrainer) -> TrainResult:
         ArgumentError: the checkpoint to go on from holds the model alone.
         ValueError: it was trained over other backbones.
     """
-    arguments, checkpoint = trainer.args, checkpoint_to_resume(trainer.args)
+    checkpoint = checkpoint_to_resume(trainer.args)
     if checkpoint is not None:
         config = trainer.model.config_class.from_pretrained(checkpoint)
         trainer.model.check_same_backbones(checkpoint, config)
-    output = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_state()
-    trainer.save_metrics("train", output.metrics)
-    folder = Path(arguments.output_dir) / MODEL_FOLDER
-    trainer.save_model(str(folder))
-    if arguments.should_save:
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which no model needs
+    folder, metrics = train_and_save(trainer, checkpoint)
     eval_metrics = _evaluate(trainer)
     model = trainer.accelerator.unwrap_model(trainer.model)
     return TrainResult(
         model=model.eval(),
         processor=trainer.processing_class,
         model_folder=folder,
-        metrics=output.metrics,
+        metrics=metrics,
         eval_metrics=eval_metrics,
         history=list(trainer.state.log_history),
     )
+
+
+def train_and_save(trainer: Trainer, checkpoint: str | None) -> tuple[Path, dict[str, float]]:
+    """Train from the start or from a checkpoint, and save the model and the state of the run.
+
+    Returns:
+        The folder of the model, and the Trainer's training metrics.
+    """
+    output = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_state()
+    trainer.save_metrics("train", output.metrics)
+    folder = Path(trainer.args.output_dir) / MODEL_FOLDER
+    trainer.save_model(str(folder))
+    if trainer.args.should_save:
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which no model needs
+    return folder, output.metrics
 
 
 def _evaluate(trainer: ListenTrainer) -> dict[str, float]:
