@@ -3,7 +3,7 @@
     python benchmarks/full_size.py --preset listen-llama3-8b --batch 8
     python benchmarks/full_size.py --preset listen-tiny --device cpu --dtype float32
 
-The baseline is the LLM on embeddings of as many positions, given as they are: what hearing and the prompts cost comes
+The baseline is the LLM on embeddings of as many positions, given as they are: the cost of audio and prompts comes
 on top of it. A training step runs the encoders, goes backwards through the frozen LLM to the adapter, and updates that.
 """
 
@@ -23,7 +23,7 @@ from listen.processing_listen import feature_extractor_for
 
 
 def build(options: Namespace) -> ListenForConditionalGeneration:
-    """The preset with random weights, made on the device: frozen backbones in `dtype`, what learns in float32."""
+    """The preset with random weights, made on the device: frozen ones in `dtype`, trainable ones in float32."""
     config = ListenConfig.from_preset(options.preset)
     if config.audio_token_id is None:
         config.audio_token_id, config.prompt_token_id = (config.get_text_config().vocab_size + i for i in range(2))
@@ -104,9 +104,9 @@ def report_rates(model: ListenForConditionalGeneration, rows: list[Measurement],
     table.add_row("trainable", f"{sum(p.numel() for p in parameters if p.requires_grad):,}")
     table.add_row("weights", f"{sum(p.nbytes for p in parameters) / MIB:,.0f} MiB")
     table.add_row("training", f"{options.batch / step.seconds:.2f} samples/s")
-    table.add_row("answer", f"{options.batch * options.new_tokens / answer.seconds:.1f} tokens/s, hearing included")
-    heard = options.batch * options.seconds
-    table.add_row("real-time factor", f"{answer.seconds / heard:.4f} (seconds of work for a second of audio)")
+    table.add_row("answer", f"{options.batch * options.new_tokens / answer.seconds:.1f} tokens/s, encoding included")
+    audio_seconds = options.batch * options.seconds
+    table.add_row("real-time factor", f"{answer.seconds / audio_seconds:.4f} (seconds of work for a second of audio)")
     if options.device.startswith("cuda"):
         table.add_row("peak memory in all", f"{torch.cuda.max_memory_reserved(options.device) / MIB:,.0f} MiB")
     Console(width=120).print(table)

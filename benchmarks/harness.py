@@ -32,7 +32,7 @@ class Measurement:
         seconds: Median wall time of a run.
         fastest: Shortest run.
         slowest: Longest run.
-        peak_bytes: Memory a run needs at most beyond what was there before; `None` where it cannot be told.
+        peak_bytes: Memory a run needs at most beyond what was there before; `None` where it cannot be measured.
     """
 
     name: str

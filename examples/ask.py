@@ -24,7 +24,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--task", help="name of a task in place of a question: asr, er, sv, en2zh, acap ...")
     parser.add_argument("--num-prompts", type=int, help="prompts to pick from the pool (default: the model's)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer, in tokens")
-    parser.add_argument("--max-audio-seconds", type=float, help="cut longer files to it (default: hear all)")
+    parser.add_argument("--max-audio-seconds", type=float, help="cut longer files to it (default: all of it)")
     parser.add_argument("--number-clips", action="store_true", help="write `Clip 1:`, `Clip 2:` ... before the files")
     parser.add_argument("--show-prompts", action="store_true", help="also print which prompts were picked")
     return parser.parse_args()

@@ -90,8 +90,8 @@ CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'user' -%}"
     "{%- set bare = message['content'] | replace('<|audio|> ', '<|audio|>') -%}"
-    "{%- set heard = bare | replace('<|audio|>', '<Speech><|audio|> </Speech> ') -%}"
-    "{{ 'USER: ' + heard | trim + '\n' }}"
+    "{%- set marked = bare | replace('<|audio|>', '<Speech><|audio|> </Speech> ') -%}"
+    "{{ 'USER: ' + marked | trim + '\n' }}"
     "{%- elif message['role'] == 'assistant' -%}"
     "{{ 'ASSISTANT: ' }}{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}{{ '\n' }}"
     "{%- else -%}{{ message['content'] + '\n' }}{%- endif -%}"
@@ -189,8 +189,8 @@ def published_settings(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConversionError: it asks for a model without the window-level Q-Former.
     """
-    told = (checkpoint.get("config") or {}).get("model") or {}
-    settings = {name: told.get(name, default) for name, default in SETTINGS.items()}
+    stated = (checkpoint.get("config") or {}).get("model") or {}
+    settings = {name: stated.get(name, default) for name, default in SETTINGS.items()}
     for name in ("use_speech_Qformer", "window_level_Qformer"):
         if not settings[name]:
             raise ConversionError(f"config.model.{name}={settings[name]!r} is not supported, True is needed.")

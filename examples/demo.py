@@ -1,4 +1,4 @@
-"""The first run, from nothing to a model that hears: `make demo`, or `python examples/demo.py`.
+"""The first run, from nothing to a model with audio input: `make demo`, or `python examples/demo.py`.
 
 Synthesises the built-in corpus, caches what the frozen encoders make of it, trains a LiSTEN adapter on six tasks,
 evaluates it on speakers and sentences that it never met, and asks it three questions about wav files. Everything lands
@@ -48,7 +48,7 @@ def main() -> None:
     torch.set_num_threads(run.training.num_threads or 1)
     console.rule("1  The corpus")
     build_corpus(CORPUS, num_workers=min(2, os.cpu_count() or 1))
-    console.rule("2  What the frozen encoders hear")
+    console.rule("2  What the frozen encoders give")
     features = cache_features(run)
     console.rule("3  Training the adapter")
     started = time.perf_counter()

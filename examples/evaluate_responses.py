@@ -62,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--judge-endpoint", metavar="URL", help="OpenAI-compatible endpoint of the judge, up to /v1")
     parser.add_argument("--judge-max-new-tokens", type=int, default=256, help="longest verdict")
     parser.add_argument("--seed", type=int, default=0, help="of the order in which answers are judged")
-    parser.add_argument("--max-examples", type=int, help="at most so many rows to answer and so many others")
+    parser.add_argument("--max-examples", type=int, help="max examples to answer, and max other examples")
     parser.add_argument("--batch-size", type=int, default=8, help="rows of a batch, in each process")
     parser.add_argument("--num-prompts", type=int, help="prompts k; by default the processor's")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="longest answer")

@@ -119,7 +119,7 @@ def target_arguments(split: str) -> list[str]:
 
 
 def keep_neutral(kind: str) -> None:
-    """Write the rows of neutral voices beside the others: Baseline 1 never hears an emotion."""
+    """Write the rows of neutral voices beside the others: Baseline 1 is trained without emotional speech."""
     folder = FOLDER / "targets" / "train"
     lines = (folder / f"{kind}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     neutral = [line for line in lines if json.loads(line)["emotion"] == "neutral"]

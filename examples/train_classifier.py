@@ -21,7 +21,7 @@ from listen.training.classifier_arguments import CLASSIFIER_SECTIONS
 
 
 def main() -> None:
-    """Parse the command line, train, and say how well held-out rows are told."""
+    """Parse the command line, train, and print how well held-out rows are classified."""
     if "--help" in sys.argv or "-h" in sys.argv:
         print(__doc__)
         return

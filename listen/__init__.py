@@ -1,4 +1,4 @@
-"""LiSTEN: a frozen text LLM that hears, through frozen encoders and a small learned adapter.
+"""LiSTEN: a frozen text LLM with audio input, through frozen encoders and a small trained adapter.
 
 Importing the package registers its classes with the Auto classes and `pipeline("audio-llm")` of transformers.
 """

@@ -25,7 +25,7 @@ class ListenAudioClassificationFeatureExtractor(ListenFeatureExtractor):
 
     def __init__(self, num_fbank_bins: int | None = None, **kwargs: object) -> None:
         if num_fbank_bins:
-            raise ValueError(f"num_fbank_bins={num_fbank_bins}, but the classifier hears no filter bank; leave it out")
+            raise ValueError(f"num_fbank_bins={num_fbank_bins}, but the classifier uses no filter bank; leave it out")
         super().__init__(num_fbank_bins=None, **kwargs)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Text versions of the tasks of behavioural alignment: the answer depends on the emotion that is named, or heard."""
+"""Text versions of the tasks of behavioural alignment: the answer depends on the emotion, named or in the voice."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from listen.modeling_beats import BeatsModel
 from tiny_backbones.clips import FRAME_SECONDS, SceneClips, SpeechClips, emotion_index, length_batches, pad_features
 from tiny_backbones.language_model import cosine_schedule
 
-ATTRIBUTES = (tuple(REGISTERS), tuple(TIMBRES), tuple(SIZES))  # accents are heard by the speech encoder
+ATTRIBUTES = (tuple(REGISTERS), tuple(TIMBRES), tuple(SIZES))  # accents are left to the speech encoder
 EVENT_LABELS = (*EVENTS, "speech")
 
 

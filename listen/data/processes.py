@@ -10,7 +10,7 @@ from accelerate.utils import parse_flag_from_env
 def launched_processes() -> PartialState:
     """The processes that a launcher started, this one's place among them, and its device.
 
-    accelerate takes processes on the CPU for single ones unless it is told that the CPU is meant.
+    accelerate takes processes on the CPU for single ones unless `cpu=True` is passed.
     """
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     return PartialState(cpu=on_cpu)

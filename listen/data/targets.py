@@ -54,7 +54,7 @@ class TargetKind:
 
     Attributes:
         task: task of its rows.
-        tagged: whether the LLM is told the emotion.
+        tagged: whether the LLM's input names the emotion.
         source: field of the utterance that is the response; `None` where the LLM writes it.
     """
 
@@ -139,7 +139,7 @@ def generate_targets(
     _check(utterances, kinds, llm, options)
     settings = _settings(llm, seed, share_answers)
     if state.is_main_process:
-        _claim(folder, settings)
+        _check_settings(folder, settings)
     state.wait_for_everyone()
     requests = _requests(utterances, kinds, share_answers)
     done = _read_answers(folder)
@@ -199,7 +199,7 @@ def _settings(llm: ChatModel | None, seed: int, share_answers: bool) -> dict[str
     return {"llm": llm.describe(), "seed": seed, "share_answers": share_answers, "instructions": instructions}
 
 
-def _claim(folder: Path, settings: dict[str, Any]) -> None:
+def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Write the settings, or compare them with those of the folder, so that it never mixes LLMs."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / SETTINGS_FILE

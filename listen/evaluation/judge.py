@@ -1,8 +1,8 @@
 """An LLM as judge of spoken dialogue: two scores from 1 to 10, one for the answer and one for its feeling.
 
-The rubrics below are all that a judge is told. It reads what was said, not what was heard; each answer is judged for
-one thing at a time, in a request of its own, the requests in an order drawn by a seed, so that neither the place of an
-answer nor its other score sways a judge. A verdict that names no score, or several, is counted and left out: no score
+A judge gets the rubrics below and the texts, no audio. Each answer is judged for one thing at a time, in a request of
+its own, the requests in an order drawn by a seed, so that neither the place of an answer nor its other score sways a
+judge. A verdict that names no score, or several, is counted and left out: no score
 is ever guessed.
 """
 
@@ -64,7 +64,7 @@ scale:
 
 Give one sentence of reasons. Then write, on a last line of its own, the score as a whole number: Score: N""",
 }
-"""What a judge is told for each of the two scores."""
+"""Instructions of a judge for each of the two scores."""
 
 LOWEST, HIGHEST = 1, 10
 _SCORE = re.compile(

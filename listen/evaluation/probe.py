@@ -20,7 +20,7 @@ from ..analysis.queries import project_queries, query_clusters
 
 @dataclass(frozen=True)
 class Probe:
-    """How well a linear classifier told the classes of examples that it was not trained on.
+    """Predictions of a linear classifier for examples that it was not trained on.
 
     Attributes:
         truths: class of each tested example.
@@ -79,7 +79,7 @@ def probe_split(
 def probe_groups(
     embeddings: np.ndarray, labels: Sequence[str], groups: Sequence[str | None], folds: int = 5, strength: float = 1.0
 ) -> Probe:
-    """Test every example once, by a probe that heard no example of its group.
+    """Test every example once, by a probe that was trained on no example of its group.
 
     Args:
         embeddings: `(examples, width)`.

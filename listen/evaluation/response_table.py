@@ -1,6 +1,6 @@
 """The table of SpeechEmotionLlama (arXiv 2410.01162, Table I) over any systems: Markdown, CSV and a picture.
 
-Also which of that paper's orderings the figures show. Systems are told by their names there: `Baseline 1`,
+Also which of that paper's orderings the figures show. Systems are recognised by these names: `Baseline 1`,
 `Cascade + Baseline 1`, `Baseline 2`, `Cascade + Baseline 2`, `v1`, `v2`, `v3`; others are rows of the table alone.
 """
 

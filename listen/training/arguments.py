@@ -80,7 +80,7 @@ class ModelArguments:
         if unknown:
             raise ArgumentError(f"model.revisions names {unknown}; the backbones are {', '.join(sources[1:])}")
         if self.trainable is not None and not self.trainable:
-            raise ArgumentError("model.trainable=[] names no part; leave it out, or name what learns")
+            raise ArgumentError("model.trainable=[] names no part; leave it out, or name the parts to train")
 
 
 @dataclass

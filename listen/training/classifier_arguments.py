@@ -53,8 +53,8 @@ class ClassifierDataArguments:
         label_field: field of a row that names its class: `response`, or one beyond the schema such as `emotion`.
         speaker_field: field that names the speaker.
         held_out_speakers: share of the training speakers whose rows are kept for evaluation, where `eval` is empty.
-        precompute: whether the frozen encoder hears each clip once, before training, its averaged states kept in
-            memory; otherwise it hears them in each epoch.
+        precompute: whether the frozen encoder runs over each clip once, before training, and its averaged states
+            are kept in memory; otherwise it runs in each epoch.
         check_files: whether a missing audio file is an error before training starts.
     """
 

@@ -1,7 +1,7 @@
 """Behavioural alignment by distillation: the speech input shall lead the LLM where the text input leads it.
 
 The teacher is the same frozen LLM without adapters. It reads the words of the recording, with the emotion named, under
-the instruction by which targets are made, then the response; the student hears the recording. Where the next-token loss
+the instruction by which targets are made, then the response; the student gets the recording. Where the next-token loss
 knows one right token at each place of the response, the teacher's whole distribution is the target here (Hinton et al.,
 arXiv 1503.02531).
 """
