@@ -168,9 +168,10 @@ class ListenConnectorConfig(_StrictConfig):
         """
         if self.type == "conv_rotary":
             return -(-frames // self.embedding_frames(frame_seconds))
-        size, stride = self.window_frames(frame_seconds), self.stride_frames(frame_seconds)
-        windows = max(0, (frames - size) // stride + 1) if self.salmonn_compat else -(-frames // size)
-        return windows * self.num_queries
+        size = self.window_frames(frame_seconds)
+        if not self.salmonn_compat:  # windows follow each other, the last one may be short
+            return -(-frames // size) * self.num_queries
+        return max(0, (frames - size) // self.stride_frames(frame_seconds) + 1) * self.num_queries
 
     def _check_fields(self) -> None:
         for name, reader in _FIELDS_OF_CONNECTORS.items():

@@ -16,9 +16,9 @@ from .feature_extraction_listen import ListenFeatureExtractor, speech_settings
 class ListenAudioClassificationFeatureExtractor(ListenFeatureExtractor):
     """`ListenFeatureExtractor` for `ListenForAudioClassification`, without the filter bank of BEATs.
 
-    A clip of more than `chunk_seconds` takes several rows; `chunk_counts` tells the model how many, so that it gives
-    one answer a clip. Rows are filled with zeros up to a whole chunk, as the batches of
-    `pipeline("audio-classification")` need rows of one width; the model cuts off again what no row fills.
+    A clip of more than `chunk_seconds` takes several rows; `chunk_counts` holds their number, so that the model
+    gives one answer for each clip. Rows are padded with zeros to a whole chunk, as `pipeline("audio-classification")`
+    needs rows of one width; the model removes padding that all rows share.
     """
 
     model_input_names = ["input_features", "input_features_mask", "chunk_counts"]

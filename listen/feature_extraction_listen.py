@@ -39,25 +39,25 @@ _ORIGIN = ("auto_map", "processor_class", "name_or_path")
 
 
 class ListenFeatureExtractor(SequenceFeatureExtractor):
-    """Log-mel features for the speech encoder and Kaldi filter banks for BEATs, with masks that tell real frames.
+    """Log-mel features for the speech encoder and Kaldi filter banks for BEATs, with masks of real frames.
 
-    Clips longer than `chunk_seconds` are cut into pieces of that length; the pieces of all clips are the rows of the
-    result, in order. Clips too short for one token of either encoder are followed by silence.
+    Clips longer than `chunk_seconds` are split into chunks of that length; the chunks of all clips are the rows of the
+    result, in order. Clips too short for one token of either encoder are padded with silence.
 
     Args:
         feature_size (`int`): Log-mel bins: 80, or 128 for Whisper large-v3.
-        sampling_rate (`int`): Samples a second that the encoders expect.
+        sampling_rate (`int`): Sampling rate in Hz that the encoders expect.
         hop_length (`int`): Samples between log-mel frames.
         n_fft (`int`): Samples in a log-mel window.
-        chunk_seconds (`float`): Longest piece; Whisper has positions for 30 s.
+        chunk_seconds (`float`): Maximum length of a chunk; Whisper has positions for 30 s.
         num_fbank_bins (`int` or `None`): Bins of the BEATs filter bank; 0 or `None` leaves that stream out.
         fbank_mean, fbank_std (`float`): The filter bank is returned as `(x - fbank_mean) / (2 * fbank_std)`.
-        pad_to_30s (`bool`): Pad log-mel input with silence to `chunk_seconds`, as Whisper was trained. The mask still
-            tells the frames of the clip.
-        speech_downsampling (`int`): Log-mel frames for one frame of the speech encoder.
+        pad_to_30s (`bool`): Pad log-mel input with silence to `chunk_seconds`, as Whisper was trained. The mask is
+            still 1 on the clip's frames only.
+        speech_downsampling (`int`): Log-mel frames per frame of the speech encoder.
         patch_size (`int`): Side of a BEATs patch, in bins and frames.
         speech_features (`dict`, *optional*): Settings of the transformers feature extractor that a speech encoder other
-            than Whisper was trained with, see `speech_features`; it makes `input_features` in place of log-mel.
+            than Whisper was trained with, see `speech_features()`; it computes `input_features` in place of log-mel.
         speech_geometry (`dict`, *optional*): Steps from samples to frames of that encoder, see `geometry_listen`.
 
     Raises:
@@ -139,7 +139,7 @@ class ListenFeatureExtractor(SequenceFeatureExtractor):
 
     @property
     def geometry(self) -> EncoderGeometry:
-        """The way from samples to the frames of the speech encoder."""
+        """Steps from samples to frames of the speech encoder."""
         if self.speech_geometry is not None:
             return EncoderGeometry.from_dict(self.speech_geometry)
         hop, step = self.hop_length, self.speech_downsampling
@@ -147,12 +147,12 @@ class ListenFeatureExtractor(SequenceFeatureExtractor):
 
     @property
     def time_axis(self) -> int:
-        """Axis of `input_features` along which time runs: 2 in log-mel, 1 in all others."""
+        """Time axis of `input_features`: 2 for log-mel, 1 for all others."""
         return 2 if self.speech_features is None else 1
 
     @property
     def is_fixed_length(self) -> bool:
-        """Whether `input_features` are of one length whatever the clips."""
+        """Whether `input_features` have the same length for all clips."""
         return self.pad_to_30s or "max_length" in (self.speech_features or {})
 
     @property
@@ -162,7 +162,7 @@ class ListenFeatureExtractor(SequenceFeatureExtractor):
 
     @property
     def min_samples(self) -> int:
-        """Samples below which a chunk is followed by silence: one frame of speech, and one row of BEATs patches."""
+        """Minimum samples of a chunk, padded with silence: one frame of speech, and one row of BEATs patches."""
         whisper = self.speech_features is None
         speech = max(self.n_fft, self.hop_length) if whisper else self.geometry.min_samples
         if not self.num_fbank_bins:
@@ -171,13 +171,13 @@ class ListenFeatureExtractor(SequenceFeatureExtractor):
         return max(speech, window + (self.patch_size - 1) * shift)
 
     def num_chunks(self, num_samples: int) -> int:
-        """Rows that a clip of `num_samples` samples takes in the batch."""
+        """Rows of a clip of `num_samples` samples in the batch."""
         if num_samples < 1:
             raise ValueError(f"A clip needs at least one sample, got num_samples={num_samples}.")
         return -(-num_samples // self.chunk_samples)
 
     def chunk_lengths(self, num_samples: int) -> list[int]:
-        """Samples of each chunk of a clip, the silence after a short one counted in."""
+        """Samples of each chunk of a clip, including the silence after a short one."""
         last = num_samples - (self.num_chunks(num_samples) - 1) * self.chunk_samples
         return [self.chunk_samples] * (self.num_chunks(num_samples) - 1) + [max(last, self.min_samples)]
 
@@ -356,20 +356,20 @@ def speech_features(config: PreTrainedConfig, source: str | None = None, **hub: 
         ):
             extractor = AutoFeatureExtractor.from_pretrained(source, **hub)
         else:
-            logger.warning(f"{source} has no {_SETTINGS_FILES[0]}; its features are made as usual for such a model")
+            logger.warning(f"{source} has no {_SETTINGS_FILES[0]}; using the default features of such a model")
     extractor = _usual_extractor(config) if extractor is None else extractor
     _check_fits(config, extractor, source or "the feature extractor")
     return {name: value for name, value in extractor.to_dict().items() if name not in _ORIGIN}
 
 
 def speech_settings(config: PreTrainedConfig) -> dict[str, Any]:
-    """Arguments of `ListenFeatureExtractor` that the speech encoder of a model's config asks for.
+    """Arguments of `ListenFeatureExtractor` for the speech encoder of a model's config.
 
     Args:
         config: A config with `speech_config`, `base_models` and `pad_to_30s`.
 
     Raises:
-        ValueError: the extractor beside the encoder's checkpoint does not fit it.
+        ValueError: the extractor in the encoder's checkpoint does not fit it.
     """
     speech, geometry = config.speech_config, speech_geometry(config.speech_config)
     settings: dict[str, Any] = {"chunk_seconds": geometry.chunk_seconds}
@@ -394,14 +394,14 @@ def backbone_place(config: PreTrainedConfig, backbone: str) -> tuple[str, dict[s
 
 
 def extract_speech(settings: dict[str, Any], chunks: list[np.ndarray]) -> torch.Tensor:
-    """Features of pieces of audio, as the encoder takes them.
+    """Features of chunks of audio for the encoder.
 
     Args:
-        settings: What `speech_features` gave.
+        settings: What `speech_features` returns.
         chunks: One-dimensional float32 arrays.
 
     Returns:
-        `(chunks, samples)` or `(chunks, frames, bins)`, float32, zero where a piece has ended.
+        `(chunks, samples)` or `(chunks, frames, bins)`, float32, zero after the end of a chunk.
     """
     extractor = _extractor(json.dumps(settings, sort_keys=True))
     features = extractor(chunks, sampling_rate=SAMPLING_RATE, padding=True, return_attention_mask=True)
@@ -409,7 +409,7 @@ def extract_speech(settings: dict[str, Any], chunks: list[np.ndarray]) -> torch.
 
 
 def _check_settings(settings: dict[str, Any]) -> None:
-    """Raise a `ValueError` where settings are not those of an extractor that transformers has."""
+    """Raise a `ValueError` for settings of an extractor that is not supported."""
     name = settings.get("feature_extractor_type")
     known = {_WAVEFORM_EXTRACTOR, *_EXTRACTORS.values()}
     if name not in known:

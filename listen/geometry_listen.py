@@ -25,14 +25,13 @@ Step = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class EncoderGeometry:
-    """The way from samples to frames.
+    """Steps from samples to frames.
 
     Attributes:
-        features: `(kernel, stride, padding)` of each step of the feature extractor; none where the encoder reads
-            samples.
-        encoder: Likewise of the encoder's own steps.
-        frames_per_step: Frames of one step: 1, the frequency patches of a spectrogram transformer, or what SEW pools.
-        chunk_seconds: Longest piece of audio that the encoder takes.
+        features: `(kernel, stride, padding)` of each step of the feature extractor; none if the encoder reads samples.
+        encoder: The same for the encoder's own steps.
+        frames_per_step: Frames of one step: 1, the frequency patches of a spectrogram transformer, or SEW's pooling.
+        chunk_seconds: Maximum length of audio that the encoder takes.
     """
 
     features: tuple[Step, ...]
@@ -42,21 +41,21 @@ class EncoderGeometry:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> EncoderGeometry:
-        """The geometry that `to_dict` wrote, lists of JSON taken for tuples."""
+        """The geometry that `to_dict` wrote, with JSON lists as tuples."""
         steps = {name: tuple(map(tuple, fields[name])) for name in ("features", "encoder")}
         return cls(**{**fields, **steps})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain fields, as they stand in JSON."""
+        """Plain fields for JSON."""
         fields = asdict(self)
         return {name: [*map(list, value)] if isinstance(value, tuple) else value for name, value in fields.items()}
 
     def num_inputs(self, num_samples: int) -> int:
-        """Positions that the encoder's input has for a piece of audio."""
+        """Positions of the encoder's input for a piece of audio."""
         return _after(self.features, num_samples)
 
     def num_outputs(self, num_inputs: int) -> int:
-        """Frames that the encoder makes of so many input positions."""
+        """Frames that the encoder returns for so many input positions."""
         return _after(self.encoder, num_inputs) * self.frames_per_step
 
     def num_frames(self, num_samples: int) -> int:
@@ -76,7 +75,7 @@ class EncoderGeometry:
 
     @property
     def min_samples(self) -> int:
-        """Samples that one frame takes."""
+        """Samples of one frame."""
         length = 1
         for kernel, stride, padding in reversed((*self.features, *self.encoder)):
             length = max((length - 1) * stride + kernel - 2 * padding, 1)
@@ -98,24 +97,24 @@ def speech_geometry(config: PreTrainedConfig) -> EncoderGeometry:
 
 
 def speech_width(config: PreTrainedConfig) -> int:
-    """Width of a speech encoder's frames, behind the adapter that some checkpoints of the wav2vec2 family carry."""
+    """Width of a speech encoder's frames, after the adapter that some checkpoints of the wav2vec2 family have."""
     adapted = getattr(config, "add_adapter", False) and getattr(config, "output_hidden_size", None)
     return adapted or config.hidden_size
 
 
 def audio_step(speech: EncoderGeometry, patch_size: int, num_mel_bins: int) -> Fraction:
-    """Frames of BEATs that go by during one frame of the speech encoder."""
+    """BEATs tokens per frame of the speech encoder."""
     beats = Fraction(_FBANK[0][1] * patch_size, num_mel_bins // patch_size)  # samples from one token to the next
     return speech.frame_samples / beats
 
 
 def num_resampled(frames: int, step: Fraction) -> int:
-    """Frames that are left of `frames` at one for each `step` of them, the last one perhaps begun only."""
+    """Frames that remain of `frames` when one is kept for each `step` of them; the last step may be incomplete."""
     return ceil(frames / step)
 
 
 def _after(steps: Sequence[Step], length: int) -> int:
-    """Length behind strided steps, by the arithmetic of `torch.nn.Conv1d`; 0 where nothing fits."""
+    """Length after strided steps, as `torch.nn.Conv1d` computes it; 0 for too short an input."""
     for kernel, stride, padding in steps:
         length = max((length + 2 * padding - kernel) // stride + 1, 0)
     return length
@@ -135,13 +134,13 @@ def _waveform(config: PreTrainedConfig) -> EncoderGeometry:
 
 
 def _squeezed(config: PreTrainedConfig) -> EncoderGeometry:
-    """SEW pools some frames for its layers and gives as many for each pooled one."""
+    """SEW pools frames for its layers and expands them again after."""
     squeeze = config.squeeze_factor
     return EncoderGeometry((), (*_waveform(config).encoder, (squeeze, squeeze, 0)), frames_per_step=squeeze)
 
 
 def _stacked_fbank(config: PreTrainedConfig) -> EncoderGeometry:
-    """Two frames of the filter bank side by side are one position of Wav2Vec2-BERT, 20 ms."""
+    """Wav2Vec2-BERT stacks two frames of the filter bank into one position, 20 ms."""
     padding = config.adapter_stride // 2
     return EncoderGeometry((*_FBANK, (2, 2, 0)), _adapter(config, padding))
 

@@ -1,4 +1,4 @@
-"""`pipeline("audio-llm")`: questions about clips in, answers out."""
+"""`pipeline("audio-llm")`: answers to questions about clips."""
 
 import difflib
 from collections.abc import Iterator, Sized
@@ -82,13 +82,13 @@ class ListenPipeline(Pipeline):
     _default_generation_config = GenerationConfig(max_new_tokens=256)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.pop("local_files_only", None)  # `pipeline()` has used it
+        kwargs.pop("local_files_only", None)  # used by `pipeline()` already
         super().__init__(*args, **kwargs)
         if self.processor is None:
             raise ValueError("the pipeline needs the model's processor; pass processor=ListenProcessor...")
         self._generation_defaults["pad_token_id"] = self.processor.tokenizer.pad_token_id
         for info in (getattr(self.model.config, "custom_pipelines", None) or {}).values():
-            # `pipeline()` puts classes where the config has names, and could then not be saved
+            # `pipeline()` replaces names in the config by classes, with which it cannot be saved
             info["pt"] = [entry if isinstance(entry, str) else entry.__name__ for entry in info["pt"]]
 
     def __call__(self, inputs: Any, text: str | None = None, **kwargs: Any) -> Any:
@@ -190,7 +190,7 @@ class ListenPipeline(Pipeline):
             question = sample["text"]
         else:
             tasks = ", ".join(self.processor.task_instructions)
-            raise ValueError(f"say what to do with the audio: text='What is being said?', or task= one of {tasks}")
+            raise ValueError(f"no instruction for the audio; give text='What is being said?', or task= one of {tasks}")
         messages = [{"role": "user", "content": place_audio(question, len(clips))}]
         rendered = self.processor.apply_chat_template(messages, add_generation_prompt=True, number_clips=number_clips)
         return rendered, clips

@@ -1,4 +1,4 @@
-"""The two placeholders of a LiSTEN text, and the ids that stand for them in any LLM's vocabulary."""
+"""The two placeholders of a LiSTEN text, and their ids in the vocabulary of any LLM."""
 
 import re
 
@@ -17,17 +17,17 @@ def place_token(
 ) -> int:
     """Give a placeholder an id, and make the tokenizer treat that id as a special token.
 
-    Without `token_id`, the first of these: the token itself, where the tokenizer knows it; the reserved token of the
-    highest id that is not in use (`RESERVED_TOKENS`); a token added behind the vocabulary.
+    Without `token_id`, the first of these: the token itself, if it is in the vocabulary; the unused reserved token of
+    the highest id (`RESERVED_TOKENS`); a token added after the vocabulary.
 
     Args:
-        tokenizer: Is changed.
+        tokenizer: Changed in place.
         token: `<|audio|>` or `<|prompt|>`.
-        token_id: The id it must get.
-        taken: An id that is not free.
+        token_id: The required id.
+        taken: An id that is in use.
 
     Raises:
-        ValueError: the tokenizer has no token of that id and would give another one to an added token.
+        ValueError: the tokenizer cannot give the token that id.
     """
     known = tokenizer.convert_ids_to_tokens(token_id) if token_id is not None and token_id < len(tokenizer) else None
     symbol = known or token
@@ -40,8 +40,8 @@ def place_token(
     if symbol not in tokenizer.added_tokens_encoder or (token_id is not None and placed != token_id):
         raise ValueError(
             f"{token} must have the id {token_id}, but in this tokenizer of {len(tokenizer)} tokens that is "
-            f"{known!r} and {token} would get {tokenizer.convert_tokens_to_ids(token)}; take the tokenizer that the "
-            "model was made with, or set the id to None"
+            f"{known!r} and {token} would get {tokenizer.convert_tokens_to_ids(token)}; use the tokenizer that the "
+            "model was built with, or set the id to None"
         )
     return placed
 
@@ -54,7 +54,7 @@ def _free_reserved_token(tokenizer: PreTrainedTokenizerBase, taken: int | None) 
         for token, token_id in tokenizer.get_vocab().items()
         if _is_reserved(token) and token_id != taken and token not in used and token not in template
     ]
-    # the highest id: later releases of an LLM put the lowest to use first
+    # the highest id: later releases of an LLM use the lowest first
     return max(free)[1] if free else None
 
 
@@ -63,7 +63,7 @@ def _is_reserved(token: str) -> bool:
 
 
 def prepare_padding(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let a tokenizer pad on the left, with its end-of-sequence token where it has no padding token.
+    """Make a tokenizer pad on the left, with its end-of-sequence token if it has no padding token.
 
     Raises:
         ValueError: it has neither.

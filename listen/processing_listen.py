@@ -387,7 +387,7 @@ class ListenProcessor(ProcessorMixin):
             tokenize: Whether to return model inputs instead of strings.
             return_tensors: As in `__call__`.
             return_dict: `False` for `input_ids` alone.
-            processor_kwargs: Keywords of `__call__`; they may also stand among `kwargs`.
+            processor_kwargs: Keywords of `__call__`; they may also be among `kwargs`.
             **kwargs: Variables of the template (`enable_thinking=...`).
 
         Returns:

@@ -119,7 +119,7 @@ def test_what_is_not_stored_is_named(tmp_path: Path) -> None:
     store = compute(dataset.select([0]), tmp_path / "features")
     with pytest.raises(FeatureStoreError, match="'../audio/1.wav'.*precompute_features.py"):
         store.recordings(dataset[1])
-    with pytest.raises(FeatureStoreError, match="is no feature store"):
+    with pytest.raises(FeatureStoreError, match="is not a feature store"):
         FeatureStore(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "store.json").write_text(json.dumps({"speech_width": 4}))

@@ -234,7 +234,7 @@ def test_arguments_of_the_pipeline_are_defaults_of_its_calls(listen: ListenPipel
     "inputs, kwargs, error, message",
     [
         (wave(1), {"text": "a"}, ValueError, "without sampling_rate"),
-        (wave(1), {"sampling_rate": RATE}, ValueError, "say what to do with the audio"),
+        (wave(1), {"sampling_rate": RATE}, ValueError, "no instruction for the audio; give text="),
         ("gone.wav", {"text": "a"}, FileNotFoundError, "gone.wav"),
         ({"text": "a"}, {}, ValueError, r"keys \['text'\] has no 'audio'"),
         ({"audio": [], "text": "a"}, {}, ValueError, "holds no clip"),

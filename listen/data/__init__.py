@@ -1,4 +1,4 @@
-"""Data: tasks and their wordings, sources of rows, targets, mixing, stored encoder features and the collator."""
+"""Data: tasks and their instructions, sources of rows, targets, mixing, stored encoder features and the collator."""
 
 from __future__ import annotations
 

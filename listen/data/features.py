@@ -1,8 +1,8 @@
-"""Encoder features computed once and kept on disk: frozen encoders need not run again in every epoch.
+"""Encoder features computed once and stored on disk, so that frozen encoders do not run in every epoch.
 
-A store is a folder of Arrow files, one row a recording, and `store.json`, which says what computed them. Recordings
-are found by their path relative to the store (or by the hash of their bytes), so a store that moves together with its
-audio stays valid.
+A store is a folder of Arrow files, one row for each recording, and `store.json`, which describes the encoders and
+settings. Recordings are found by their path relative to the store (or by the hash of their bytes), so a store that
+moves together with its audio stays valid.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ _FEATURES = Features(
 
 
 class FeatureStoreError(ValueError):
-    """A store that does not fit the model or lacks a recording; the message says what to do."""
+    """A store that does not fit the model or lacks a recording; the message names the fix."""
 
 
 @dataclass(frozen=True)
 class StoreInfo:
-    """What a store was computed with.
+    """Encoders and settings that a store was computed with.
 
     Attributes:
         speech_width: width of the speech encoder's frames.
         audio_width: width of the audio encoder's frames, 0 without one.
         encoders: digest of the weights of each encoder.
         feature_extractor: settings of the feature extractor.
-        pad_to_30s: whether Whisper saw clips padded to 30 s.
-        keeps_padding: whether its frames of the padding are stored, for a connector that reads them.
+        pad_to_30s: whether Whisper encoded clips padded to 30 s.
+        keeps_padding: whether frames of the padding are stored, for a connector that reads them.
         join_silence_seconds: silence between the clips of a joined recording.
     """
 
@@ -66,7 +66,7 @@ class StoreInfo:
 
 @dataclass(frozen=True)
 class EncodedRecording:
-    """Encoder frames of one recording; those of its 30 s chunks follow each other.
+    """Encoder frames of one recording, its 30 s chunks one after the other.
 
     Attributes:
         num_samples: length of the recording at the extractor's rate.
@@ -111,14 +111,14 @@ class FeatureStore:
         return len(self._rows)
 
     def __contains__(self, key: str) -> bool:
-        """Whether the recording of that key was computed."""
+        """Whether the recording with that key is stored."""
         return key in self._rows
 
     def __getitem__(self, key: str) -> EncodedRecording:
         """Features of one recording, see `recording_keys`.
 
         Raises:
-            FeatureStoreError: it was not computed.
+            FeatureStoreError: it is not stored.
         """
         if key not in self._rows:
             raise FeatureStoreError(
@@ -139,10 +139,10 @@ class FeatureStore:
         return [self[key] for key in recording_keys(row, self.folder)]
 
     def check(self, info: StoreInfo) -> None:
-        """Compare with what a model needs.
+        """Compare with the encoders and settings of a model.
 
         Raises:
-            FeatureStoreError: another encoder, revision, extractor setting or joining computed this store.
+            FeatureStoreError: the store was computed with another encoder, revision, extractor setting or joining.
         """
         mine, wanted = asdict(self.info), asdict(info)
         for name, value in wanted.items():
@@ -154,7 +154,7 @@ class FeatureStore:
 
 
 def store_info(model: Any, feature_extractor: Any, join_silence_seconds: float = 0.0) -> StoreInfo:
-    """What features computed by that model are.
+    """Description of the features that a model computes.
 
     Args:
         model: a `ListenModel`.
@@ -162,12 +162,12 @@ def store_info(model: Any, feature_extractor: Any, join_silence_seconds: float =
         join_silence_seconds: silence between the clips of a joined recording.
 
     Raises:
-        FeatureStoreError: an encoder of the model learns, so that its features change.
+        FeatureStoreError: an encoder of the model is trainable, so that its features change.
     """
     config = model.config
-    learning = [name for name in ("speech_encoder", "audio_encoder") if name in config.trainable]
-    if learning:
-        raise FeatureStoreError(f"the features of {learning} cannot be stored: trainable={config.trainable}")
+    trainable = [name for name in ("speech_encoder", "audio_encoder") if name in config.trainable]
+    if trainable:
+        raise FeatureStoreError(f"the features of {trainable} cannot be stored: trainable={config.trainable}")
     encoders = {"speech_encoder": model.speech_encoder, "audio_encoder": model.audio_encoder}
     settings = feature_extractor.to_dict()
     settings |= {f"speech_{name}": value for name, value in (settings.get("speech_features") or {}).items()}
@@ -191,15 +191,15 @@ def read_store_info(folder: Path) -> StoreInfo:
     """
     path = folder / STORE_FILE
     if not path.is_file():
-        raise FeatureStoreError(f"{folder} is no feature store: it has no {STORE_FILE}")
+        raise FeatureStoreError(f"{folder} is not a feature store: it has no {STORE_FILE}")
     return StoreInfo(**json.loads(path.read_text(encoding="utf-8")))
 
 
 def write_store_info(folder: Path, info: StoreInfo) -> None:
-    """Write `store.json`, or check the one that is there so that a store never mixes encoders.
+    """Write `store.json`, or check an existing one so that a store never mixes encoders.
 
     Raises:
-        FeatureStoreError: the folder holds a store that was computed otherwise.
+        FeatureStoreError: the folder holds a store with other encoders or settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / STORE_FILE).is_file():
@@ -218,7 +218,7 @@ def recording_keys(row: Mapping[str, Any], folder: Path) -> list[str]:
 
 
 def write_shard(path: Path, recordings: Iterator[tuple[str, EncodedRecording]]) -> None:
-    """Write one Arrow file; it appears under its name only when it is complete.
+    """Write one Arrow file, renamed to its final name once it is complete.
 
     Raises:
         FeatureStoreError: a value does not fit into 16 bits.
@@ -245,7 +245,7 @@ def collate_features(recordings: Sequence[EncodedRecording], pad_to_multiple_of:
 
     Args:
         recordings: in order of appearance.
-        pad_to_multiple_of: frames are padded to a multiple of it, so that few shapes occur.
+        pad_to_multiple_of: frames are padded to a multiple of it; few shapes are faster.
 
     Returns:
         `speech_hidden_states` `(chunks, frames, speech_width)` with its mask and, with an audio encoder,
@@ -265,7 +265,7 @@ def collate_features(recordings: Sequence[EncodedRecording], pad_to_multiple_of:
 
 
 def _digest(module: torch.nn.Module) -> str:
-    """Tells weights apart by some values of each, rounded to bfloat16: the type they are loaded in is no matter."""
+    """Digest of some values of each weight, rounded to bfloat16 so that the dtype of loading does not matter."""
     digest = hashlib.sha256()
     for name, weight in sorted(module.state_dict().items()):
         flat = weight.detach().flatten()

@@ -7,9 +7,8 @@ A manifest holds one JSON object a line, its paths relative to the manifest's fo
     {"audio": ["1.flac", "2.flac"], "join": "concatenate", "task": "sqa", "question": "Which word?", "response": "two"}
     {"audio": "rain.flac", "task": "acap", "response": ["Rain falls.", "It rains."], "label": "rain"}
 
-Whatever the source, rows come out with the columns of `FEATURES`, always of the same types, so that sources can be
-mixed: `audio` and `response` are lists even for one clip and one answer, and fields that the schema does not know are
-kept as JSON text in `extra`.
+Rows of every source get the columns of `FEATURES` with the same types, so that sources can be mixed: `audio` and
+`response` are lists even for one clip and one answer, and fields outside the schema are kept as JSON text in `extra`.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ SALMONN_TASKS = {
 
 
 class ManifestError(ValueError):
-    """A row that cannot be used; the message begins with the file and the line."""
+    """A row that cannot be used; the message starts with the file and the line."""
 
 
 def load_manifest(path: str | os.PathLike[str], check_files: bool = True) -> Dataset:
@@ -66,7 +65,7 @@ def load_manifest(path: str | os.PathLike[str], check_files: bool = True) -> Dat
 
     Args:
         path: the manifest; paths inside are relative to its folder.
-        check_files: whether a missing audio file is an error at once and not in the middle of training.
+        check_files: whether to raise for missing audio files now, instead of in the middle of training.
 
     Returns:
         A data set with the columns of `FEATURES` and absolute audio paths.
@@ -89,13 +88,13 @@ def load_salmonn(
     Args:
         path: the JSON file; relative audio paths are relative to its folder.
         check_files: see `load_manifest`.
-        task_names: task names to map to ours, beside `SALMONN_TASKS`.
+        task_names: further task names -> ours, in addition to `SALMONN_TASKS`.
 
     Returns:
         A data set with the columns of `FEATURES`.
 
     Raises:
-        ManifestError: not that format, or a row that cannot be used, with its number.
+        ManifestError: another format, or a row that cannot be used, with its number.
         FileNotFoundError: there is no such file.
     """
     path = Path(path)
@@ -122,13 +121,13 @@ def load_source(
 
     Args:
         path: what `datasets.load_dataset` takes first.
-        columns: our column -> column of the source, e.g. `{"response": "text"}`; a column left out keeps its name.
-        task: task of all rows, where the source has no column for it.
+        columns: our column -> column of the source, e.g. `{"response": "text"}`; other columns keep their names.
+        task: task of all rows, if the source has no column for it.
         name: configuration of the data set.
-        split: which part, also sliced (`"train[:1%]"`).
+        split: split of the data set, also sliced (`"train[:1%]"`).
         revision: commit or tag on the Hub.
         data_files: files for a builder.
-        streaming: whether rows are fetched as they are needed.
+        streaming: whether to stream the rows.
 
     Returns:
         A data set (iterable when streaming) with the columns of `FEATURES`.
@@ -146,14 +145,14 @@ def from_datasets(
     task: str | None = None,
     origin: str = "dataset",
 ) -> Dataset | IterableDataset:
-    """Bring a loaded data set into our schema.
+    """Convert a loaded data set to our schema.
 
     Audio may be a path, bytes, an `Audio` column, `{"array", "sampling_rate"}`, or a list of these.
 
     Args:
         source: the data set.
         columns: our column -> column of the source.
-        task: task of all rows, where the source has no column for it.
+        task: task of all rows, if the source has no column for it.
         origin: name of the source, for ids and errors.
 
     Returns:
@@ -167,7 +166,7 @@ def from_datasets(
     _check_columns(mapping, columns or {}, features, task, origin)
     for name, feature in features.items():
         if isinstance(feature, Audio):
-            source = source.cast_column(name, Audio(decode=False))  # decoding is the collator's, once
+            source = source.cast_column(name, Audio(decode=False))  # the collator decodes, once
 
     def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
         record = {key: value for key, value in row.items() if key not in mapping.values()}
@@ -179,13 +178,13 @@ def from_datasets(
 
 
 def to_row(where: str, record: Mapping[str, Any], folder: Path, check_files: bool = True) -> dict[str, Any]:
-    """Check one record and bring it into the schema.
+    """Check one record and convert it to the schema.
 
     Args:
-        where: file and line; begins every error, and its last part is the id of a row without one.
+        where: file and line: the start of every error, and its last part the id of a row without one.
         record: the fields of a manifest line.
         folder: audio paths are relative to it.
-        check_files: whether missing audio files are an error.
+        check_files: whether to raise for missing audio files.
 
     Returns:
         A row with the columns of `FEATURES`.
@@ -201,7 +200,7 @@ def to_row(where: str, record: Mapping[str, Any], folder: Path, check_files: boo
     if record.get("join") not in JOINS:
         raise ManifestError(f"{where}: join={record['join']!r} is unknown; leave it out or use 'concatenate'")
     row = {name: _text(where, name, record.get(name)) for name in ("id", "question", "instruction", "join")}
-    row["id"] = row["id"] or os.path.basename(where)  # the same wherever the folder lies
+    row["id"] = row["id"] or os.path.basename(where)  # the same in every folder
     row["task"] = _task(where, record["task"], has_question=bool(row["question"] or row["instruction"]))
     row["response"] = _responses(where, record["response"])
     row["audio"] = [_clip(where, clip, folder, check_files) for clip in _as_list(record["audio"])]
@@ -213,13 +212,13 @@ def to_row(where: str, record: Mapping[str, Any], folder: Path, check_files: boo
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """The objects of a JSONL file, each after its file and line.
+    """The objects of a JSONL file, each with its file and line.
 
     Raises:
         ManifestError: a line that is not JSON, or a file that is not UTF-8.
         FileNotFoundError: there is no such file.
     """
-    with path.open(encoding="utf-8-sig") as lines:  # some editors put a mark before the first line
+    with path.open(encoding="utf-8-sig") as lines:  # some editors write a byte order mark
         try:
             yield from _parse_lines(path, lines)
         except UnicodeDecodeError as error:
@@ -261,7 +260,7 @@ def _check_columns(
     unknown = set(asked) - set(_KNOWN)
     if unknown:
         raise ManifestError(f"{origin}: columns names {sorted(unknown)}, but ours are {', '.join(_KNOWN)}")
-    if not features:  # a stream may not tell its columns before it is read
+    if not features:  # the columns of a stream may be unknown before it is read
         return
     for name, column in mapping.items():
         needed = name in asked or (name in _REQUIRED and not (name == "task" and task))
@@ -342,7 +341,7 @@ LOADERS: dict[str, Callable[..., Dataset | IterableDataset]] = {
     "salmonn": load_salmonn,
     "datasets": load_source,
 }
-"""Readers by the name of their format."""
+"""Reader of each format."""
 
 __all__ = [
     "FEATURES",

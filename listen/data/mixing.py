@@ -1,4 +1,4 @@
-"""How often each task is seen: proportional, equal, tempered or explicitly weighted mixing, seeded."""
+"""Mixing of tasks in training: proportional, equal, by temperature or by explicit weights, with a seed."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def mixing_weights(
     temperature: float = 2.0,
     weights: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
-    """Share of each task among the rows that training sees.
+    """Share of each task in the training rows.
 
     Args:
         sizes: number of rows of each task.
         strategy: `"proportional"` to the sizes; `"equal"`; `"temperature"`, proportional to size ** (1 / temperature)
             as in multilingual training; `"weights"`, as given.
         temperature: 1 is proportional, large values approach equal shares.
-        weights: weight of each task, of any sum, for `"weights"`.
+        weights: weight of each task for `"weights"`; they need not sum to 1.
 
     Returns:
         Shares that sum to 1, in the order of `sizes`.
@@ -43,7 +43,7 @@ def mixing_weights(
         raw = {name: float(size) ** exponent for name, size in sizes.items()}
     total = sum(raw.values())
     if total <= 0:
-        raise ValueError(f"mixing weights {raw} add up to nothing; there must be a row or a positive weight")
+        raise ValueError(f"mixing weights {raw} add up to 0; give at least one row or one positive weight")
     return {name: weight / total for name, weight in raw.items()}
 
 
@@ -57,16 +57,16 @@ def mix_datasets(
 ) -> Dataset | IterableDataset:
     """Mix the data of several tasks into one data set.
 
-    With `"proportional"` every row is seen once an epoch. Otherwise tasks are interleaved with the shares of
-    `mixing_weights`; by default until each row of each task was seen, so rare tasks repeat.
+    With `"proportional"` every row occurs once per epoch. Otherwise tasks are interleaved with the shares of
+    `mixing_weights`; by default until each row of each task has occurred, so rare tasks repeat.
 
     Args:
-        datasets: data set of each task, all of the manifest schema. Streams have no length, so they need `"equal"`
-            or `"weights"`.
+        datasets: data set of each task, in the manifest schema. Streams have no length, so they need `"equal"` or
+            `"weights"`.
         strategy: see `mixing_weights`.
         temperature: see `mixing_weights`.
         weights: see `mixing_weights`.
-        seed: fixes the order.
+        seed: seed of the order.
         stopping_strategy: `"all_exhausted"` or `"first_exhausted"`, as in `datasets.interleave_datasets`.
 
     Returns:
@@ -76,14 +76,14 @@ def mix_datasets(
         ValueError: see `mixing_weights`; or a stream with a strategy that needs sizes.
     """
     if not datasets:
-        raise ValueError("there is no data set to mix")
+        raise ValueError("no data sets to mix; give at least one")
     streams = [name for name, part in datasets.items() if isinstance(part, IterableDataset)]
     if streams and strategy in ("proportional", "temperature") and len(datasets) > 1:
         raise ValueError(f"mixing={strategy!r} needs the sizes of {streams}, which stream; use 'equal' or 'weights'")
     sizes = {name: 1 if name in streams else len(part) for name, part in datasets.items()}
     shares = mixing_weights(sizes, strategy, temperature, weights)
     parts = [part for name, part in datasets.items() if shares[name] > 0]
-    if len(parts) == 1:  # rows of a data set are drawn at random anyway, those of a stream come as they lie
+    if len(parts) == 1:  # the trainer shuffles a data set but not a stream
         return parts[0].shuffle(seed=seed) if streams else parts[0]
     if strategy == "proportional":
         return concatenate_datasets(parts).shuffle(seed=seed)
@@ -96,7 +96,7 @@ def mix_datasets(
 
 
 def split_by_task(dataset: Dataset, column: str = "task") -> dict[str, Dataset]:
-    """Rows of each task, in the order in which the tasks first appear."""
+    """Rows of each task, in the order in which tasks first occur."""
     rows: dict[str, list[int]] = {}
     for index, task in enumerate(dataset[column]):
         rows.setdefault(task, []).append(index)
@@ -104,7 +104,7 @@ def split_by_task(dataset: Dataset, column: str = "task") -> dict[str, Dataset]:
 
 
 def subset_per_task(dataset: Dataset, num_rows: int, seed: int = 0) -> Dataset:
-    """At most `num_rows` random rows of each task, in the order of the data set; for quick evaluations."""
+    """A random subset with at most `num_rows` rows per task, in the order of the data set; for quick evaluations."""
     chosen: list[int] = []
     tasks: Sequence[str] = dataset["task"]
     order = Dataset.from_dict({"index": range(len(tasks))}).shuffle(seed=seed)["index"]

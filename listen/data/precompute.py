@@ -1,4 +1,4 @@
-"""Compute the frozen encoders' features of all recordings of a data set once, into a `FeatureStore`."""
+"""Compute the frozen encoders' features of all recordings of a data set once and write a `FeatureStore`."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ def precompute_features(
     join_silence_seconds: float = 0.0,
     progress: bool = True,
 ) -> FeatureStore:
-    """Encode every recording of a data set that the store does not hold yet.
+    """Encode all recordings of a data set that are not in the store yet.
 
-    Each recording is encoded once however many rows use it. Work that was interrupted goes on where the last complete
-    shard ended. Under `accelerate launch` each process takes its share.
+    Each recording is encoded once, even if several rows use it. An interrupted run resumes after the last complete
+    shard. Under `accelerate launch` each process encodes its share.
 
     Args:
-        model: a `ListenModel` whose encoders are frozen; it decides the device.
+        model: a `ListenModel` whose encoders are frozen; runs on its device.
         processor: its processor.
         dataset: rows of the manifest schema.
-        folder: folder of the store; created, or added to.
-        batch_size: recordings encoded at once, of similar length.
-        shard_size: recordings in a file.
-        num_workers: processes that read audio ahead.
+        folder: folder of the store; created if absent, else extended.
+        batch_size: recordings in one batch, of similar length.
+        shard_size: recordings per file.
+        num_workers: worker processes that load audio.
         join_silence_seconds: silence between the clips of joined recordings; training must use the same.
         progress: whether the main process shows a progress bar.
 
@@ -57,7 +57,7 @@ def precompute_features(
         The store with all recordings of the data set.
 
     Raises:
-        FeatureStoreError: the folder holds features of other encoders, or an encoder learns.
+        FeatureStoreError: the folder holds features of other encoders, or an encoder is trainable.
         ValueError: audio that cannot be read.
     """
     folder, state = Path(folder), launched_processes()
@@ -67,7 +67,7 @@ def precompute_features(
     state.wait_for_everyone()
     pending = _pending(dataset, folder)
     first = len(list(folder.glob("shard-*.arrow")))
-    state.wait_for_everyone()  # nobody may write before all have counted
+    state.wait_for_everyone()  # all processes count the shards before any of them writes
     mine = pending[state.process_index :: state.num_processes]
     bar = tqdm(total=len(mine), desc="encoding", unit="clip", disable=not (progress and state.is_main_process))
     with bar:
@@ -80,7 +80,7 @@ def precompute_features(
 
 
 def _pending(dataset: Dataset, folder: Path) -> list[_Recording]:
-    """Recordings that are not stored, each once, the shortest first so that batches hold little padding."""
+    """Recordings that are not stored, each once, sorted by length so that batches have little padding."""
     known = FeatureStore(folder) if any(folder.glob("shard-*.arrow")) else ()
     found: dict[str, list[dict[str, Any]]] = {}
     for row in dataset.select_columns(["audio", "join"]):
@@ -139,6 +139,6 @@ def _encode_batch(
 
 
 def _by_chunk(frames: torch.Tensor, mask: torch.Tensor) -> tuple[list[torch.Tensor], list[int]]:
-    """Real frames of each chunk `(frames, width)`, and how many they are."""
+    """Real frames of each chunk `(frames, width)`, and their number."""
     counts = mask.sum(-1).tolist()
     return [chunk[:count].cpu() for chunk, count in zip(frames, counts, strict=True)], counts

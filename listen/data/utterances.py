@@ -1,8 +1,8 @@
-"""Spoken sentences with their words and emotions, from manifests or any `datasets` data set.
+"""Utterances with transcript and emotion, from manifests or any `datasets` data set.
 
-Whatever their tasks, rows of one recording are one utterance. Its words are the field `transcript` or `text`, or the
-response of a row whose task is to write them down; its emotion is the field `emotion`, or the response of a row whose
-task is to name it.
+All rows of one recording are one utterance, whatever their tasks. Its transcript is the field `transcript` or `text`,
+or the response of a speech recognition row; its emotion is the field `emotion`, or the response of an emotion
+recognition row.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _ANSWERS = {"transcript": ("asr", "repeat"), "emotion": ("er", "ser")}
 
 @dataclass(frozen=True)
 class Utterance:
-    """One spoken sentence.
+    """One utterance.
 
     Attributes:
         id: unique in its source.
         audio: its clips, `{"path", "bytes"}` each, as in the manifest schema.
-        transcript: what is said.
-        emotion: how; `None` where nobody says.
+        transcript: the words.
+        emotion: the speaker's emotion; `None` if unknown.
         extra: further fields of its rows, such as `speaker`.
     """
 
@@ -60,17 +60,17 @@ def read_utterances(
     Args:
         path: a JSONL manifest, or what `datasets.load_dataset` takes first.
         columns: our column (`audio`, `transcript`, `emotion`, `id`) -> field of the source.
-        emotion_names: emotions of the source -> those to write, such as `{"disgust": "disgusted"}`.
+        emotion_names: emotions of the source -> names to use, such as `{"disgust": "disgusted"}`.
         name: configuration of a data set.
-        split: its part.
-        revision: its commit or tag.
+        split: split of a data set.
+        revision: commit or tag of a data set.
         check_files: whether a missing audio file of a manifest is an error.
 
     Returns:
-        Utterances in the order of the source. Recordings without words are left out; how many is logged.
+        Utterances in the order of the source. Recordings without a transcript are left out, and their number is logged.
 
     Raises:
-        ManifestError: a row that cannot be used, or no row has words.
+        ManifestError: a row that cannot be used, or no row has a transcript.
         FileNotFoundError: there is no such manifest.
     """
     unknown = set(columns or {}) - set(COLUMNS)
@@ -90,44 +90,44 @@ def read_utterances(
         raise ManifestError(f"{path}: no row has the field {sorted(absent)[0]!r} that columns={dict(columns)} names")
     spoken = [found for found in recordings.values() if found["transcript"]]
     if not spoken:
-        raise ManifestError(f"{path}: no row has words; name their field with columns={{'transcript': ...}}")
+        raise ManifestError(f"{path}: no row has a transcript; name its field with columns={{'transcript': ...}}")
     if len(spoken) < len(recordings):
         logger.warning(
-            f"{path}: left out {len(recordings) - len(spoken)} of {len(recordings)} recordings without words"
+            f"{path}: left out {len(recordings) - len(spoken)} of {len(recordings)} recordings without a transcript"
         )
     names = emotion_names or {}
     return [Utterance(**{**found, "emotion": names.get(found["emotion"], found["emotion"])}) for found in spoken]
 
 
 def text_input(row: Mapping[str, Any], tagged: bool) -> str:
-    """The text that stands for the recording of a row when a text LLM reads it.
+    """The text that a text LLM reads in place of the recording of a row.
 
     Args:
-        row: a row of the manifest schema. Its field `text_input` is the text as it is; without it the words are found
-            as `read_utterances` finds them.
-        tagged: whether the emotion, where the row knows it, stands before the words.
+        row: a row of the manifest schema. Its field `text_input` is used unchanged; without it the transcript is found
+            as in `read_utterances`.
+        tagged: whether to put the emotion, if the row has one, before the transcript.
 
     Raises:
-        ValueError: the row does not tell the words.
+        ValueError: the row has no transcript.
     """
     fields = {**row, **extra_fields(row)}
     if fields.get("text_input"):
         return fields["text_input"]
     words = _first_text(fields, _TRANSCRIPT_FIELDS, "transcript")
     if words is None:
-        raise ValueError(f"row {row['id']!r} does not tell the words of its recording; give it a field 'transcript'")
+        raise ValueError(f"row {row['id']!r} has no transcript of its recording; add a field 'transcript'")
     return tagged_text(words, _first_text(fields, ("emotion",), "emotion") if tagged else None)
 
 
 def _read(
     where: str, record: Mapping[str, Any], columns: Mapping[str, str], folder: Path, check_files: bool
 ) -> dict[str, Any]:
-    """The fields of an `Utterance` that one row knows."""
+    """The fields of an `Utterance` that one row has."""
     fields = {**record, **{ours: record.get(theirs) for ours, theirs in columns.items()}}
-    # the schema reads and checks the audio; task and response need not be there
+    # the schema reads and checks the audio; task and response are optional here
     row = to_row(where, {"audio": fields.get("audio"), "id": fields.get("id"), **_ANY_TASK}, folder, check_files)
     if record.get("join") is None and len(row["audio"]) > 1:
-        fields = {}  # several recordings, none of which the row describes
+        fields = {}  # several recordings: the fields describe none of them alone
     known = {*FEATURES, *COLUMNS, *_TRANSCRIPT_FIELDS, *columns.values()}
     return {
         "id": row["id"],
