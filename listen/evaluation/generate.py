@@ -22,7 +22,7 @@ from .batches import BatchOptions, map_rows, split_options
 logger = logging.getLogger(__name__)
 
 GREEDY = {"do_sample": False, "max_new_tokens": 200}
-"""Arguments of `generate` by which evaluations answer unless told otherwise."""
+"""Arguments of `generate` that evaluations use by default."""
 
 
 @dataclass

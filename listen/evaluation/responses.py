@@ -1,4 +1,4 @@
-"""Evaluation of a model that answers voices: its answers, the emotions it hears, and what its embeddings hold."""
+"""Evaluation of a model that answers voices: its answers, the emotions it recognises, and what its embeddings hold."""
 
 from __future__ import annotations
 
@@ -141,22 +141,24 @@ def evaluate_responses(
     has_emotions = any(row_emotion(row) for row in dataset)
     if not len(asked) and not has_emotions:
         raise ValueError("nothing to evaluate: no rows of the task 'response', and none with an emotion")
-    heard = emotion_rows(dataset, classes) if has_emotions else None
-    learned = None if probe_train is None or heard is None else emotion_rows(probe_train, _classes(heard))
+    emotional = emotion_rows(dataset, classes) if has_emotions else None
+    learned = None if probe_train is None or emotional is None else emotion_rows(probe_train, _classes(emotional))
     _check(asked, judged=judge is not None)
-    told = None if recognise is None or heard is None else scores_of(heard, recognise(heard), num_resamples)
+    scores = None
+    if recognise is not None and emotional is not None:
+        scores = scores_of(emotional, recognise(emotional), num_resamples)
     if len(asked):
         rows = asked if recognise is None else tag_rows(asked, recognise(asked))
         predictions = generate_predictions(model, processor, rows, **batch, **generate_kwargs)
         _score_responses(result, asked, [p.text for p in predictions], bert_score, num_resamples)
-    if heard is not None:
+    if emotional is not None:
         # 8 rows, the batch size of the answers
-        scores = told or recognise_emotions(
-            model, processor, heard, num_resamples=num_resamples, **{"batch_size": 8, **batch}
+        scores = scores or recognise_emotions(
+            model, processor, emotional, num_resamples=num_resamples, **{"batch_size": 8, **batch}
         )
         if recognise is None:
-            _probe(result, model, processor, heard, learned, num_resamples, batch)
-        _add_emotions(result, heard, scores)
+            _probe(result, model, processor, emotional, learned, num_resamples, batch)
+        _add_emotions(result, emotional, scores)
     # last: it may take hours on one process, for which the others must not wait
     if judge is not None and result.responses and launched_processes().is_main_process:
         _judge(result, judge)
@@ -244,12 +246,12 @@ def _probe(
     embeddings, labels, speakers = pooled_embeddings(model, processor, rows, **options), _labels(rows), _speakers(rows)
     result.embeddings = embeddings
     how = "other speakers of the same rows" if learned is None else "other rows"
-    heard = None if learned is None else pooled_embeddings(model, processor, learned, **options)
+    trained_on = None if learned is None else pooled_embeddings(model, processor, learned, **options)
     try:
         if learned is None:
             probe = probe_groups(embeddings, labels, speakers)
         else:
-            probe = probe_split(heard, _labels(learned), embeddings, labels)
+            probe = probe_split(trained_on, _labels(learned), embeddings, labels)
     except ValueError as error:  # too little to learn from takes nothing from the other scores
         logger.warning("no linear probe: %s", error)
         return

@@ -138,7 +138,7 @@ def build_rows(arguments: ClassifierDataArguments, seed: int) -> tuple[Dataset, 
 def encode_rows(
     model: ListenForAudioClassification, collator: ClipCollator, rows: Dataset, batch_size: int
 ) -> list[dict[str, Any]]:
-    """Let the frozen encoder hear each clip once.
+    """Run the frozen encoder over each clip once.
 
     Returns:
         For each row `layer_states` `(steps, layers, width)` on the CPU and the id of its label.
