@@ -30,10 +30,10 @@ _SHAPE_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 class FrozenBackbonesMixin:
     """Loading and saving for a `PreTrainedModel` whose frozen backbones have checkpoints of their own.
 
-    With `config.base_models` set, checkpoints hold what learns and the names, revisions and fingerprints of the
-    backbones; without, they hold everything. Backbones that `config.learned_backbones` lists, if the config has it,
-    start where `base_models` says and then are part of the checkpoint. The model provides `frozen_backbones()` and
-    `freeze()`, and its constructor takes `init_backbones`, the names of those to build.
+    With `config.base_models`, checkpoints hold the trainable weights and the names, revisions and fingerprints of the
+    backbones; without, they hold everything. Trainable backbones (`config.learned_backbones`, if the config has it) are
+    initialised from `base_models` and then part of the checkpoint. The model provides `frozen_backbones()` and
+    `freeze()`, and its constructor takes `init_backbones`, the names of the backbones to build.
     """
 
     # ------------------------------------------------------------------ loading
@@ -53,14 +53,14 @@ class FrozenBackbonesMixin:
             pretrained_model_name_or_path: Hub id or folder.
             *args: Passed to `PreTrainedModel.from_pretrained`.
             config: A config in place of the checkpoint's.
-            backbones: Where backbones now are, in place of what the checkpoint says: a path or id by name.
+            backbones: Folders or Hub ids of backbones by name, to replace those of the checkpoint.
             **kwargs: As `PreTrainedModel.from_pretrained`; `dtype`, `device_map`, `quantization_config` and
-                `attn_implementation` apply to the frozen backbones, what learns stays in fp32. The LLM alone is
+                `attn_implementation` apply to the frozen backbones, trainable weights stay in fp32. Only the LLM is
                 quantised, unless `quantization_config` is a dict of configs by backbone.
 
         Raises:
-            ValueError: a learned weight is missing, a backbone is not there or not the one that the adapter was
-            trained on, or `quantization_config` is given for a checkpoint that holds everything.
+            ValueError: a trainable weight is missing, a backbone is missing or not the one that the adapter was
+                trained on, or `quantization_config` is given for a checkpoint that holds everything.
         """
         source = os.fspath(pretrained_model_name_or_path)
         hub = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
@@ -72,8 +72,8 @@ class FrozenBackbonesMixin:
             model, info = cls._load_adapter_checkpoint(source, *args, config=config, **kwargs)
         elif kwargs.get("quantization_config") is not None:
             raise ValueError(
-                f"quantization_config with {source!r}: it holds encoders and adapter too, which stay as they are; give "
-                "a checkpoint whose base_models names an LLM of its own"
+                f"quantization_config with {source!r}: it also holds encoders and adapter, which are not quantised; "
+                "give a checkpoint whose base_models names the LLM"
             )
         else:
             model, info = super().from_pretrained(source, *args, config=config, output_loading_info=True, **kwargs)
@@ -97,7 +97,7 @@ class FrozenBackbonesMixin:
 
     @classmethod
     def from_backbones(cls, config: PreTrainedConfig, **kwargs: Any) -> Any:
-        """A model whose backbones are those that `config.base_models` names; what learns is fresh.
+        """A model with the backbones in `config.base_models` and freshly initialised trainable modules.
 
         Args:
             config: A config with `base_models`, see its `from_backbones`.
@@ -115,38 +115,40 @@ class FrozenBackbonesMixin:
         return model.eval()
 
     def _start_fresh(self) -> None:
-        """Set what a fresh model takes from its backbones."""
+        """Initialise trainable weights that depend on the backbones; none by default."""
 
     def _load_further(self, source: str, hub: dict[str, Any]) -> None:
-        """Load what a checkpoint holds beside the weights that the constructor makes room for."""
+        """Load weights of modules that the constructor does not make; none by default."""
 
     def load_backbones(
         self, dtype: Any = "auto", device_map: Any = None, quantization_config: Any = None, **kwargs: Any
     ) -> None:
         """Load each backbone of `config.base_models` with its own `from_pretrained` and attach it.
 
-        One that is there already, as a learned one is in a checkpoint, stays as it is. Learned ones are loaded in fp32.
+        Backbones that are attached already, such as trained ones from a checkpoint, are kept. Trainable ones are loaded
+        in fp32.
 
         Raises:
-            ValueError: a backbone is not the one that the adapter was trained on, or its weights are not all there.
+            ValueError: a backbone is not the one that the adapter was trained on, or weights are missing.
         """
         options = {**kwargs, "dtype": dtype, "quantization_config": quantization_config}
         for name, spec in self.config.base_models.items():
             if getattr(self, name, None) is not None:
                 continue
             chosen = _options_of(name, options, device_map, learned=name in _learned(self.config))
-            backbone = _LOADERS[name](spec["base_model_name_or_path"], **chosen, **_spec_kwargs(spec))
+            place, location = self.config.backbone_place(name)
+            backbone = _LOADERS[name](place, **chosen, **location)
             source = f"{spec['base_model_name_or_path']!r} at revision {spec.get('revision') or 'main'!r}"
             expected = getattr(self.config, BACKBONES[name])
             check_backbone(name, backbone, expected, spec, "the checkpoint", source)
-            backbone.config.name_or_path = ""  # base_models alone says where it lies
+            backbone.config.name_or_path = ""  # only base_models says where it is
             setattr(self, name, backbone)
             setattr(self.config, BACKBONES[name], backbone.config)
         self._after_attaching(device_map)
 
     def _after_attaching(self, device_map: Any) -> None:
         language_model = getattr(self, "language_model", None)
-        placed = getattr(language_model, "hf_device_map", None)  # bitsandbytes makes one without being asked
+        placed = getattr(language_model, "hf_device_map", None)  # bitsandbytes always makes one
         place = _main_device(placed or device_map)
         if place is not None:
             for name, part in self.named_children():
@@ -154,17 +156,17 @@ class FrozenBackbonesMixin:
                     part.to(place)
         if placed:
             self.hf_device_map = whole_map(placed)
-        # the Trainer would copy it to other GPUs
+        # read by the Trainer, which would else copy the model to other GPUs
         self.is_loaded_in_4bit = getattr(language_model, "is_loaded_in_4bit", False)
         self.is_loaded_in_8bit = getattr(language_model, "is_loaded_in_8bit", False)
         if self.can_generate() and language_model.generation_config is not None:
             self.generation_config = copy.deepcopy(language_model.generation_config)
-        self.post_init()  # what it collects from the children has to be collected again
+        self.post_init()  # collects attributes of the new children
         self._keys_to_ignore_on_save = set(self._keys_to_ignore_on_save or ()) | self._frozen_keys()
         self.freeze()
 
     def _frozen_keys(self) -> set[str]:
-        """Names of the weights that an adapter-only checkpoint leaves to the backbones' own checkpoints."""
+        """Names of the weights that an adapter-only checkpoint leaves out."""
         frozen = {name for name, _ in self.frozen_backbones()}
         return {key for key in self.state_dict() if key.split(".")[0] in frozen and "lora_" not in key}
 
@@ -178,11 +180,11 @@ class FrozenBackbonesMixin:
         Args:
             save_directory: Folder to write.
             *args: Passed to `PreTrainedModel.save_pretrained`.
-            save_full: Whether to write the frozen backbones too, for a folder that stands alone.
+            save_full: Whether to write the frozen backbones too, for a self-contained folder.
             **kwargs: Passed to `PreTrainedModel.save_pretrained`.
 
         Raises:
-            TypeError: an unknown keyword; with `push_to_hub` they are left to the Hub.
+            TypeError: an unknown keyword; with `push_to_hub`, unknown ones are passed to the Hub.
             ValueError: `save_full` with an unmerged LoRA, whose base weights have other names, or with a quantised
                 backbone.
         """
@@ -191,12 +193,12 @@ class FrozenBackbonesMixin:
             raise TypeError(f"save_pretrained() got unknown arguments {sorted(unknown)}; take them out")
         bases, ignored = self.config.base_models, self._keys_to_ignore_on_save
         if save_full and getattr(self.config, "lora_config", None):
-            raise ValueError("save_full=True with a LoRA: merge it into the LLM, or save the adapter alone")
+            raise ValueError("save_full=True with a LoRA: merge it into the LLM, or save the adapter only")
         quantised = [name for name in BACKBONES if getattr(getattr(self, name, None), "hf_quantizer", None)]
         if save_full and quantised:
             raise ValueError(
                 f"save_full=True with a quantised {quantised[0]}: load the model without quantization_config, or save "
-                "the adapter alone"
+                "the adapter only"
             )
         if save_full:
             self.config.base_models, self._keys_to_ignore_on_save = None, (ignored or set()) - self._frozen_keys()
@@ -211,9 +213,9 @@ class FrozenBackbonesMixin:
                 config.quantization_config = quantization
 
     def _hide_quantization(self) -> list[tuple[PreTrainedConfig, Any]]:
-        """Take quantisation out of the configs: the user asks for it anew, or the backbone's own checkpoint names it.
+        """Remove quantisation from the configs, since on loading it would apply to the whole model.
 
-        Left there, it would quantise all else too on loading.
+        The user gives it again, or the backbone's own checkpoint holds it.
         """
         held = []
         for backbone in (getattr(self, name, None) for name in BACKBONES):
@@ -223,7 +225,7 @@ class FrozenBackbonesMixin:
         return held
 
     def _described(self, name: str, save_directory: str | os.PathLike) -> dict[str, Any]:
-        """Where a backbone is, seen from the checkpoint, and what its weights look like."""
+        """The entry of a backbone in `base_models`: its path, relative inside the checkpoint, and its fingerprint."""
         spec = dict(self.config.base_models[name])
         path, folder = spec["base_model_name_or_path"], os.path.abspath(save_directory)
         if os.path.isdir(path):
@@ -233,15 +235,15 @@ class FrozenBackbonesMixin:
         if name in dict(self.frozen_backbones()):
             spec.setdefault("fingerprint", fingerprint(getattr(self, name)))
         else:
-            spec.pop("fingerprint", None)  # it learns: the checkpoint holds other weights than those it started with
+            spec.pop("fingerprint", None)  # trainable: the checkpoint holds its weights
         return spec
 
 
 def fingerprint(module: nn.Module) -> str:
-    """A short digest of a backbone's weights, rounded to bfloat16 so that it survives a change of dtype.
+    """A short digest of a backbone's weights, rounded to bfloat16 so that it does not depend on the dtype.
 
-    It has two parts, `vectors-matrices`: one-dimensional weights, which no quantisation touches, and the head of every
-    other weight. The second part is empty for a quantised module, and both are for one that is offloaded.
+    It has two parts, `vectors-matrices`: one-dimensional weights, which are never quantised, and the first 64 values of
+    all other weights. The second part is empty for a quantised module, and both are for an offloaded one.
     """
     parts: dict[bool, Any] = {True: hashlib.sha256(), False: hashlib.sha256()}
     for name, parameter in sorted(module.named_parameters()):
@@ -259,12 +261,12 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def additive_attention(requested: str | None) -> str | None:
-    """What BEATs runs instead of `requested`: its position bias is an additive mask, which only these kernels take."""
+    """The attention kernel of BEATs: `requested`, or SDPA if it does not take the position bias as an additive mask."""
     return requested if requested in (None, "eager", "sdpa") else "sdpa"
 
 
 def whole_map(placed: dict[str, Any]) -> dict[str, Any]:
-    """The device map of a model from its LLM's; one entry for one device, as more mean that the model is spread."""
+    """The device map of a model from its LLM's, with a single entry if all is on one device."""
     place = _main_device(placed)
     if set(placed.values()) == {place}:
         return {"": place}
@@ -274,26 +276,27 @@ def whole_map(placed: dict[str, Any]) -> dict[str, Any]:
 def _locate(
     config: PreTrainedConfig, source: str, moved: dict[str, str | dict[str, str]] | None, hub: dict[str, Any]
 ) -> None:
-    """Resolve where the backbones are: `moved` wins, `./name` lies inside the checkpoint."""
+    """Resolve the paths in `config.base_models`; those in `moved` replace them."""
     specs = {name: dict(spec) for name, spec in (config.base_models or {}).items()}
-    for spec in specs.values():
-        path = spec["base_model_name_or_path"]
-        if path.startswith("./") and os.path.isdir(source):
-            spec["base_model_name_or_path"] = os.path.normpath(os.path.join(source, path))
-        elif path.startswith("./"):
-            spec.update(base_model_name_or_path=source, subfolder=path[2:], revision=hub.get("revision") or "main")
+    for name, spec in specs.items():
+        if spec["base_model_name_or_path"].startswith("./"):
+            path, options = config.backbone_place(name, source, hub.get("revision"))
+            spec.update(base_model_name_or_path=path, **options)
     for name, place in (moved or {}).items():
         if name not in specs:
             raise ValueError(
-                f"backbones names {name!r}, but those of this checkpoint are {sorted(specs) or 'inside it'}"
+                f"backbones names {name!r}, but this checkpoint's backbones are {sorted(specs) or 'inside it'}"
             )
+        specs[name].pop("subfolder", None)
         specs[name].update(place if isinstance(place, dict) else {"base_model_name_or_path": str(place)})
+        if specs[name]["base_model_name_or_path"].startswith("./"):  # of the working directory, not of the checkpoint
+            specs[name]["base_model_name_or_path"] = os.path.abspath(specs[name]["base_model_name_or_path"])
     for name, spec in specs.items():
         path = spec["base_model_name_or_path"]
         is_local = os.path.isabs(path) or path.startswith(os.path.join(os.path.normpath(source), ""))
         if is_local and not os.path.exists(path) and name not in _learned(config):
             raise ValueError(
-                f"{source!r} needs the {name} in {path!r}, which is not there; name its folder or Hub id now: "
+                f"{source!r} needs the {name} in {path!r}, which does not exist; give its folder or Hub id: "
                 f"from_pretrained(..., backbones={{{name!r}: ...}})"
             )
     config.base_models = specs or None
@@ -304,7 +307,7 @@ def _learned(config: PreTrainedConfig) -> list[str]:
 
 
 def _options_of(name: str, options: dict[str, Any], device_map: Any, learned: bool) -> dict[str, Any]:
-    """What of the options for all backbones concerns one of them."""
+    """The loading options of one backbone."""
     chosen = {key: value for key, value in options.items() if key != "quantization_config"}
     if device_map is not None:
         chosen["device_map"] = device_map if name == "language_model" else _main_device(device_map)
@@ -320,11 +323,6 @@ def _options_of(name: str, options: dict[str, Any], device_map: Any, learned: bo
     if learned:
         chosen["dtype"] = torch.float32
     return chosen
-
-
-def _spec_kwargs(spec: dict[str, Any]) -> dict[str, Any]:
-    chosen = {"revision": spec.get("revision") or "main"}
-    return chosen | ({"subfolder": spec["subfolder"]} if spec.get("subfolder") else {})
 
 
 def check_backbone(
@@ -376,7 +374,7 @@ def _check_fingerprint(name: str, whose: str, spec: dict[str, Any], other: str, 
 
 
 def _load_whole(model_class: Any, source: str, **options: Any) -> nn.Module:
-    """A backbone whose checkpoint has all its weights: frozen, a fresh one would never learn."""
+    """Load a backbone and refuse missing weights: a frozen, freshly initialised weight would never be trained."""
     backbone, info = model_class.from_pretrained(source, output_loading_info=True, **options)
     _refuse_missing(source, info)
     return backbone
@@ -389,7 +387,7 @@ def _refuse_missing(source: str, info: dict[str, Any]) -> None:
 
 
 def _main_device(device_map: Any) -> Any:
-    """Where the small parts go under a device map that may spread the LLM."""
+    """The device of encoders and adapters under a device map that may split the LLM."""
     if isinstance(device_map, dict):
         usable = [place for place in device_map.values() if place not in ("disk", "cpu")]
         return usable[0] if usable else "cpu"

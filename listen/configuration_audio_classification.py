@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .configuration_listen import _StrictConfig
+from .configuration_listen import BackbonesConfigMixin, _StrictConfig
 from .geometry_listen import speech_geometry
 
 _AUTO_MAP = {
@@ -17,7 +17,7 @@ _AUTO_MAP = {
 }
 
 
-class ListenAudioClassificationConfig(_StrictConfig):
+class ListenAudioClassificationConfig(BackbonesConfigMixin, _StrictConfig):
     """A frozen speech encoder under a time- and layer-wise Transformer (TLTR; Gong et al. 2023, arXiv 2307.03183).
 
     The defaults are the paper's TL-TR-512 for Whisper large. Labels are given as `id2label`, `label2id` follows.
@@ -98,7 +98,7 @@ class ListenAudioClassificationConfig(_StrictConfig):
         speech_geometry(self.speech_config)  # raises where it is no audio encoder
         if self.pad_to_30s and self.speech_config.model_type != "whisper":
             raise ValueError(
-                f"pad_to_30s=True is Whisper's; {self.speech_config.model_type} hears clips at their true length"
+                f"pad_to_30s=True is for Whisper only, not for {self.speech_config.model_type}; set it to False"
             )
         for name in ("hidden_size", "num_time_heads", "num_layer_heads", "intermediate_size"):
             if getattr(self, name) < 1:

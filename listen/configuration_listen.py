@@ -1,4 +1,4 @@
-"""Configuration of LiSTEN: which frozen backbones listen and speak, and what is learned between them."""
+"""Configuration of LiSTEN: the frozen backbones, the connector and the prompt pool."""
 
 import difflib
 import os
@@ -19,7 +19,7 @@ CONNECTORS = ("window_qformer", "conv_rotary")
 BACKBONES = {"speech_encoder": "speech_config", "audio_encoder": "audio_config", "language_model": "text_config"}
 TRAINABLE = ("adapter", "connector", "prompt_pool", "speech_encoder", "audio_encoder")
 
-# the kind of connector that alone reads a field
+# the only type of connector that uses a field
 _FIELDS_OF_CONNECTORS = {
     "window_seconds": "window_qformer",
     "num_queries": "window_qformer",
@@ -39,8 +39,34 @@ _AUTO_MAP = {
 _CUSTOM_PIPELINES = {"audio-llm": {"impl": "pipeline_listen.ListenPipeline", "pt": ["AutoModel"]}}
 
 
+class BackbonesConfigMixin:
+    """For configs with `base_models`, which name the checkpoints of backbones."""
+
+    def backbone_place(
+        self, name: str, checkpoint: str | None = None, revision: str | None = None
+    ) -> tuple[str, dict[str, str]] | None:
+        """Folder or Hub id of a backbone's checkpoint and the options to load it with; `None` if it is not named.
+
+        Args:
+            name: Key of `base_models`.
+            checkpoint: Folder or Hub id of the config, in which a path that begins with `./` lies; `name_or_path` by
+                default. For a config of no checkpoint, such a path is relative to the working directory.
+            revision: Revision of that Hub id; `"main"` by default.
+        """
+        spec = (self.base_models or {}).get(name)
+        if not spec:
+            return None
+        path, options = spec["base_model_name_or_path"], {"revision": spec.get("revision") or "main"}
+        checkpoint = checkpoint or self.name_or_path
+        if path.startswith("./") and os.path.isdir(checkpoint):
+            return os.path.normpath(os.path.join(checkpoint, path)), options
+        if path.startswith("./") and checkpoint:
+            return checkpoint, {"revision": revision or "main", "subfolder": path[2:]}
+        return path, options | ({"subfolder": spec["subfolder"]} if spec.get("subfolder") else {})
+
+
 class _StrictConfig(PreTrainedConfig):
-    """A sub-config that refuses keywords it does not know: a misspelt setting must not train in silence."""
+    """A config that refuses unknown fields: a misspelt setting must not be ignored in silence."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         known = {"name_or_path", "torch_dtype", "num_labels", "attn_implementation", "output_attentions", "model_type"}
@@ -55,32 +81,32 @@ class _StrictConfig(PreTrainedConfig):
 
 
 class ListenConnectorConfig(_StrictConfig):
-    """What makes audio embeddings out of encoder frames: a window-level Q-Former, or a convolution and a rotary layer.
+    """The connector, which turns encoder frames into audio embeddings.
 
     Args:
-        type: `"window_qformer"` (SALMONN, arXiv 2310.13289, sec. 3) or `"conv_rotary"` (SpeechEmotionLlama,
-            arXiv 2410.01162).
-        window_seconds: Of the Q-Former: time that one window holds, rounded to whole frames of the speech encoder: a
+        type: `"window_qformer"`, a window-level Q-Former (SALMONN, arXiv 2310.13289, sec. 3), or `"conv_rotary"`, a
+            convolution and rotary Transformer layers (SpeechEmotionLlama, arXiv 2410.01162).
+        window_seconds: For `window_qformer`: length of one window, rounded to whole frames of the speech encoder. A
             third of a second is 17 frames of 20 ms, SALMONN's `round(1500 * 0.333333 / 30)`.
-        num_queries: Of the Q-Former: learned queries, hence audio embeddings, of each window.
-        salmonn_compat: Of the Q-Former: whether clips are read exactly as SALMONN reads them, for its checkpoints:
-            padded to 30 s with the padding attended to, and without the last partial window. Every 30 s, silent or not,
-            give 88 embeddings. Needs `ListenConfig.pad_to_30s`.
-        stride_seconds: Of the Q-Former with `salmonn_compat`: time from one window to the next, where windows may
+        num_queries: For `window_qformer`: learned queries, hence audio embeddings, per window.
+        salmonn_compat: For `window_qformer`: whether clips are encoded exactly as in SALMONN, for its checkpoints:
+            padded to 30 s with the padding attended to, and without the last partial window. Every 30 s give 88
+            embeddings, silent or not. Needs `ListenConfig.pad_to_30s`.
+        stride_seconds: For `window_qformer` with `salmonn_compat`: time from one window to the next, where windows may
             overlap; `window_seconds` by default.
-        embedding_seconds: Of `conv_rotary`: time from one audio embedding to the next, a whole number of encoder
+        embedding_seconds: For `conv_rotary`: time from one audio embedding to the next, a whole number of encoder
             frames. The paper's 80 ms are a stride of 2 over its frames of 40 ms, and of 4 over frames of 20 ms.
-        kernel_size: Of `conv_rotary`: encoder frames that the convolution sees for one embedding; `2 * stride - 1` by
-            default, half of each neighbour's.
+        kernel_size: For `conv_rotary`: kernel of the convolution, in encoder frames; `2 * stride - 1` by default, which
+            covers half of each neighbouring stride.
         hidden_size: Width of its layers.
-        num_hidden_layers: Transformer layers; 2 in the Q-Former, each with cross-attention to the window's frames, and
-            1 in `conv_rotary` by default.
-        num_attention_heads: Heads of each attention; divides `hidden_size`.
+        num_hidden_layers: Transformer layers; by default 2 in `window_qformer`, each with cross-attention to the frames
+            of a window, and 1 in `conv_rotary`.
+        num_attention_heads: Attention heads; must divide `hidden_size`.
         intermediate_size: Width of its feed-forward layers.
         dropout: Dropout on its hidden states and attention weights while training.
 
     Raises:
-        ValueError: an unknown field, an unknown `type`, a field that the type does not read, a size below 1, heads
+        ValueError: an unknown field, an unknown `type`, a field that the type does not use, a size below 1, heads
             that do not divide the width, or a stride without `salmonn_compat`.
     """
 
@@ -122,8 +148,8 @@ class ListenConnectorConfig(_StrictConfig):
     def _check_stride(self) -> None:
         if self.stride_seconds is not None and not self.salmonn_compat:
             raise ValueError(
-                f"connector stride_seconds={self.stride_seconds} needs salmonn_compat=True; other windows follow "
-                "one after the other"
+                f"connector stride_seconds={self.stride_seconds} needs salmonn_compat=True; otherwise windows "
+                "do not overlap"
             )
         if self.stride_seconds is not None and self.stride_seconds <= 0:
             raise ValueError(f"connector stride_seconds={self.stride_seconds} must be above 0")
@@ -133,7 +159,7 @@ class ListenConnectorConfig(_StrictConfig):
         return {name: getattr(self, name) for name in type(self).__annotations__ if name != "model_type"}
 
     def window_frames(self, frame_seconds: float) -> int:
-        """Encoder frames of `frame_seconds` that one window holds, at least 1."""
+        """Encoder frames of `frame_seconds` per window, at least 1."""
         return self._frames(self.window_seconds, frame_seconds)
 
     def stride_frames(self, frame_seconds: float) -> int:
@@ -146,7 +172,7 @@ class ListenConnectorConfig(_StrictConfig):
         return max(1, round(seconds / frame_seconds))
 
     def embedding_frames(self, frame_seconds: float) -> int:
-        """Encoder frames of `frame_seconds` from one embedding of `conv_rotary` to the next, the convolution's stride.
+        """Encoder frames of `frame_seconds` per embedding of `conv_rotary`: the stride of its convolution.
 
         Raises:
             ValueError: `embedding_seconds` is no whole number of frames.
@@ -160,11 +186,11 @@ class ListenConnectorConfig(_StrictConfig):
         return round(frames)
 
     def num_embeddings(self, frames: int, frame_seconds: float) -> int:
-        """Audio embeddings that this connector makes of one chunk.
+        """Number of audio embeddings of one chunk.
 
         Args:
-            frames: Real frames of the chunk, after the encoders; with `salmonn_compat` those of its padding too.
-            frame_seconds: Time from one frame to the next.
+            frames: Real encoder frames of the chunk; with `salmonn_compat`, padded ones too.
+            frame_seconds: Seconds from one frame to the next.
         """
         if self.type == "conv_rotary":
             return -(-frames // self.embedding_frames(frame_seconds))
@@ -177,7 +203,7 @@ class ListenConnectorConfig(_StrictConfig):
         for name, reader in _FIELDS_OF_CONNECTORS.items():
             value = getattr(self, name)
             if reader != self.type and value != type(self).__dataclass_fields__[name].default:
-                raise ValueError(f"connector {name}={value} is read by type={reader!r} alone, not by {self.type!r}")
+                raise ValueError(f"connector {name}={value} is only used by type={reader!r}, not by {self.type!r}")
 
 
 class ListenPromptPoolConfig(_StrictConfig):
@@ -185,19 +211,19 @@ class ListenPromptPoolConfig(_StrictConfig):
 
     Args:
         pool_size: P, the number of key-value pairs.
-        num_prompts: K, the prompts chosen at inference, and the largest k drawn in training.
-        strategy: How prompts are chosen: `"similarity"`, `"attention"`, `"residual"`, or the controls `"fixed"`
+        num_prompts: K, the prompts selected at inference, and the largest k drawn in training.
+        strategy: How prompts are selected: `"similarity"`, `"attention"`, `"residual"`, or the controls `"fixed"`
             (a classic soft prompt), `"random"` and `"task"`.
         key_loss_type: `"distance"`, the sum of ||q - k_i|| (the paper), or `"similarity"`, minus the sum of the
-            chosen softmax similarities (the authors' code).
+            selected softmax similarities (the authors' code).
         key_loss_weight: alpha, the weight of the key loss beside the next-token loss.
         stochastic: Whether training draws k uniformly from 1..`num_prompts` for each batch.
         score_dropout: Dropout on the selection scores while training.
-        center_query: Whether a running mean is taken from the query before it meets the keys; off in the paper.
-            It keeps the keys in use when all tasks ask alike.
-        query_momentum: Share of the old running mean that each training batch keeps, with `center_query`.
+        center_query: Whether a running mean is subtracted from the query before it is compared with the keys; off in
+            the paper. It keeps all keys in use when the queries of all tasks are similar.
+        query_momentum: Momentum of that running mean, with `center_query`.
         tasks: Names of the tasks that own a part of the pool, with `strategy="task"`.
-        shared_fraction: Share of the pool that all tasks use, with `strategy="task"`.
+        shared_fraction: Fraction of the pool that all tasks share, with `strategy="task"`.
 
     Raises:
         ValueError: an unknown field, strategy or key loss, or values that cannot work together.
@@ -239,12 +265,12 @@ class ListenPromptPoolConfig(_StrictConfig):
 
     @property
     def num_shared(self) -> int:
-        """Prompts that every task may use, with `strategy="task"`."""
+        """Prompts that all tasks share, with `strategy="task"`."""
         return round(self.pool_size * self.shared_fraction)
 
     @property
     def num_per_task(self) -> int:
-        """Prompts that each task owns alone, with `strategy="task"`."""
+        """Prompts of each task alone, with `strategy="task"`."""
         return (self.pool_size - self.num_shared) // len(self.tasks or [None])
 
     def _check_tasks(self) -> None:
@@ -258,30 +284,30 @@ class ListenPromptPoolConfig(_StrictConfig):
             )
 
 
-class ListenConfig(PreTrainedConfig):
-    """A whole LiSTEN model: two frozen encoders, a connector, a prompt pool and a frozen causal LLM.
+class ListenConfig(BackbonesConfigMixin, PreTrainedConfig):
+    """A LiSTEN model: two frozen encoders, a connector, a prompt pool and a frozen causal LLM.
 
     Args:
-        speech_config: Config of the speech encoder, Whisper's by default; any other that `geometry_listen` knows
-            (Wav2Vec2-BERT, HuBERT, WavLM, AST, Moonshine ...). Only the encoder is built.
+        speech_config: Config of the speech encoder, Whisper's by default; any other that `geometry_listen`
+            supports (Wav2Vec2-BERT, HuBERT, WavLM, AST, Moonshine ...). Only the encoder is built.
         audio_config: Config of the BEATs audio encoder; `None` leaves it out.
         connector_config: Config of the connector, see `ListenConnectorConfig`.
         prompt_pool_config: Config of the pool, see `ListenPromptPoolConfig`; `None` leaves it out.
         text_config: Config of any causal language model of transformers.
         base_models: Where each frozen backbone comes from: `{"speech_encoder": {"base_model_name_or_path": ...,
-            "revision": ...}, "audio_encoder": ..., "language_model": ...}`. Set, checkpoints hold the adapter alone
-            and loading fetches the backbones; `None`, checkpoints are self-contained. A path that begins with `./`
-            is a folder inside the checkpoint.
-        trainable: What learns: `"adapter"` (connector and pool), one of `"connector"`, `"prompt_pool"`, or an encoder:
-            `"speech_encoder"`, `"audio_encoder"`. An encoder that learns is held in fp32 and part of every checkpoint;
-            `base_models` says where it started.
+            "revision": ...}, "audio_encoder": ..., "language_model": ...}`. If set, checkpoints hold the adapter
+            only and loading fetches the backbones; if `None`, they hold everything. A path that begins with `./` is a
+            folder inside the checkpoint.
+        trainable: Trainable parts: `"adapter"` (connector and pool), one of `"connector"`, `"prompt_pool"`, or an
+            encoder: `"speech_encoder"`, `"audio_encoder"`. A trainable encoder is in fp32 and part of every
+            checkpoint; `base_models` names where it was initialised from.
         lora_config: Settings of a PEFT LoRA on the language model, as written by `add_adapter`.
         extra_adapters: Connector and pool settings of adapters beside the default one, by name.
-        audio_token_id: Id that marks the place of one audio embedding. May lie above the LLM's vocabulary.
-        prompt_token_id: Id that marks the place of one prompt. May lie above the LLM's vocabulary.
-        pad_to_30s: Whether Whisper sees every clip padded to 30 s, as it was trained, in place of its true length.
-        chunks_at_once: Chunks of audio (30 s at most) that an encoder takes together while nothing learns in it. It
-            bounds the encoders' memory, whatever the length of the audio, and changes no result.
+        audio_token_id: Placeholder id of one audio embedding. May lie above the LLM's vocabulary.
+        prompt_token_id: Placeholder id of one prompt. May lie above the LLM's vocabulary.
+        pad_to_30s: Whether Whisper encodes every clip padded to 30 s, as in its training, or at its true length.
+        chunks_at_once: Chunks of audio (30 s at most) in one batch of a frozen encoder. It limits the encoders' memory
+            for audio of any length and changes no result.
 
     Raises:
         ValueError: values that cannot work together, named with the fix.
@@ -352,14 +378,14 @@ class ListenConfig(PreTrainedConfig):
         """A config for backbones named by Hub id or folder; only their `config.json` files are read.
 
         Args:
-            speech_encoder: A Whisper checkpoint, or one of any other audio encoder that is known, with a head or not.
+            speech_encoder: A checkpoint of Whisper or another supported speech encoder, with or without a head.
             language_model: Any causal language model.
             audio_encoder: A BEATs checkpoint in our format; `None` for no second stream.
             revisions: Revision of each backbone, by the name of its argument; `"main"` where absent.
             **kwargs: Other fields of the config.
 
         Raises:
-            ValueError: `audio_encoder` is no BEATs in our format, or values cannot work together.
+            ValueError: `audio_encoder` is not a BEATs checkpoint in our format, or values cannot work together.
         """
         names = {"speech_encoder": speech_encoder, "audio_encoder": audio_encoder, "language_model": language_model}
         configs, base_models = {}, {}
@@ -374,7 +400,7 @@ class ListenConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "ListenConfig":
-        """As upstream, but fields of another model, or none at all, do not become a LiSTEN model of 7 B parameters.
+        """As upstream, but refuses the config of another model, or an empty one, which would give a default 7 B model.
 
         Raises:
             ValueError: `model_type` is not `"listen"`.
@@ -386,26 +412,26 @@ class ListenConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
-        """The config that states the LLM's width, vocabulary and layers.
+        """The config with the LLM's width, vocabulary and layers.
 
-        That is `text_config`, or for an LLM that is itself composite (Gemma 3 with its vision tower) the config inside.
+        That is `text_config`, or its text part for a composite LLM (Gemma 3 with its vision tower).
         """
         return self.text_config.get_text_config(decoder=decoder, encoder=encoder)
 
     @property
     def text_width(self) -> int:
-        """Width of the LLM's input embeddings; some (OPT 350M) are narrower than the layers behind them."""
+        """Width of the LLM's input embeddings; in some LLMs (OPT 350M) narrower than the layers."""
         config = self.get_text_config()
         return getattr(config, "word_embed_proj_dim", None) or config.hidden_size
 
     @property
     def frame_seconds(self) -> float:
-        """Time from one frame of the speech encoder to the next."""
+        """Seconds from one frame of the speech encoder to the next."""
         return speech_geometry(self.speech_config).frame_seconds
 
     @property
     def audio_step(self) -> Fraction:
-        """Frames of the audio encoder that go by during one frame of the speech encoder; 1 without one."""
+        """Frames of the audio encoder per frame of the speech encoder; 1 without an audio encoder."""
         if self.audio_config is None:
             return Fraction(1)
         patches = self.audio_config.patch_size, self.audio_config.num_mel_bins
@@ -418,7 +444,7 @@ class ListenConfig(PreTrainedConfig):
 
     @property
     def learned_backbones(self) -> list[str]:
-        """Encoders that learn, and therefore are part of every checkpoint."""
+        """Trainable encoders, which are part of every checkpoint."""
         return [name for name in BACKBONES if name in self.trainable]
 
     @property
@@ -447,13 +473,13 @@ class ListenConfig(PreTrainedConfig):
 
     def _check_speech(self) -> None:
         speech = self.speech_config
-        speech_geometry(speech)  # raises where it is no audio encoder
+        speech_geometry(speech)  # raises for unsupported encoders
         if self.pad_to_30s and speech.model_type != "whisper":
-            raise ValueError(f"pad_to_30s=True is Whisper's; {speech.model_type} hears clips at their true length")
+            raise ValueError(f"pad_to_30s=True is for Whisper only, not for {speech.model_type}; set it to False")
         if "speech_encoder" in self.trainable and getattr(speech, "add_adapter", False) and speech.layerdrop:
             raise ValueError(
-                f"a trainable speech encoder with add_adapter and layerdrop={speech.layerdrop} drops layers that "
-                "shorten its output, so that frames cannot be counted; set layerdrop=0 in speech_config"
+                f"a trainable speech encoder with add_adapter and layerdrop={speech.layerdrop} may drop layers that "
+                "shorten its output, so its number of frames is unknown; set layerdrop=0 in speech_config"
             )
 
     def _check_base_models(self) -> None:
@@ -477,21 +503,21 @@ def _beats_config(source: str, revision: str) -> BeatsConfig:
     fields = {} if os.path.isfile(source) else BeatsConfig.get_config_dict(source, revision=revision)[0]
     if fields.get("model_type") != BeatsConfig.model_type:
         raise ValueError(
-            f"audio_encoder={str(source)!r} is no folder or Hub id of a BEATs in this package's format (model_type="
-            f"{fields.get('model_type')!r}); examples/convert_beats.py makes one of a published BEATs_x.pt"
+            f"audio_encoder={str(source)!r} is not a BEATs checkpoint in this package's format (model_type="
+            f"{fields.get('model_type')!r}); convert a published BEATs_x.pt with examples/convert_beats.py"
         )
     return BeatsConfig.from_pretrained(source, revision=revision)
 
 
 def check_padding(connector_config: PreTrainedConfig, pad_to_30s: bool) -> None:
-    """Refuse a connector that listens to padding where clips are not padded.
+    """Refuse a connector that needs padded clips where clips are not padded.
 
     Raises:
         ValueError: `salmonn_compat` without `pad_to_30s`.
     """
     if connector_config.salmonn_compat and not pad_to_30s:
         raise ValueError(
-            "a connector with salmonn_compat=True listens to 30 s whatever the clip, but pad_to_30s=False; set "
+            "a connector with salmonn_compat=True needs clips padded to 30 s, but pad_to_30s=False; set "
             "pad_to_30s=True, or salmonn_compat=False"
         )
 
@@ -503,4 +529,4 @@ def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
 
 ListenConfig.register_for_auto_class()
 
-__all__ = ["ListenConfig", "ListenConnectorConfig", "ListenPromptPoolConfig"]
+__all__ = ["BackbonesConfigMixin", "ListenConfig", "ListenConnectorConfig", "ListenPromptPoolConfig"]

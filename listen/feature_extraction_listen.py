@@ -375,22 +375,9 @@ def speech_settings(config: PreTrainedConfig) -> dict[str, Any]:
     settings: dict[str, Any] = {"chunk_seconds": geometry.chunk_seconds}
     if speech.model_type == "whisper":
         return {**settings, "feature_size": speech.num_mel_bins, "pad_to_30s": config.pad_to_30s}
-    place, options = backbone_place(config, "speech_encoder") or (None, {})
+    place, options = config.backbone_place("speech_encoder") or (None, {})
     features = speech_features(speech, place, **options)
     return {**settings, "speech_geometry": geometry.to_dict(), "speech_features": features}
-
-
-def backbone_place(config: PreTrainedConfig, backbone: str) -> tuple[str, dict[str, str]] | None:
-    """Folder or Hub id of a backbone's checkpoint and the options to find it with; `None` where it has no name."""
-    spec = (config.base_models or {}).get(backbone)
-    if not spec:
-        return None
-    path, options = spec["base_model_name_or_path"], {"revision": spec.get("revision") or "main"}
-    if path.startswith("./"):  # a folder inside the checkpoint
-        path, options = config.name_or_path, {**options, "subfolder": path[2:]}
-    elif spec.get("subfolder"):
-        options["subfolder"] = spec["subfolder"]
-    return path, options
 
 
 def extract_speech(settings: dict[str, Any], chunks: list[np.ndarray]) -> torch.Tensor:
@@ -458,4 +445,4 @@ def _check_fits(config: PreTrainedConfig, extractor: SequenceFeatureExtractor, s
 
 ListenFeatureExtractor.register_for_auto_class()
 
-__all__ = ["ListenFeatureExtractor", "backbone_place", "extract_speech", "speech_features", "speech_settings"]
+__all__ = ["ListenFeatureExtractor", "extract_speech", "speech_features", "speech_settings"]

@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-SAMPLING_RATE = 16000  # of every encoder known here
+SAMPLING_RATE = 16000  # of all supported encoders
 _FBANK = ((400, 160, 0),)  # Kaldi's framing: 25 ms every 10 ms, wholly inside the clip
 _LONGEST_SECONDS = 30.0
 
@@ -86,11 +86,11 @@ def speech_geometry(config: PreTrainedConfig) -> EncoderGeometry:
     """The geometry of a speech encoder.
 
     Raises:
-        ValueError: the config is not one of an audio encoder known here.
+        ValueError: the config is not one of a supported speech encoder.
     """
     if config.model_type not in _FAMILIES:
         raise ValueError(
-            f"speech_config model_type={config.model_type!r} is no speech encoder known here; "
+            f"speech_config model_type={config.model_type!r} is no supported speech encoder; "
             f"choose one of {', '.join(_FAMILIES)}"
         )
     return _FAMILIES[config.model_type](config)

@@ -135,7 +135,7 @@ def check_language_model(text_config: PreTrainedConfig) -> None:
     config = text_config.get_text_config()
     if config.model_type in _READ_IDS_ALONE or "hash_moe" in (getattr(config, "mlp_layer_types", None) or ()):
         raise ValueError(
-            f"an LLM of type {config.model_type!r} reads token ids, not embeddings, as audio needs; choose another"
+            f"an LLM of type {config.model_type!r} reads token ids, not embeddings, which audio needs; choose another"
         )
 
 

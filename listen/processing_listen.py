@@ -34,7 +34,7 @@ from .chat_listen import (
     plain_message,
 )
 from .configuration_listen import ListenConnectorConfig, check_padding
-from .feature_extraction_listen import ListenFeatureExtractor, backbone_place, speech_settings
+from .feature_extraction_listen import ListenFeatureExtractor, speech_settings
 from .language_models_listen import check_context, context_limit
 from .placeholders_listen import AUDIO_TOKEN, PROMPT_TOKEN, place_token, prepare_padding
 from .tasks_listen import TASK_INSTRUCTIONS
@@ -496,7 +496,7 @@ def feature_extractor_for(config: PreTrainedConfig) -> ListenFeatureExtractor:
 
 
 def _tokenizer_for(config: PreTrainedConfig) -> PreTrainedTokenizerBase:
-    found = backbone_place(config, "language_model")
+    found = config.backbone_place("language_model")
     if found is None:
         raise ValueError("config.base_models names no language_model to take the tokenizer from; pass tokenizer=")
     place, options = found

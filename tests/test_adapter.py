@@ -83,6 +83,17 @@ def test_adapter_and_full_checkpoints_round_trip(backbones: Path, tmp_path: Path
     assert full.get("base_models") is None
 
 
+def test_a_relative_backbone_is_of_the_working_directory(
+    backbones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = fresh(backbones)
+    model.save_pretrained(tmp_path / "adapter")
+    model.language_model.save_pretrained(tmp_path / "llm")
+    monkeypatch.chdir(tmp_path)
+    loaded = ListenForConditionalGeneration.from_pretrained("adapter", backbones={"language_model": "./llm"})
+    assert torch.equal(logits(loaded), logits(model))
+
+
 def test_backbones_inside_the_checkpoint_travel_with_it(backbones: Path, tmp_path: Path) -> None:
     model = fresh(backbones)
     folder = tmp_path / "here"
@@ -98,7 +109,7 @@ def test_backbones_inside_the_checkpoint_travel_with_it(backbones: Path, tmp_pat
     away = folder.rename(tmp_path / "there")
     assert torch.equal(logits(AutoModel.from_pretrained(away)), logits(model))
     (away / "language_model").rename(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match="needs the language_model in '.*there/language_model', which is not there"):
+    with pytest.raises(ValueError, match="needs the language_model in '.*there/language_model', which does not exist"):
         AutoModel.from_pretrained(away)
     found = AutoModel.from_pretrained(away, backbones={"language_model": str(tmp_path / "elsewhere")})
     assert torch.equal(logits(found), logits(model))

@@ -293,10 +293,10 @@ def test_the_feature_extractor_is_found_by_its_folder(tmp_path: Path) -> None:
     ("make", "message"),
     [
         (lambda: classifier_config(hiden_size=3), "did you mean 'hidden_size'"),
-        (lambda: classifier_config(speech_config={"model_type": "bert"}), "is no speech encoder known here"),
+        (lambda: classifier_config(speech_config={"model_type": "bert"}), "is no supported speech encoder"),
         (
             lambda: classifier_config(speech_config={"model_type": "hubert"}, pad_to_30s=True),
-            "pad_to_30s=True is Whisper",
+            "pad_to_30s=True is for Whisper only",
         ),
         (lambda: classifier_config(num_layer_heads=5), "hidden_size=32 is not a multiple of num_layer_heads=5"),
         (lambda: classifier_config(num_time_heads=0), "num_time_heads=0 must be at least 1"),

@@ -80,8 +80,11 @@ def test_the_tiny_preset_describes_the_model_in_the_repository() -> None:
         (lambda: tiny_config(trainable=["audio_encoder"], audio_config=None), "audio_config is None"),
         (lambda: tiny_config(audio_token_id=7, prompt_token_id=7), "both 7"),
         (lambda: tiny_config(base_models={"speech_encoder": {"base_model_name_or_path": "x"}}), "this config needs"),
-        (lambda: tiny_config(speech_config={"model_type": "bert"}), "speech_config model_type='bert' is no speech enc"),
-        (lambda: tiny_config(speech_config={"model_type": "hubert"}, pad_to_30s=True), "pad_to_30s=True is Whisper's"),
+        (lambda: tiny_config(speech_config={"model_type": "bert"}), "speech_config model_type='bert' is no supported"),
+        (
+            lambda: tiny_config(speech_config={"model_type": "hubert"}, pad_to_30s=True),
+            "is for Whisper only, not for hub",
+        ),
         (
             lambda: tiny_config(
                 speech_config={"model_type": "wav2vec2", "add_adapter": True}, trainable=["speech_encoder"]
@@ -105,3 +108,18 @@ def test_an_audio_encoder_that_is_no_converted_beats_is_named(tmp_path: Path) ->
             ListenConfig.from_backbones(
                 str(backbones / "speech_encoder"), str(backbones / "language_model"), str(source)
             )
+
+
+def test_the_place_of_a_backbone(tmp_path: Path) -> None:
+    inside, pinned = {"base_model_name_or_path": "./llm"}, {"base_model_name_or_path": "a/b", "revision": "v1"}
+    names = dict.fromkeys(("speech_encoder", "audio_encoder"), pinned)
+    config = tiny_config(base_models={**names, "language_model": inside})
+    assert config.backbone_place("speech_encoder") == ("a/b", {"revision": "v1"})
+    assert config.backbone_place("language_model") == ("./llm", {"revision": "main"})  # of no checkpoint
+    on_hub = ("me/model", {"revision": "v2", "subfolder": "llm"})
+    assert config.backbone_place("language_model", "me/model", "v2") == on_hub
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert loaded.backbone_place("language_model") == (str(tmp_path / "llm"), {"revision": "main"})
+    loaded.base_models = None
+    assert loaded.backbone_place("language_model") is None

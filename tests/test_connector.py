@@ -181,5 +181,5 @@ def test_salmonn_settings_that_cannot_work_are_named(settings: dict, message: st
 
 
 def test_salmonn_needs_padded_clips() -> None:
-    with pytest.raises(ValueError, match="salmonn_compat=True listens to 30 s .* pad_to_30s=False"):
+    with pytest.raises(ValueError, match="salmonn_compat=True needs clips padded to 30 s, but pad_to_30s=False"):
         tiny_config(connector_config={"salmonn_compat": True})

@@ -112,8 +112,8 @@ def test_an_empty_chunk_gives_nothing_and_no_nan() -> None:
         (lambda: build(embedding_seconds=0.01), "choose a multiple of that"),
         (lambda: build(embedding_seconds=-1.0), "embedding_seconds=-1.0 must be above 0"),
         (lambda: build(kernel_size=3), "kernel_size=3 is shorter than its stride of 4 frames"),
-        (lambda: build(num_queries=2), "num_queries=2 is read by type='window_qformer' alone"),
-        (lambda: ListenConnectorConfig(kernel_size=3), "kernel_size=3 is read by type='conv_rotary' alone"),
+        (lambda: build(num_queries=2), "num_queries=2 is only used by type='window_qformer'"),
+        (lambda: ListenConnectorConfig(kernel_size=3), "kernel_size=3 is only used by type='conv_rotary'"),
         (lambda: tiny_model(connector_config={**SETTINGS, "embedding_seconds": 0.05}), "choose a multiple"),
     ],
 )
