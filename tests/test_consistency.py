@@ -37,6 +37,19 @@ PICKLES = {".pt", ".pth", ".bin", ".pkl", ".ckpt"}
 FORBIDDEN = [r"\bTO" r"DO\b", r"\bFIX" r"ME\b", r"\bXX" r"X\b", r"(?<![\w.])/wo" r"rk/", r"/ro" r"ot/", r"/ho" r"me/\w"]
 
 
+# The field says encode, state, trainable parameters; a rule for library, scripts and pages.
+UNPLAIN = re.compile(
+    r"(?<![a-z])(hears?|heard|hearing|ears|told(?! apart| of the emotion)|listens|listening|what learns|no source of"
+    r"|at most so many|upon|unto|wherein|thereof|whence|lest|_nothing|without_waste|_claim)(?![a-z])",
+    re.IGNORECASE,
+)
+# Instructions that models read, in the words of those who wrote them or in the language of users.
+INSTRUCTIONS = re.compile(
+    "You will hear a speech utterance|Do you only hear the same person|Answer from what you hear"
+    "|Say in Chinese what you hear|What can be heard"
+)
+
+
 def unannotated(function: FunctionNode) -> list[str]:
     """Names the arguments (and "return") that carry no annotation; self and cls need none."""
     a = function.args
@@ -102,6 +115,14 @@ def test_no_leftovers() -> None:
         return [f"{i}: {line.strip()}" for i, line in lines if any(re.search(p, line) for p in FORBIDDEN)]
 
     assert offenders(TEXT, find) == {}
+
+
+def test_prose_and_names_are_plain() -> None:
+    def find(path: Path) -> list[str]:
+        lines = ((i, INSTRUCTIONS.sub("", line)) for i, line in enumerate(lines_of(path), 1))
+        return [f"{i}: {line.strip()}" for i, line in lines if UNPLAIN.search(line)]
+
+    assert offenders([*CODE, *RECIPES, *PAGES], find) == {}
 
 
 def test_no_module_is_a_junk_drawer() -> None:
