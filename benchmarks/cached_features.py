@@ -2,7 +2,7 @@
 
     python benchmarks/cached_features.py --preset listen-tiny --seconds 5 --batch 16
 
-Encoders are frozen, so what they say of a clip never changes: `forward` takes it in place of the features. The model is
+Encoders are frozen, so the features of a clip never change: `forward` takes it in place of the features. The model is
 the preset's with random weights; the step is forward, backward and AdamW.
 """
 

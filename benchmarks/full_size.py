@@ -3,8 +3,8 @@
     python benchmarks/full_size.py --preset listen-llama3-8b --batch 8
     python benchmarks/full_size.py --preset listen-tiny --device cpu --dtype float32
 
-The baseline is the LLM on embeddings of as many positions, given as they are: the cost of audio and prompts comes
-on top of it. A training step runs the encoders, goes backwards through the frozen LLM to the adapter, and updates that.
+The baseline is the LLM on embeddings of as many positions, given as they are: the cost of audio and prompts is
+added to it. A training step runs the encoders, goes backwards through the frozen LLM to the adapter, and updates that.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from listen.processing_listen import feature_extractor_for
 
 
 def build(options: Namespace) -> ListenForConditionalGeneration:
-    """The preset with random weights, made on the device: frozen ones in `dtype`, trainable ones in float32."""
+    """The preset with random weights on the device: frozen backbones in `dtype`, trainable parameters in float32."""
     config = ListenConfig.from_preset(options.preset)
     if config.audio_token_id is None:
         config.audio_token_id, config.prompt_token_id = (config.get_text_config().vocab_size + i for i in range(2))
@@ -58,8 +58,8 @@ def training_steps(
     model: ListenForConditionalGeneration, inputs: dict[str, torch.Tensor], options: Namespace
 ) -> dict[str, Callable[[], object]]:
     """A step of the LLM alone down to its embeddings, and one of the whole model."""
-    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learned, lr=1e-5)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-5)
     ids = inputs["input_ids"]
     labels = torch.full_like(ids, -100)
     labels[:, -options.text :] = ids[:, -options.text :]
@@ -105,8 +105,8 @@ def report_rates(model: ListenForConditionalGeneration, rows: list[Measurement],
     table.add_row("weights", f"{sum(p.nbytes for p in parameters) / MIB:,.0f} MiB")
     table.add_row("training", f"{options.batch / step.seconds:.2f} samples/s")
     table.add_row("answer", f"{options.batch * options.new_tokens / answer.seconds:.1f} tokens/s, encoding included")
-    audio_seconds = options.batch * options.seconds
-    table.add_row("real-time factor", f"{answer.seconds / audio_seconds:.4f} (seconds of work for a second of audio)")
+    audio = options.batch * options.seconds
+    table.add_row("real-time factor", f"{answer.seconds / audio:.4f} (seconds of work for a second of audio)")
     if options.device.startswith("cuda"):
         table.add_row("peak memory in all", f"{torch.cuda.max_memory_reserved(options.device) / MIB:,.0f} MiB")
     Console(width=120).print(table)

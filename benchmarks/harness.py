@@ -1,7 +1,7 @@
 """Side-by-side measurement: variants of one computation, run in turns in one process, as ratios to the first.
 
 Absolute times belong to a machine; a ratio within one run says what a choice buys. Variants take turns (a, b, a, b),
-so a busy machine slows all of them alike, and the first round is thrown away.
+so a busy machine slows all of them equally, and the first round is discarded.
 """
 
 import argparse
@@ -32,7 +32,7 @@ class Measurement:
         seconds: Median wall time of a run.
         fastest: Shortest run.
         slowest: Longest run.
-        peak_bytes: Memory a run needs at most beyond what was there before; `None` where it cannot be measured.
+        peak_bytes: Memory a run needs at most beyond what was there before; `None` where it is unknown.
     """
 
     name: str

@@ -22,11 +22,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("inputs", nargs="+", metavar="FILE ... QUESTION", help="sound files or URLs, then the question")
     parser.add_argument("--model", default=str(TINY), help="folder or Hub id of a LiSTEN model (default: listen-tiny)")
     parser.add_argument("--task", help="name of a task in place of a question: asr, er, sv, en2zh, acap ...")
-    parser.add_argument("--num-prompts", type=int, help="prompts to pick from the pool (default: the model's)")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer, in tokens")
-    parser.add_argument("--max-audio-seconds", type=float, help="cut longer files to it (default: all of it)")
+    parser.add_argument("--num-prompts", type=int, help="prompts to select from the pool (default: the model's)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="max new tokens of the answer")
+    parser.add_argument("--max-audio-seconds", type=float, help="truncate longer files (default: no limit)")
     parser.add_argument("--number-clips", action="store_true", help="write `Clip 1:`, `Clip 2:` ... before the files")
-    parser.add_argument("--show-prompts", action="store_true", help="also print which prompts were picked")
+    parser.add_argument("--show-prompts", action="store_true", help="also print which prompts were selected")
     return parser.parse_args()
 
 
@@ -40,7 +40,7 @@ def main() -> None:
     if arguments.task is None or "{question}" in processor.task_instructions.get(arguments.task, ""):
         *clips, question = arguments.inputs
     if not clips or os.path.isfile(question or ""):
-        raise SystemExit(f"{question!r} stands where the question should: ask.py FILE ... QUESTION")
+        raise SystemExit(f"{question!r} is where the question should be: ask.py FILE ... QUESTION")
     (answer,) = listen(
         {"audio": clips, "text": question, "task": arguments.task},
         num_prompts=arguments.num_prompts,

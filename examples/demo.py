@@ -1,8 +1,8 @@
-"""The first run, from nothing to a model with audio input: `make demo`, or `python examples/demo.py`.
+"""The first run, from nothing to a trained model: `make demo`, or `python examples/demo.py`.
 
-Synthesises the built-in corpus, caches what the frozen encoders make of it, trains a LiSTEN adapter on six tasks,
-evaluates it on speakers and sentences that it never met, and asks it three questions about wav files. Everything lands
-in runs/demo: `metrics.json`, the report, the trained `model`. Takes the arguments of `examples/train.py` as overrides,
+Synthesises the built-in corpus, caches the features of the frozen encoders, trains a LiSTEN adapter on six tasks,
+evaluates it on held-out speakers and sentences, and asks it three questions about wav files. Everything is written to
+runs/demo: `metrics.json`, the report, the trained `model`. Takes the arguments of `examples/train.py` as overrides,
 such as `--training.max_steps 300`; about 10 minutes on two CPU cores as it is.
 """
 
@@ -48,13 +48,13 @@ def main() -> None:
     torch.set_num_threads(run.training.num_threads or 1)
     console.rule("1  The corpus")
     build_corpus(CORPUS, num_workers=min(2, os.cpu_count() or 1))
-    console.rule("2  What the frozen encoders give")
+    console.rule("2  Features of the frozen encoders")
     features = cache_features(run)
     console.rule("3  Training the adapter")
     started = time.perf_counter()
     trained = train(run.model, run.data, run.training, run.raw)
     seconds = time.perf_counter() - started
-    console.rule("4  Speakers and sentences never met before")
+    console.rule("4  Evaluation on held-out speakers and sentences")
     result = evaluate(trained, features)
     result.save(FOLDER, extra={"train_seconds": round(seconds, 1)})
     print_scores(result)
@@ -72,7 +72,7 @@ def cache_features(run: RunArguments) -> FeatureStore:
 
 @torch.no_grad()
 def evaluate(trained: TrainResult, features: FeatureStore) -> EvaluationResult:
-    """Answer the test split, which training has not seen."""
+    """Evaluate on the test split, which is not in the training data."""
     return evaluate_model(
         trained.model,
         trained.processor,

@@ -1,4 +1,4 @@
-"""Evaluate how a model answers voices, and put several systems into one table.
+"""Evaluate a model's answers to speech, and put several systems into one table.
 
     python examples/evaluate_responses.py --model runs/v3 --system v3 --data test.jsonl --output runs/v3/responses
     python examples/evaluate_responses.py --table runs/*/responses --output runs/table
@@ -8,12 +8,12 @@ The data are manifests: rows of the task `response` are answered (or those of `-
 gets ROUGE, BERTScore with `--bert-score ENCODER`, the two scores of a judge with `--judge`, accuracy and unweighted
 recall of emotion recognition, the linear probe, and a t-SNE map of the embeddings, all with 95 % intervals.
 
-With `--cascade DIR` the system is a cascade: the label of that classifier stands as `<happy>` before the speech, and
-its accuracy is that of the system.
+With `--cascade DIR` the system is a cascade: the label of that classifier is written before the speech, as in
+`<happy>`, and its accuracy is that of the system.
 
 `--judge` names a chat model: a folder or Hub id, or its name at `--judge-endpoint URL` (the key comes from
 OPENAI_API_KEY). `--judge rules` scores answers of the built-in corpus exactly, by the rules they were made with. With
-`--judge none` nobody judges, and the table shows "-".
+`--judge none` there are no scores by a judge, and the table shows "-".
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ def parse_arguments() -> argparse.Namespace:
     work.add_argument("--table", type=Path, nargs="+", metavar="RUN", help="folders of earlier runs, to be one table")
     parser.add_argument("--system", help="name of the system in tables; by default that of the model's folder")
     parser.add_argument("--data", nargs="+", default=[], help="one or more JSONL manifests")
-    parser.add_argument("--references", nargs="+", help="manifests of the rows to be answered, if not among the data")
+    parser.add_argument("--references", nargs="+", help="manifests of the rows to answer, if not in the data")
     parser.add_argument(
-        "--probe-train", nargs="+", help="manifests that the probe learns from; else it holds out speakers"
+        "--probe-train", nargs="+", help="manifests that the probe is trained on; else it holds out speakers"
     )
     parser.add_argument(
         "--classes", nargs="+", help="emotions to choose from; those of the rows or the task by default"
@@ -60,12 +60,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--bert-score-layer", type=int, help="its layer; the last one by default")
     parser.add_argument("--judge", default="none", help="none, rules, or a chat model")
     parser.add_argument("--judge-endpoint", metavar="URL", help="OpenAI-compatible endpoint of the judge, up to /v1")
-    parser.add_argument("--judge-max-new-tokens", type=int, default=256, help="longest verdict")
-    parser.add_argument("--seed", type=int, default=0, help="of the order in which answers are judged")
+    parser.add_argument("--judge-max-new-tokens", type=int, default=256, help="max new tokens of a verdict")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order in which answers are judged")
     parser.add_argument("--max-examples", type=int, help="max examples to answer, and max other examples")
     parser.add_argument("--batch-size", type=int, default=8, help="rows of a batch, in each process")
     parser.add_argument("--num-prompts", type=int, help="prompts k; by default the processor's")
-    parser.add_argument("--max-new-tokens", type=int, default=200, help="longest answer")
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="max new tokens of an answer")
     parser.add_argument("--dtype", default="auto", help="of the backbones: auto, float32, bfloat16")
     parser.add_argument("--output", type=Path, default=Path("runs/responses"), help="folder of the results")
     arguments = parser.parse_args()

@@ -42,25 +42,25 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint: a folder or a Hub id")
     parser.add_argument("--data", required=True, nargs="+", help="one or more JSONL manifests")
-    parser.add_argument("--tasks", nargs="+", help="these tasks alone")
+    parser.add_argument("--tasks", nargs="+", help="evaluate only these tasks")
     parser.add_argument("--max-examples", type=int, help="max examples per task")
     parser.add_argument("--batch-size", type=int, default=8, help="rows of a batch, in each process")
     parser.add_argument("--num-prompts", type=int, help="prompts k; by default the processor's")
-    parser.add_argument("--max-audio-seconds", type=float, help="cut longer clips to it (default: all of it)")
+    parser.add_argument("--max-audio-seconds", type=float, help="truncate longer clips (default: no limit)")
     parser.add_argument("--num-beams", type=int, default=1, help="1 for greedy answers")
-    parser.add_argument("--max-new-tokens", type=int, default=200, help="longest answer")
-    parser.add_argument("--num-workers", type=int, default=0, help="processes that read audio ahead")
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="max new tokens of an answer")
+    parser.add_argument("--num-workers", type=int, default=0, help="processes that load audio ahead")
     parser.add_argument("--dtype", default="auto", help="of the backbones: auto, float32, bfloat16")
     parser.add_argument("--spelling-from", help="Whisper checkpoint whose table of British spellings the WER uses")
     parser.add_argument("--features", help="encoder features by examples/precompute_features.py, in place of encoding")
     parser.add_argument("--cascade", help="classifier whose label is written before the speech, as in <happy>")
-    parser.add_argument("--sweep", type=int, nargs="*", metavar="K", help="also evaluate with so many prompts each")
+    parser.add_argument("--sweep", type=int, nargs="*", metavar="K", help="also evaluate with these numbers of prompts")
     parser.add_argument("--output", type=Path, default=Path("runs/eval"), help="folder of the results")
     return parser.parse_args()
 
 
 def spelling_mapping(checkpoint: str | None) -> dict[str, str] | None:
-    """British to American spellings that a Whisper checkpoint carries."""
+    """British to American spellings of a Whisper checkpoint."""
     if checkpoint is None:
         return None
     return json.loads(Path(cached_file(checkpoint, "normalizer.json")).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Write the targets of behavioural alignment: what the frozen LLM answers to the words is what the voice shall get.
+"""Generate the targets of behavioural alignment: the frozen LLM's answers to the transcripts.
 
     python examples/generate_targets.py --data speech.jsonl --llm meta-llama/Meta-Llama-3-8B-Instruct --output targets
     accelerate launch --num_processes 8 examples/generate_targets.py ...          # each process takes its share
@@ -7,7 +7,7 @@
 
 Each line of the data holds `audio`, `transcript` (or `text`) and `emotion`; `--columns transcript=sentence` names other
 fields, and a data set of the Hub will do as well. The folder gets one manifest for each kind of target, which
-`examples/train.py` reads (`examples/configs/speech_emotion`). What was interrupted goes on where it stopped.
+`examples/train.py` reads (`examples/configs/speech_emotion`). An interrupted run resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -47,16 +47,20 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--attn-implementation", help="eager, sdpa, flash_attention_2")
     parser.add_argument("--endpoint", help="OpenAI-compatible endpoint, up to /v1; the key comes from OPENAI_API_KEY")
     parser.add_argument("--concurrency", type=int, default=16, help="requests to the endpoint at a time")
-    parser.add_argument("--max-retries", type=int, default=5, help="further attempts of a request")
+    parser.add_argument("--max-retries", type=int, default=5, help="max retries of a request")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds without an answer that end an attempt")
     parser.add_argument("--batch-size", type=int, default=32, help="conversations at once, in each process")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="max new tokens of an answer")
     parser.add_argument(
         "--decoding", nargs="*", default=[], metavar="NAME=VALUE", help="e.g. do_sample=true temperature=0.6; greedy"
     )
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
-    parser.add_argument("--no-share", action="store_true", help="ask again for the same words in the same emotion")
-    parser.add_argument("--keep-unfinished", action="store_true", help="keep answers that were cut off")
+    parser.add_argument(
+        "--no-share",
+        action="store_true",
+        help="generate an answer for every utterance, also for equal words and emotions",
+    )
+    parser.add_argument("--keep-unfinished", action="store_true", help="keep truncated answers")
     return parser.parse_args()
 
 
@@ -97,7 +101,7 @@ def build_llm(arguments: argparse.Namespace) -> ChatModel | None:
 
 
 def print_summary(summary: TargetSummary, folder: Path) -> None:
-    """Print how many rows each kind has, and why utterances have none."""
+    """Print the number of rows of each kind, and why utterances have no row."""
     table = Table("kind", "rows", "failed", "empty", "cut off", title=f"Targets in {folder}")
     for kind, rows in summary.rows.items():
         counts = (rows, summary.failed[kind], summary.empty[kind], summary.unfinished[kind])
@@ -106,11 +110,11 @@ def print_summary(summary: TargetSummary, folder: Path) -> None:
     for error, count in summary.errors.items():
         print(f"{count} x {error}")
     if any(summary.failed.values()):
-        print("The same command asks again for what failed.")
+        print("Run the same command again to retry what failed.")
 
 
 def main() -> None:
-    """Read the utterances, ask the LLM, and say what the folder holds."""
+    """Read the utterances, generate the targets, and print what the folder contains."""
     arguments = parse_arguments()
     utterances = read_utterances(
         arguments.data,

@@ -3,10 +3,10 @@
     python examples/precompute_features.py --config examples/configs/listen-llama3-8b.yaml --data.features features/
     accelerate launch --num_processes 8 examples/precompute_features.py ...           # each process takes its share
 
-Training with the same `--data.features` then reads them in place of audio. The LLM is not loaded. What was interrupted
-goes on where it stopped; more data can be added to a store later. Takes the arguments of `examples/train.py`, of which
-the sections `model` and `data` matter, and from `training` `per_device_eval_batch_size`, `dataloader_num_workers` and
-`num_threads`. Features take 16 bits a value: with Whisper-large and BEATs 0.2 MB for each second of audio.
+Training with the same `--data.features` then reads them in place of audio. The LLM is not loaded. An interrupted
+run resumes where it stopped; more data can be added to a store later. Takes the arguments of `examples/train.py`: the
+sections `model` and `data` are used, and from `training` `per_device_eval_batch_size`, `dataloader_num_workers` and
+`num_threads`. Features take 16 bits per value: with Whisper-large and BEATs 0.2 MB per second of audio.
 """
 
 from __future__ import annotations

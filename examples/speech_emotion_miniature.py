@@ -2,10 +2,10 @@
 
     python examples/speech_emotion_miniature.py
 
-On the built-in corpus: the frozen miniature LLM writes the targets from `<emotion> transcript`. Baseline 1 learns from
-neutral voices; the others go on from it, two at a time, each with its own targets. All are evaluated on speakers and
-sentences that none has met. Two systems more are no paper's: a prompt pool over an encoder that stays frozen, and
-distillation from the text's logits. Everything lands in runs/speech-emotion; what is there already is not made again.
+On the built-in corpus: the frozen miniature LLM writes the targets from `<emotion> transcript`. Baseline 1 is trained
+on neutral voices; the others start from it, two at a time, each with its own targets. All are evaluated on held-out
+speakers and sentences. Two further systems are in no paper: a prompt pool over a frozen encoder, and distillation from
+the logits of the text. Everything is written to runs/speech-emotion; existing results are kept.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class System:
     """One row of the table.
 
     Attributes:
-        title: as it stands in the table.
+        title: its name in the table.
         folder: of the trained model; two systems may share one.
-        targets: manifests that it learns from.
+        targets: manifests that it is trained on.
         overrides: arguments of `examples/train.py` that differ.
         cascade: whether the classifier writes the emotion before the speech.
     """
@@ -81,7 +81,7 @@ def main() -> None:
     started = time.perf_counter()
     console.rule("1  The corpus")
     call("corpus", "-c", f"from listen.data.corpus import build_corpus; build_corpus({str(CORPUS)!r}, num_workers=2)")
-    console.rule("2  What the text model answers")
+    console.rule("2  Targets by the text model")
     together({split: target_arguments(split) for split in ("train", "test")}, options.processes)
     for kind in _UNTAGGED:
         keep_neutral(kind)
@@ -90,11 +90,11 @@ def main() -> None:
     jobs = {name: training_arguments(system) for name, system in systems.items()} | {
         "classifier": classifier_arguments()
     }
-    first = {name: jobs.pop(name) for name in ("baseline1", "pool", "classifier")}  # the others go on from Baseline 1
+    first = {name: jobs.pop(name) for name in ("baseline1", "pool", "classifier")}  # the others start from Baseline 1
     for stage in (first, jobs):
         missing = {name: job for name, job in stage.items() if not (FOLDER / name / "model").exists()}
         together(missing, options.processes)
-    console.rule("4  Speakers and sentences never met before")
+    console.rule("4  Evaluation on held-out speakers and sentences")
     answers = {f"responses-{slug(system)}": evaluation_arguments(system) for system in SYSTEMS}
     together(answers, options.processes)
     runs = [str(FOLDER / name) for name in answers]
@@ -119,7 +119,7 @@ def target_arguments(split: str) -> list[str]:
 
 
 def keep_neutral(kind: str) -> None:
-    """Write the rows of neutral voices beside the others: Baseline 1 is trained without emotional speech."""
+    """Write the rows of neutral voices to a file of their own, for Baseline 1."""
     folder = FOLDER / "targets" / "train"
     lines = (folder / f"{kind}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     neutral = [line for line in lines if json.loads(line)["emotion"] == "neutral"]
@@ -158,14 +158,14 @@ def slug(system: System) -> str:
 
 
 def together(jobs: dict[str, list[str]], processes: int) -> None:
-    """Run jobs, `processes` of them at a time; a failed one ends the study once the others have ended."""
+    """Run jobs, `processes` of them at a time; a failed one ends the script once the others have ended."""
     with ThreadPoolExecutor(processes) as pool:
         for running in [pool.submit(call, name, *arguments) for name, arguments in jobs.items()]:
             running.result()
 
 
 def call(name: str, *arguments: str) -> None:
-    """Run Python with `arguments`, its output in `logs/<name>.log`; say how long it took."""
+    """Run Python with `arguments`, its output in `logs/<name>.log`; print how long it took."""
     log, started = FOLDER / "logs" / f"{name}.log", time.perf_counter()
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:

@@ -2,7 +2,7 @@
 
 One process:    python examples/train.py --config examples/configs/listen-llama3-8b.yaml
 Eight GPUs:     accelerate launch --num_processes 8 examples/train.py --config examples/configs/listen-llama3-8b.yaml
-Go on:          ... --training.resume
+Resume:         ... --training.resume
 Override:       ... --training.learning_rate 1e-4 --model.prompt_pool.pool_size 200 --data.train my.jsonl
 
 Arguments are those of `listen.training.arguments`. The run's folder (`--training.output_dir`) gets the checkpoints,
@@ -19,7 +19,7 @@ from listen.training import ArgumentError, parse_arguments, train
 
 
 def main() -> None:
-    """Parse the command line, train, and say where the model is."""
+    """Parse the command line, train, and print where the model is."""
     if "--help" in sys.argv or "-h" in sys.argv:
         print(__doc__)
         return

@@ -21,7 +21,7 @@ from listen.training.classifier_arguments import CLASSIFIER_SECTIONS
 
 
 def main() -> None:
-    """Parse the command line, train, and print how well held-out rows are classified."""
+    """Parse the command line, train, and print the scores on held-out rows."""
     if "--help" in sys.argv or "-h" in sys.argv:
         print(__doc__)
         return

@@ -170,7 +170,7 @@ def _but(dataset: Dataset, **values: object) -> Dataset:
 @pytest.mark.parametrize(
     ("places", "extra", "reason"),
     [
-        ([0, 4], None, "a probe needs two classes to learn"),  # one class
+        ([0, 4], None, "a probe needs two classes to train on"),  # one class
         ([0, 5], None, "no class has two examples"),
         (range(8), json.dumps({"emotion": "sad", "transcript": "a"}), "1 of 8 examples name no speaker"),
     ],

@@ -1,4 +1,4 @@
-"""What the prompt pool learned: prompts by task, their overlap, clusters of queries; and what a model costs."""
+"""Analysis of a trained prompt pool (prompts by task, their overlap, clusters of queries) and of a model's cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plots of what the pool learned. Every function returns a matplotlib `Figure`, drawn without a display."""
+"""Plots of a trained prompt pool. Every function returns a matplotlib `Figure`; no display is needed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matplotlib.image import AxesImage
 from .queries import QueryClusters
 from .usage import PromptUsage, task_names
 
-# Okabe & Ito's palette, which colour-blind readers can tell apart; the markers repeat the distinction
+# Okabe & Ito's palette, safe for colour-blind readers; the markers repeat the distinction
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
 _MARKERS = "os^DvPX*"
 _MAX_TICKS = 40
@@ -21,15 +21,15 @@ _SEQUENTIAL, _DIVERGING = "Blues", "RdBu_r"
 
 
 def plot_usage(usage: PromptUsage) -> Figure:
-    """Heat map of how often each task picks each prompt in use, ordered as `PromptUsage.by_owner`."""
+    """Heat map of how often each task selects each prompt in use, ordered as `PromptUsage.by_owner`."""
     order = usage.by_owner()
     figure, axes = _panel(width=max(6.0, min(14.0, 2.5 + 0.22 * len(order))), height=1.6 + 0.38 * len(usage.tasks))
     image = _heat_map(axes, usage.shares[:, order], usage.tasks, order, cmap=_SEQUENTIAL, vmin=0, vmax=1)
     pool_size = usage.shares.shape[1]
     axes.set_title(
-        f"Prompts picked by task: {len(order)} of {pool_size} in use, entropy {usage.entropy():.2f}", loc="left"
+        f"Prompts selected by task: {len(order)} of {pool_size} in use, entropy {usage.entropy():.2f}", loc="left"
     )
-    axes.set_xlabel("prompt: shared ones first, then by the task that picks it most")
+    axes.set_xlabel("prompt: shared ones first, then by the task that selects it most")
     _colour_bar(figure, image, "share of examples")
     return figure
 
@@ -54,14 +54,14 @@ def plot_query_keys(tasks: Sequence[str], similarity: np.ndarray) -> Figure:
     limit = max(float(np.abs(similarity).max()), 1e-6)
     figure, axes = _panel(width=max(6.0, min(14.0, 2.5 + 0.22 * len(order))), height=1.6 + 0.38 * len(tasks))
     image = _heat_map(axes, similarity[:, order], tasks, order, cmap=_DIVERGING, vmin=-limit, vmax=limit)
-    axes.set_title("Likeness of queries to keys", loc="left")
+    axes.set_title("Similarity of queries and keys", loc="left")
     axes.set_xlabel("key, grouped by the task whose queries are nearest")
     _colour_bar(figure, image, "mean cosine")
     return figure
 
 
 def plot_query_map(points: np.ndarray, tasks: Sequence[str], clusters: QueryClusters) -> Figure:
-    """Scatter of projected queries `(examples, 2)`, one colour and marker a task."""
+    """Scatter of projected queries `(examples, 2)`, one colour and marker per task."""
     title = (
         f"Queries (t-SNE): silhouette {clusters.silhouette:.2f}, "
         f"nearest neighbour of the same task {clusters.neighbour_accuracy:.0%}"
@@ -70,7 +70,7 @@ def plot_query_map(points: np.ndarray, tasks: Sequence[str], clusters: QueryClus
 
 
 def plot_map(points: np.ndarray, labels: Sequence[str], names: Sequence[str], title: str) -> Figure:
-    """Scatter of points `(examples, 2)`, one colour and marker a label, the legend in the order of `names`."""
+    """Scatter of points `(examples, 2)`, one colour and marker per label, the legend in the order of `names`."""
     figure, axes = _panel(width=7.0, height=5.2)
     of_label = np.asarray(labels)
     for place, name in enumerate(names):

@@ -1,4 +1,4 @@
-"""What the pool learned, in numbers and plots."""
+"""Analysis of a trained prompt pool, in numbers and plots."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _MOST_MAPPED = 2000
 
 @dataclass
 class PoolAnalysis:
-    """What the examples of an evaluation tell about the pool.
+    """How the examples of an evaluation use the pool.
 
     Attributes:
-        usage: which task picked which prompt.
+        usage: which task selected which prompt.
         tasks: task of each example that has a query.
-        queries: `(examples, width)` as the keys meet them, the pool's running mean taken off where it keeps one; `None`
-            where the model gave none.
+        queries: `(examples, width)` as they are compared with the keys, minus the pool's running mean if it has one;
+            `None` if the model has none.
         keys: `(pool, width)`; `None` for strategies without keys.
         clusters: how the queries cluster by task; `None` without queries.
     """
@@ -41,7 +41,7 @@ class PoolAnalysis:
     clusters: QueryClusters | None = None
 
     def summary(self) -> dict[str, Any]:
-        """The numbers, fit for JSON."""
+        """The numbers, ready for JSON."""
         usage, names = self.usage, self.usage.tasks
         summary: dict[str, Any] = {
             "pool_size": usage.shares.shape[1],
@@ -95,12 +95,12 @@ def analyse_pool(
     prompt_indices: Sequence[Sequence[int]],
     queries: np.ndarray | None = None,
 ) -> PoolAnalysis:
-    """Analyse what a prompt pool gave to a set of examples.
+    """Analyse which prompts a pool selected for a set of examples.
 
     Args:
         pool: a `ListenPromptPool`.
         tasks: task of each example.
-        prompt_indices: prompts that each example picked, see `prompt_usage`.
+        prompt_indices: prompts selected for each example, see `prompt_usage`.
         queries: `(examples, width)` the query of each example.
 
     Raises:
@@ -123,7 +123,7 @@ def _array(tensor: torch.Tensor | None) -> np.ndarray | None:
 
 
 def _picks(shares: np.ndarray) -> dict[str, float]:
-    """Prompts of a task by falling share."""
+    """Prompts of a task, most selected first."""
     order = np.argsort(-shares, kind="stable")
     return {str(prompt): round(float(shares[prompt]), 4) for prompt in order if shares[prompt] > 0}
 

@@ -1,4 +1,4 @@
-"""Do the queries of different tasks part, and do they meet the keys?"""
+"""Do queries cluster by task, and how similar are they to the keys?"""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _MAX_TSNE_PERPLEXITY = 30.0
 
 @dataclass(frozen=True)
 class QueryClusters:
-    """How well queries tell tasks apart.
+    """How well queries separate tasks.
 
     Attributes:
         silhouette: mean silhouette with cosine distance, -1 to 1; `nan` for one task or tasks of one example each.
         neighbour_accuracy: share of queries whose nearest other query has the same task; `nan` for a single query.
         chance: the same for neighbours drawn at random.
-        mean_cosine: mean cosine between two different queries; near 1, all queries are one and cannot select.
+        mean_cosine: mean cosine between two different queries; near 1, all queries are the same and cannot select.
     """
 
     silhouette: float
@@ -87,7 +87,7 @@ def project_queries(queries: np.ndarray, seed: int = 0) -> np.ndarray:
     """`(examples, 2)` t-SNE of the queries by cosine distance (van der Maaten & Hinton 2008).
 
     Raises:
-        ValueError: fewer than four queries, of which no map can be made.
+        ValueError: fewer than four queries, too few for a map.
     """
     if len(queries) < 4:
         raise ValueError(f"t-SNE needs four queries or more, got {len(queries)}")

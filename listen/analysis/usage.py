@@ -1,4 +1,4 @@
-"""Which prompts each task picks from the pool."""
+"""Which prompts each task selects from the pool."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ..data.tasks import list_tasks
 
 @dataclass
 class PromptUsage:
-    """How often each task picks each prompt.
+    """How often each task selects each prompt.
 
     Attributes:
         tasks: names, in the order of the rows.
-        shares: `(tasks, pool)` share of the task's examples that pick the prompt, 0 to 1.
+        shares: `(tasks, pool)` share of the task's examples that select the prompt, 0 to 1.
     """
 
     tasks: list[str]
@@ -24,14 +24,14 @@ class PromptUsage:
 
     @property
     def share_used(self) -> float:
-        """Share of the pool that any example picks."""
+        """Share of the pool that at least one example selects."""
         return float((self.shares > 0).any(axis=0).mean())
 
     def entropy(self, task: str | None = None) -> float:
-        """Entropy of the picks over the pool, 1 for a uniform use of all prompts and 0 for a single one.
+        """Entropy of the selections over the pool: 1 for uniform use of all prompts, 0 for a single one.
 
         Args:
-            task: of this task alone; by default of all tasks, each counted alike.
+            task: only this task; by default all tasks with equal weight.
         """
         picks = self.shares.mean(axis=0) if task is None else self.shares[self.tasks.index(task)]  # (pool,)
         if picks.size < 2 or not picks.any():
@@ -44,7 +44,7 @@ class PromptUsage:
         """`(tasks, tasks)` overlap of the sets of prompts that two tasks use: size of the intersection over the union.
 
         Args:
-            min_share: a prompt belongs to a task's set when more than this share of its examples picks it.
+            min_share: a prompt belongs to a task's set if more than this share of its examples selects it.
         """
         used = self.shares > min_share  # (tasks, pool)
         shared = (used[:, None] & used[None]).sum(-1)  # (tasks, tasks)
@@ -52,14 +52,14 @@ class PromptUsage:
         return np.divide(shared, either, out=np.zeros(shared.shape), where=either > 0)
 
     def weighted_jaccard(self) -> np.ndarray:
-        """`(tasks, tasks)` overlap that heeds how often prompts are picked: sum of the smaller shares over the larger
-        ones."""
+        """`(tasks, tasks)` overlap weighted by how often prompts are selected: sum of the smaller shares over that of
+        the larger ones."""
         smaller = np.minimum(self.shares[:, None], self.shares[None]).sum(-1)  # (tasks, tasks)
         larger = np.maximum(self.shares[:, None], self.shares[None]).sum(-1)
         return np.divide(smaller, larger, out=np.zeros(smaller.shape), where=larger > 0)
 
     def by_owner(self) -> np.ndarray:
-        """`(used,)` the prompts in use: those that most tasks share, then those of each task, most picked in front."""
+        """`(used,)` the prompts in use: those that most tasks share, then those of each task, most selected first."""
         used = np.flatnonzero(self.shares.any(axis=0))
         shares = self.shares[:, used]  # (tasks, used)
         shared = (shares > 0.5).mean(axis=0) > 0.5
@@ -76,11 +76,11 @@ def task_names(tasks: Iterable[str]) -> list[str]:
 
 
 def prompt_usage(tasks: Sequence[str], prompt_indices: Sequence[Sequence[int]], pool_size: int) -> PromptUsage:
-    """Count the picks of each task.
+    """Count the selections of each task.
 
     Args:
         tasks: task of each example.
-        prompt_indices: prompts that each example picked; negative entries mark places left empty.
+        prompt_indices: prompts selected for each example; negative entries mark empty places.
         pool_size: P.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Text LLMs that answer chats: run here by transformers, or behind any OpenAI-compatible endpoint.
+"""Text LLMs that answer chats: in this process by transformers, or behind any OpenAI-compatible endpoint.
 
 >>> from listen.data.chat_models import LocalChatModel
 >>> llm = LocalChatModel("model_cards/listen-tiny/backbones/language_model")  # doctest: +SKIP
@@ -28,16 +28,16 @@ _RETRIED = (408, 409, 429, 500, 502, 503, 504)
 
 
 class ChatModelError(RuntimeError):
-    """An endpoint that cannot be used at all, as opposed to a request that failed."""
+    """An endpoint that cannot be used at all, unlike a single failed request."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said.
+    """Answer of a model.
 
     Attributes:
-        text: the answer without special tokens and outer spaces; `None` where the request failed for good.
-        finished: whether it ended by itself and was not cut off at the longest allowed.
+        text: the answer without special tokens, stripped; `None` if the request failed after all retries.
+        finished: whether it is complete, not truncated at the maximum length.
         error: why the request failed.
     """
 
@@ -54,24 +54,24 @@ class ChatModel(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Which model it is and how it decodes: the same description, the same answers."""
+        """The model and its decoding: equal descriptions mean equal answers."""
         ...
 
 
 class LocalChatModel:
     """An LLM in this process.
 
-    Prompts are written as the processor of a LiSTEN model over the same LLM writes them: by the LLM's own chat
-    template, or `USER: ...`, `ASSISTANT: ...` for an LLM without one, and with no system prompt of ours.
+    Prompts are formatted as by the processor of a LiSTEN model over the same LLM: by the LLM's own chat template, or as
+    `USER: ...`, `ASSISTANT: ...` for an LLM without one. No system prompt is added.
 
     Args:
         name: folder or Hub id of a causal LLM.
         revision: its commit or tag.
-        dtype: of its weights, such as `bfloat16`; `auto` keeps the checkpoint's.
+        dtype: dtype of its weights, such as `bfloat16`; `auto` keeps the checkpoint's.
         attn_implementation: as in transformers.
-        device: where it runs; the CPU by default.
-        max_new_tokens: longest answer.
-        **decoding: further arguments of `generate`; greedy by default, whatever the checkpoint's own settings.
+        device: device of the model; the CPU by default.
+        max_new_tokens: max new tokens of an answer.
+        **decoding: further arguments of `generate`; greedy by default, whatever the checkpoint's own settings are.
 
     Raises:
         OSError: there is no such model.
@@ -97,7 +97,7 @@ class LocalChatModel:
         self.tokenizer.chat_template = self.tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE
         prepare_padding(self.tokenizer)
         self.decoding = {"max_new_tokens": max_new_tokens, "do_sample": False, **decoding}
-        if not self.decoding["do_sample"]:  # a checkpoint's settings for sampling would only be warned about
+        if not self.decoding["do_sample"]:  # the checkpoint's sampling settings would only cause warnings
             self.decoding = {"temperature": None, "top_p": None, "top_k": None, **self.decoding}
         self._stops = self._stop_ids()
 
@@ -106,7 +106,7 @@ class LocalChatModel:
         return render(fit_template(list(messages), render), **options)
 
     def _stop_ids(self) -> list[int]:
-        """The tokens that end an answer: those of the checkpoint and the one that its chat template writes."""
+        """The tokens that end an answer: those of the checkpoint and that of its chat template."""
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
         written = self._render(turns)
         end = end_of_turn(self.tokenizer, written[written.rfind("!") + 1 :])
@@ -120,10 +120,10 @@ class LocalChatModel:
 
         Args:
             conversations: messages of each; the last one is the user's.
-            seed: of sampling, for the batch.
+            seed: seed of sampling for the batch.
 
         Returns:
-            One answer a conversation, in order.
+            One answer per conversation, in order.
         """
         texts = [self._render(messages, add_generation_prompt=True) for messages in conversations]
         bos = self.tokenizer.bos_token
@@ -158,22 +158,22 @@ class LocalChatModel:
 class EndpointChatModel:
     """An LLM behind an OpenAI-compatible endpoint (`POST {base_url}/chat/completions`): vLLM, TGI, llama.cpp, ...
 
-    Requests that meet a full or failing server are sent again, after waits that double or that the server asks for.
-    Those that fail for good become answers without a text, so that one bad request ends no long run.
+    Requests to a busy or failing server are retried, after waits that double or that the server sets. Requests that
+    fail after all retries become answers without a text, so that one bad request does not end a long run.
 
     Args:
         base_url: up to and including the version, such as `http://localhost:8000/v1`.
         model: the model's name there.
         api_key: sent as a bearer token.
-        concurrency: requests under way at a time.
-        max_retries: further attempts of a request.
-        backoff_seconds: wait before the second further attempt; it doubles from there on.
-        timeout: seconds without an answer after which an attempt has failed.
-        max_new_tokens: longest answer.
+        concurrency: max requests at a time.
+        max_retries: max retries of a request.
+        backoff_seconds: wait before the second retry; it doubles with each further one.
+        timeout: seconds without an answer after which an attempt fails.
+        max_new_tokens: max new tokens of an answer.
         **decoding: further fields of the request; temperature 0 by default.
 
     Raises:
-        ValueError: a number out of range.
+        ValueError: a value out of range.
     """
 
     def __init__(
@@ -208,13 +208,13 @@ class EndpointChatModel:
 
         Args:
             conversations: messages of each.
-            seed: of the first one; each further one has the next. Servers that know no seeds ignore it.
+            seed: seed of the first one; each further one has the next. Servers without seeds ignore it.
 
         Returns:
-            One answer a conversation, in order; without a text where it failed.
+            One answer per conversation, in order; without a text where the request failed.
 
         Raises:
-            ChatModelError: the endpoint refuses the key, or has no such model or path.
+            ChatModelError: the endpoint rejects the key, or has no such model or path.
         """
         with ThreadPoolExecutor(self.concurrency) as pool:
             return list(pool.map(self._ask, conversations, range(seed, seed + len(conversations))))
@@ -236,8 +236,8 @@ class EndpointChatModel:
         except requests.RequestException as error:
             return Answer(None, error=f"{type(error).__name__}: {error}")
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            return Answer(None, error=f"the response is no chat completion ({type(error).__name__}: {error})")
+            return Answer(None, error=f"the response is not a chat completion ({type(error).__name__}: {error})")
 
     def describe(self) -> dict[str, Any]:
-        """Where the model is, its name and how answers are decoded."""
+        """Endpoint and name of the model, and how answers are decoded."""
         return {"model": self.name, "endpoint": self.base_url, "decoding": self.decoding}

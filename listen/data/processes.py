@@ -8,9 +8,9 @@ from accelerate.utils import parse_flag_from_env
 
 
 def launched_processes() -> PartialState:
-    """The processes that a launcher started, this one's place among them, and its device.
+    """The processes that a launcher started, the index of this one, and its device.
 
-    accelerate takes processes on the CPU for single ones unless `cpu=True` is passed.
+    accelerate treats processes on the CPU as single ones unless `cpu=True` is passed.
     """
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     return PartialState(cpu=on_cpu)

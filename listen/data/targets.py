@@ -1,14 +1,14 @@
-"""Targets of behavioural alignment: what the frozen LLM answers to the words, the voice shall get too.
+"""Targets of behavioural alignment: the frozen LLM's answers to transcripts, as responses to the recordings.
 
 The LLM reads `<emotion> transcript` under the instruction of a task, and its answer becomes the response of the
-recording (SpeechEmotionLlama, arXiv 2410.01162, section 2). A folder of targets holds
+recording (SpeechEmotionLlama, arXiv 2410.01162, section 2). A folder of targets contains
 
 - `settings.json`: the LLM, how it decodes, the seed, the instructions, the versions;
-- `answers-*.jsonl`: every answer as soon as it is there, so that an interrupted run goes on and nothing is asked twice;
-- `<kind>.jsonl`: manifests that training reads, one for each of `KINDS`;
+- `answers-*.jsonl`: every answer as soon as it exists, so that an interrupted run resumes without repeated requests;
+- `<kind>.jsonl`: manifests for training, one for each of `KINDS`;
 - `dataset`: the same rows as a `datasets.DatasetDict`, a split for each kind that has rows, for
   `datasets.load_from_disk`;
-- `summary.json`: how many rows there are, and how many answers failed, were empty or were cut off.
+- `summary.json`: the number of rows, and of answers that failed, were empty or were truncated.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ logger = logging.get_logger(__name__)
 SETTINGS_FILE = "settings.json"
 SUMMARY_FILE = "summary.json"
 DATASET_FOLDER = "dataset"
-_PATIENCE = 4
+_MAX_FAILURES = 4
 
 
 class TargetError(ValueError):
-    """Targets that cannot be made, or a folder that holds others; the message says what to do."""
+    """Targets that cannot be generated, or a folder with other targets; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class TargetKind:
-    """One sort of targets.
+    """A kind of targets.
 
     Attributes:
         task: task of its rows.
-        tagged: whether the LLM's input names the emotion.
-        source: field of the utterance that is the response; `None` where the LLM writes it.
+        tagged: whether the LLM gets the emotion.
+        source: field of the utterance that is the response; `None` if the LLM generates it.
     """
 
     task: str
@@ -75,14 +75,14 @@ KINDS = {
 
 @dataclass
 class TargetSummary:
-    """What is in a folder of targets.
+    """Content of a folder of targets.
 
     Attributes:
         rows: rows of each kind.
-        failed: utterances without a row because the request failed; the next run asks again.
+        failed: utterances without a row because the request failed; the next run repeats it.
         empty: utterances without a row because the answer was empty.
-        unfinished: utterances without a row because the answer was cut off.
-        errors: how often each error was met in this run, by this process.
+        unfinished: utterances without a row because the answer was truncated.
+        errors: count of each error in this run of this process.
     """
 
     rows: dict[str, int] = field(default_factory=dict)
@@ -110,30 +110,30 @@ def generate_targets(
     keep_unfinished: bool = False,
     progress: bool = True,
 ) -> TargetSummary:
-    """Write the targets of utterances into a folder, asking the LLM for what the folder lacks.
+    """Write the targets of utterances into a folder; the LLM generates those that the folder lacks.
 
-    Batches are the same however many processes work and wherever a run was interrupted. Under `accelerate launch` each
+    Batches do not depend on the number of processes or on where a run was interrupted. Under `accelerate launch` each
     process takes its share of them.
 
     Args:
         utterances: see `listen.data.utterances.read_utterances`.
-        folder: created, or gone on with.
-        llm: answers; needed for the kinds that it writes.
+        folder: created, or continued.
+        llm: generates the answers; needed for kinds without a `source`.
         kinds: which of `KINDS` to write.
         options: classes that rows of `ser` name; those of the task by default.
-        batch_size: conversations given to the LLM at once.
-        seed: of sampling; each batch has its own, which follows from this one.
+        batch_size: conversations of a batch.
+        seed: seed of sampling; the seed of each batch is derived from it.
         share_answers: whether utterances of the same words and emotion share an answer. Turn it off when sampling, to
-            have as many answers as utterances.
-        keep_unfinished: whether answers that were cut off become targets; they teach to stop amid a sentence.
+            get an answer per utterance.
+        keep_unfinished: whether truncated answers become targets; they teach the model to stop within a sentence.
         progress: whether the main process shows a progress bar.
 
     Returns:
-        What the folder now holds.
+        What the folder now contains.
 
     Raises:
         TargetError: an unknown kind, an utterance without the emotion that a kind needs, a folder of another LLM or
-            other settings, or an LLM that fails for whole batches, of four new requests or more.
+            other settings, or an LLM that fails for whole batches of four or more new requests.
     """
     folder, state = Path(folder), launched_processes()
     _check(utterances, kinds, llm, options)
@@ -143,7 +143,7 @@ def generate_targets(
     state.wait_for_everyone()
     requests = _requests(utterances, kinds, share_answers)
     done = _read_answers(folder)
-    state.wait_for_everyone()  # nobody may write before all have read
+    state.wait_for_everyone()  # no process may write before all have read
     errors: Counter[str] = Counter()
     if llm is not None:
         errors = _ask(llm, _batches(requests, batch_size), done, folder, seed, progress)
@@ -165,25 +165,25 @@ def _check(
 ) -> None:
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
-        raise TargetError(f"kinds {unknown or list(kinds)} cannot be made; choose some of {', '.join(KINDS)}")
+        raise TargetError(f"kinds {unknown or list(kinds)} are unknown; choose some of {', '.join(KINDS)}")
     written = [kind for kind in kinds if KINDS[kind].source is None]
     if written and llm is None:
-        raise TargetError(f"the targets {', '.join(written)} need an LLM that writes them")
+        raise TargetError(f"the targets {', '.join(written)} need an LLM that generates them; pass llm")
     twice = [name for name, count in Counter(utterance.id for utterance in utterances).items() if count > 1]
     if twice:
-        raise TargetError(f"{len(twice)} ids name several utterances, {twice[0]!r} for one; make them differ")
+        raise TargetError(f"{len(twice)} ids are used twice, such as {twice[0]!r}; make them unique")
     tagged = [kind for kind in kinds if KINDS[kind].tagged]
     allowed = set(options or get_task("ser").labels)
     for utterance in utterances:
         if tagged and not utterance.emotion:
             raise TargetError(
                 f"utterance {utterance.id!r} has no emotion, which {', '.join(tagged)} need; name the field of the "
-                f"emotions, or make only {', '.join(k for k in KINDS if not KINDS[k].tagged)}"
+                f"emotions, or generate only {', '.join(k for k in KINDS if not KINDS[k].tagged)}"
             )
         if "ser" in kinds and utterance.emotion not in allowed:
             raise TargetError(
                 f"utterance {utterance.id!r}: the emotion {utterance.emotion!r} is not among the options "
-                f"{', '.join(sorted(allowed))}; give other options, or another name to the emotion"
+                f"{', '.join(sorted(allowed))}; pass other options, or rename the emotion"
             )
 
 
@@ -191,7 +191,7 @@ def _check(
 
 
 def _settings(llm: ChatModel | None, seed: int, share_answers: bool) -> dict[str, Any]:
-    """All that the answers follow from."""
+    """Everything that the answers depend on."""
     if llm is None:
         return {}
     tasks = {KINDS[kind].task: get_task(KINDS[kind].task) for kind in KINDS if KINDS[kind].source is None}
@@ -200,7 +200,7 @@ def _settings(llm: ChatModel | None, seed: int, share_answers: bool) -> dict[str
 
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Write the settings, or compare them with those of the folder, so that it never mixes LLMs."""
+    """Write the settings, or compare them with those of the folder: it never mixes answers of two LLMs."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / SETTINGS_FILE
     if not settings:
@@ -213,19 +213,19 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     for name, value in wanted.items():
         if known.get(name) != value:
             raise TargetError(
-                f"the targets in {folder} were made with {name}={known.get(name)!r}, but here {name}={value!r}; make "
-                "them in another folder"
+                f"the targets in {folder} were made with {name}={known.get(name)!r}, but this run has {name}={value!r}; "
+                "use another folder"
             )
 
 
 def _read_answers(folder: Path) -> dict[str, dict[str, Any]]:
-    """Answers of all runs and processes by key; a line that an interruption cut off is not there."""
+    """Answers of all runs and processes by key, without lines that an interruption truncated."""
     answers: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("answers-*.jsonl")):
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:  # cut off, and written on behind
+            except json.JSONDecodeError:  # truncated, with later lines after it
                 continue
             answers[record["key"]] = record
     return answers
@@ -241,7 +241,7 @@ def _finish(folder: Path, summary: TargetSummary) -> None:
     manifests = {kind: folder / f"{kind}.jsonl" for kind in KINDS}
     filled = {kind: path for kind, path in manifests.items() if path.is_file() and path.stat().st_size}
     shutil.rmtree(folder / DATASET_FOLDER, ignore_errors=True)
-    if filled:  # datasets reads no empty split back
+    if filled:  # datasets cannot load empty splits
         splits = DatasetDict({kind: load_manifest(path, check_files=False) for kind, path in filled.items()})
         splits.save_to_disk(folder / DATASET_FOLDER)
     path = folder / SUMMARY_FILE
@@ -268,7 +268,7 @@ def _key(utterance: Utterance, prompt: str, share_answers: bool) -> str:
 
 
 def _requests(utterances: Sequence[Utterance], kinds: Sequence[str], share_answers: bool) -> list[_Request]:
-    """All that the LLM is to be asked, each once, the shortest first so that batches hold little padding."""
+    """All prompts for the LLM, each once, the shortest first so that batches hold little padding."""
     found: dict[str, _Request] = {}
     for kind in (kind for kind in kinds if KINDS[kind].source is None):
         for utterance in utterances:
@@ -292,15 +292,15 @@ def _ask(
     seed: int,
     progress: bool,
 ) -> Counter[str]:
-    """Ask for this process's share of what is not done; the errors met, by their text."""
+    """Generate this process's share of the missing answers; returns the count of each error."""
     state = launched_processes()
     mine = list(batches[state.process_index :: state.num_processes])
     errors: Counter[str] = Counter()
-    silence = 0  # requests in a row that failed
+    failures = 0  # consecutive failed requests
     bar = tqdm(total=sum(map(len, mine)), desc="targets", disable=not (progress and state.is_main_process))
     with bar, (folder / f"answers-{state.process_index:03d}.jsonl").open("a", encoding="utf-8") as file:
         if file.tell():
-            file.write("\n")  # a line that was cut off must not swallow the next one
+            file.write("\n")  # a truncated line must not absorb the next one
         for batch in mine:
             pending = [request for request in batch if request.key not in done]
             if pending:
@@ -311,17 +311,17 @@ def _ask(
                 file.write("".join(_as_line(r, a) for r, a in zip(pending, answers, strict=True) if a.text is not None))
                 file.flush()
                 errors.update(answer.error for answer in answers if answer.text is None)
-                is_silent = all(answer.text is None for answer in answers)
-                # the rest of a batch that was answered failed before, too: the fault is its own, not the LLM's
-                silence = silence + len(batch) if is_silent and len(pending) == len(batch) else 0
-                if silence >= _PATIENCE:
-                    raise TargetError(f"every answer of a batch failed, so the LLM is at fault: {answers[0].error}")
+                all_failed = all(answer.text is None for answer in answers)
+                # the rest of a partly answered batch failed before: the requests are at fault, not the LLM
+                failures = failures + len(batch) if all_failed and len(pending) == len(batch) else 0
+                if failures >= _MAX_FAILURES:
+                    raise TargetError(f"every request of a batch failed; check the LLM: {answers[0].error}")
             bar.update(len(batch))
     return errors
 
 
 def _batch_seed(seed: int, batch: Sequence[_Request]) -> int:
-    """Follows from the seed and the batch alone, not from the process or the order of work."""
+    """Depends on the seed and the batch alone, not on the process or the order of batches."""
     return int(hashlib.sha256(f"{seed}|{batch[0].key}".encode()).hexdigest()[:7], 16)
 
 
@@ -343,7 +343,7 @@ def _rows(
     keep_unfinished: bool,
     summary: TargetSummary,
 ) -> list[dict[str, Any]]:
-    """Manifest lines of one kind; what has no target is counted in `summary`."""
+    """Manifest lines of one kind; utterances without a target are counted in `summary`."""
     rows = []
     for reasons in (summary.failed, summary.empty, summary.unfinished):
         reasons[kind] = 0
@@ -372,7 +372,7 @@ def _row(utterance: Utterance, kind: str, response: str, folder: Path, options: 
         "response": response,
         "transcript": utterance.transcript,
         "emotion": utterance.emotion,
-        "text_input": tagged,  # what stands for the recording when a text LLM reads it
+        "text_input": tagged,  # the text that a text LLM reads instead of the recording
         "join": "concatenate" if len(utterance.audio) > 1 else None,
         "options": list(options) if options and kind == "ser" else None,
     }
@@ -380,7 +380,7 @@ def _row(utterance: Utterance, kind: str, response: str, folder: Path, options: 
 
 
 def _place(clip: Mapping[str, Any], folder: Path) -> str:
-    """Path of a clip as seen from the folder; clips without one are written into it."""
+    """Path of a clip relative to the folder; clips without a path are written into it."""
     if clip["bytes"] is None:
         return clip["path"] if "://" in clip["path"] else os.path.relpath(clip["path"], folder.resolve())
     ending = soundfile.info(BytesIO(clip["bytes"])).format.lower()

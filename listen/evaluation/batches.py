@@ -103,7 +103,7 @@ def map_rows(
 
 
 def plan_batches(dataset: Dataset, batch_size: int) -> list[list[int]]:
-    """Row numbers of each batch: sorted by task, then from long to short, each row exactly once.
+    """Row numbers of each batch: sorted by task, then by decreasing length, each row exactly once.
 
     Raises:
         ValueError: `batch_size` is below 1.
@@ -117,7 +117,7 @@ def plan_batches(dataset: Dataset, batch_size: int) -> list[list[int]]:
 
 
 def clip_seconds(clip: Mapping[str, Any]) -> float:
-    """Length of a clip read from its header; 0 where the header is out of reach, as for URLs and mp4."""
+    """Length of a clip from its header; 0 if the header cannot be read, as for URLs and mp4."""
     return audio.clip_seconds(clip) or 0.0  # it only sorts: an unreadable clip is reported when it is decoded
 
 

@@ -1,4 +1,4 @@
-"""BERTScore of answers over any local text model, exact and without a package of its own."""
+"""BERTScore of answers over any local text model, without a further dependency."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Text:
-    """Hidden states of a text, `(tokens, width)` of length 1, and which of them are words, `(tokens,)`."""
+    """Unit-length hidden states of a text, `(tokens, width)`, and a mask of its own tokens, `(tokens,)`."""
 
     states: torch.Tensor
     is_word: torch.Tensor
@@ -27,17 +27,17 @@ class _Text:
 class BertScore(RowMetric):
     """BERTScore (Zhang et al., arXiv 1904.09675, equations 1 to 3): greedy cosine matching of hidden states.
 
-    Each token of the answer meets the most similar one of the reference, and the other way round: the means of the
-    cosines are precision and recall, F1 joins them. As in the authors' `bert-score` with idf off and without rescaling
-    to a baseline; tokens that the tokenizer adds, such as CLS, may be met but have no say in the means. Of several
-    references the one with the highest F1 counts. Figures are fractions, and comparable for the same model and layer
-    alone.
+    Each token of the answer is matched with the most similar one of the reference, and vice versa: the means of the
+    cosines are precision and recall, and F1 combines them. As in the authors' `bert-score` with idf off and without
+    rescaling to a baseline; tokens that the tokenizer adds, such as CLS, can be matched but do not count in the means.
+    With several references, the one with the highest F1 counts. Values are fractions, and comparable only for the same
+    model and layer.
 
     Args:
-        model: any text model of transformers; of an encoder-decoder the encoder is taken. It is put into eval mode.
+        model: any text model of transformers; of an encoder-decoder only the encoder is used. It is set to eval mode.
         tokenizer: its tokenizer.
-        layer: whose hidden states are matched, 0 for the input embeddings; the last one by default. `bert-score` takes
-            layer 17 of roberta-large, 9 of bert-base-uncased, 5 of distilbert-base-uncased.
+        layer: layer of the hidden states, 0 for the input embeddings; the last one by default. `bert-score` uses layer
+            17 of roberta-large, 9 of bert-base-uncased, 5 of distilbert-base-uncased.
         batch_size: texts of a batch.
 
     Raises:
@@ -65,7 +65,7 @@ class BertScore(RowMetric):
         self.layer = layer
         self.batch_size = batch_size
         if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token  # masked wherever it stands
+            tokenizer.pad_token = tokenizer.eos_token  # always masked
 
     @classmethod
     def from_pretrained(
@@ -83,7 +83,7 @@ class BertScore(RowMetric):
             layer: see the class.
             batch_size: see the class.
             device: where the model runs.
-            dtype: of its weights.
+            dtype: dtype of its weights.
         """
         model = AutoModel.from_pretrained(path, dtype=dtype).to(device)
         return cls(model, AutoTokenizer.from_pretrained(path), layer, batch_size)
@@ -112,7 +112,7 @@ class BertScore(RowMetric):
         return {name: float(value) for name, value in zip(self.names, rows.mean(axis=0), strict=True)}
 
     def _embed(self, texts: Iterable[str]) -> dict[str, _Text]:
-        """Unit hidden states of each text, every text once, texts of like length together."""
+        """Unit hidden states of each text; each text is encoded once, in batches of similar length."""
         ordered = sorted(set(texts), key=lambda text: (len(text), text))
         embedded: dict[str, _Text] = {}
         for start in range(0, len(ordered), self.batch_size):
@@ -133,7 +133,7 @@ class BertScore(RowMetric):
         return [_Text(states[i, real], is_word[i, real]) for i, real in enumerate(is_real)]
 
     def _tokenize(self, texts: list[str]) -> dict[str, torch.Tensor]:
-        # byte-level tokenizers write the first word otherwise than the same word within the text
+        # byte-level tokenizers encode the first word of a text differently from the same word within it
         if getattr(self.tokenizer, "add_prefix_space", None) is False:
             texts = [f" {text.strip()}" if text.strip() else "" for text in texts]
         limit = self._longest()
@@ -141,20 +141,22 @@ class BertScore(RowMetric):
         encoded = self.tokenizer(texts, return_special_tokens_mask=True, **options)
         too_long = int((encoded["attention_mask"].sum(-1) > limit).sum()) if limit else 0
         if too_long:
-            logger.warning("%d texts are longer than the %d tokens that the BERTScore model takes", too_long, limit)
+            logger.warning(
+                "%d texts are longer than the %d tokens of the BERTScore model and are truncated", too_long, limit
+            )
             cut = {"truncation": True, "max_length": limit}
             encoded = self.tokenizer(texts, return_special_tokens_mask=True, **cut, **options)
         return encoded
 
     def _longest(self) -> int | None:
-        """Most tokens of a text; `None` where neither tokenizer nor model has a limit."""
+        """Maximum tokens of a text; `None` if neither tokenizer nor model has a limit."""
         if self.tokenizer.model_max_length < 1_000_000:  # transformers writes 1e30 for unknown
             return self.tokenizer.model_max_length
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _match(prediction: _Text, reference: _Text) -> tuple[float, float, float]:
-    """F1, precision and recall of one pair; 0 where one has no words."""
+    """F1, precision and recall of one pair; 0 if one has no words."""
     if not prediction.is_word.any() or not reference.is_word.any():
         return 0.0, 0.0, 0.0
     cosines = prediction.states @ reference.states.T  # (tokens of the prediction, tokens of the reference)

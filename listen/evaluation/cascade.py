@@ -1,4 +1,4 @@
-"""Cascades: a classifier names the emotion, and the model reads it before the speech (arXiv 2410.01162, sec. 3).
+"""Cascades: a classifier predicts the emotion, which is written before the speech (arXiv 2410.01162, sec. 3).
 
 >>> from listen.evaluation.cascade import classify_rows, tag_rows
 >>> tagged = tag_rows(dataset, classify_rows(classifier, feature_extractor, dataset))  # doctest: +SKIP
@@ -26,7 +26,7 @@ from .batches import BatchOptions, map_rows
 
 
 def load_recogniser(checkpoint: str, batch_size: int) -> Callable[[Dataset], list[str]]:
-    """What names the class of each row's recording: `classify_rows` with the classifier of a checkpoint.
+    """A function that predicts the class of each row's recording: `classify_rows` with the classifier of a checkpoint.
 
     Args:
         checkpoint: folder or Hub id of a `ListenForAudioClassification` with its feature extractor.
@@ -47,14 +47,14 @@ def classify_rows(
 ) -> list[str]:
     """The class of each row's recording, in the data set's order.
 
-    Batches are planned and shared by processes as in `map_rows`.
+    Processes share the batches as in `map_rows`.
 
     Args:
         model: a `ListenForAudioClassification`.
         feature_extractor: its feature extractor.
         dataset: rows of `listen.data.manifest`.
         batch_size: rows of a batch, in each process.
-        num_workers: processes that read audio ahead, for each process.
+        num_workers: processes that load audio ahead, for each process.
         progress: whether the main process shows a progress bar.
 
     Raises:
@@ -71,17 +71,17 @@ def classify_rows(
 
 
 def tag_rows(dataset: Dataset, labels: Sequence[str]) -> Dataset:
-    """Rows whose instruction names the class before the recording: `<happy>` and the speech.
+    """Add the class before the recording in each row's instruction: `<happy>` and the speech.
 
-    Each row gets its own instruction, the test wording of its task where it has none. The recording stays where the
-    wording wants it, with the tag in front of it.
+    A row without an instruction gets the test wording of its task. The recording keeps its place in the wording, with
+    the tag in front of it.
 
     Args:
         dataset: rows of `listen.data.manifest`.
         labels: class of each row.
 
     Raises:
-        ValueError: another number of labels than rows.
+        ValueError: the numbers of labels and rows differ.
     """
     if len(labels) != len(dataset):
         raise ValueError(f"{len(labels)} labels for {len(dataset)} rows; give each row one")

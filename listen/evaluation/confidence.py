@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Aggregates(Protocol):
-    """What gives values for any set of examples, such as a `RowMetric`."""
+    """Computes values of any set of examples, such as a `RowMetric`."""
 
     def aggregate(self, rows: np.ndarray) -> dict[str, float]:
         """Values of the examples with these rows of numbers."""
@@ -24,12 +24,12 @@ def bootstrap_intervals(
         metric: aggregates rows.
         rows: `(examples, statistics)`, the metric's `row_statistics`.
         num_resamples: sets of examples drawn with replacement.
-        level: share of the resamples that the interval holds.
-        seed: of the draws; the same seed gives the same intervals.
+        level: share of the resamples inside the interval.
+        seed: seed of the draws; the same seed gives the same intervals.
 
     Returns:
-        `(low, high)` for each value; values that some resample leaves undefined are taken over the others, and left
-        out where every resample does. None of a single example, whose resamples are all alike.
+        `(low, high)` for each value; values that are undefined in some resamples are computed over the others, and left
+        out if undefined in all. Empty for a single example, whose resamples are all the same.
 
     Raises:
         ValueError: `num_resamples` is below 1, or `level` is not between 0 and 1.

@@ -30,16 +30,16 @@ def evaluate_model(
     num_resamples: int = 1000,
     **options: Any,
 ) -> EvaluationResult:
-    """Let a model answer a data set and score the answers task by task.
+    """Generate a model's answers to a data set and score them task by task.
 
-    Under `accelerate launch` each process answers its share and all return the whole result; write it on the main
-    process alone.
+    Under `accelerate launch` each process answers its share and all return the whole result; save it on the main
+    process only.
 
     Args:
         model: a LiSTEN model.
         processor: its processor.
         dataset: rows of `listen.data.manifest`.
-        tasks: keep these tasks alone.
+        tasks: evaluate only these tasks.
         max_examples: max examples per task, the first ones.
         spelling_mapping: British to American spellings for the word error rate, see `WordErrorRate`.
         num_resamples: bootstrap resamples behind the intervals; 0 for none.
@@ -47,7 +47,7 @@ def evaluate_model(
             tokens by default.
 
     Raises:
-        ValueError: no rows are left, or a reference that a metric cannot use, found before anything is asked.
+        ValueError: no rows are left, or a reference that a metric cannot use, found before generation starts.
         UnknownTaskError: the data holds a task that is not registered.
     """
     dataset = select_rows(dataset, tasks, max_examples)
@@ -64,7 +64,7 @@ def evaluate_model(
 
 
 def select_rows(dataset: Dataset, tasks: Sequence[str] | None = None, max_examples: int | None = None) -> Dataset:
-    """Rows of the named tasks, at most `max_examples` of each.
+    """Rows of the named tasks, with max examples per task.
 
     Raises:
         ValueError: no rows are left, or none of a named task.
@@ -83,7 +83,7 @@ def select_rows(dataset: Dataset, tasks: Sequence[str] | None = None, max_exampl
 
 
 def _examples(dataset: Dataset) -> list[dict[str, Any]]:
-    """Rows without the bytes of their audio, the fields beyond the schema unpacked."""
+    """Rows without the bytes of their audio, and with the fields beyond the schema unpacked."""
     examples = []
     for row in dataset:
         paths = [clip["path"] for clip in row["audio"]]
@@ -93,10 +93,10 @@ def _examples(dataset: Dataset) -> list[dict[str, Any]]:
 
 def _record(example: Mapping[str, Any], prediction: Prediction) -> dict[str, Any]:
     """One line of `predictions.jsonl`."""
-    asked = {name: example[name] for name in ("id", "task", "audio", "question") if example.get(name)}
+    source = {name: example[name] for name in ("id", "task", "audio", "question") if example.get(name)}
     return {
         "index": prediction.index,
-        **asked,
+        **source,
         "instruction": prediction.instruction,
         "references": example["response"],
         "prediction": prediction.text,

@@ -1,4 +1,4 @@
-"""Answers of a model to every row of a data set: batched, sharded over processes, in the order of the rows."""
+"""Generated answers to all rows of a data set: batched, divided among processes, in the order of the rows."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Prediction:
 
     Attributes:
         index: place of the row in the data set.
-        instruction: how the task was worded.
+        instruction: wording of the task.
         text: the answer, without special tokens and outer spaces.
-        prompt_indices: prompts picked from the pool, best first; empty without a pool.
-        prompt_scores: their scores under the pool's strategy.
-        yes_no_score: logit of yes minus logit of no at the first position of the response; `nan` where the tokenizer
-            begins both with the same token.
-        query: `(width,)` what the pool was asked with; `None` without a pool.
+        prompt_indices: prompts selected from the pool, best first; empty without a pool.
+        prompt_scores: their scores by the pool's strategy.
+        yes_no_score: logit of yes minus logit of no at the first position of the response; `nan` where both begin with
+            the same token.
+        query: `(width,)` query of the pool; `None` without a pool.
     """
 
     index: int
@@ -71,7 +71,7 @@ def generate_predictions(
         **options: fields of `BatchOptions`; all others go to `model.generate`, such as `num_beams=4`.
 
     Raises:
-        ValueError: `batch_size` below 1, several answers asked for, or a row that cannot be read; the message names it.
+        ValueError: `batch_size` below 1, several answers per row, or a row that cannot be read; the message names it.
         FeatureStoreError: `features` were computed by other encoders or settings, or lack a recording.
     """
     model = extract_model_from_parallel(model)
@@ -83,11 +83,11 @@ def generate_predictions(
 
 
 def answer_ids(collator: ListenCollator) -> tuple[int, int] | None:
-    """Ids of the first token of yes and of no as training writes them at the start of a response.
+    """Ids of the first token of yes and of no, as in training at the start of a response.
 
     Returns:
-        The two ids; `None` where the tokenizer begins both answers with the same token, so that the first position of
-        the response cannot tell them apart.
+        The two ids; `None` where both answers begin with the same token, so that the first position of the response
+        does not distinguish them.
     """
     row = {"id": "", "audio": [], "instruction": "yes or no?"}
     texts = [collator.word({**row, "response": [answer]}, random.Random(0)).answer for answer in ("yes", "no")]
@@ -110,11 +110,11 @@ def _answer_batch(
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     with first_forward(model) as prefill:
         ids = model.generate(**inputs, **generate_kwargs)  # (batch, sequence)
-    if len(ids) != len(indices):  # they would be given to the wrong rows
+    if len(ids) != len(indices):  # they would be assigned to the wrong rows
         raise ValueError(f"{len(ids)} answers for {len(indices)} rows; leave num_return_sequences at 1")
     texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     first = prefill.output
-    beams = len(first.logits) // len(indices)  # beams repeat every row
+    beams = len(first.logits) // len(indices)  # each row is repeated for its beams
     picks, strengths, queries = (
         None if tensor is None else tensor[::beams].detach().cpu()
         for tensor in (first.prompt_indices, first.prompt_scores, first.query)
@@ -144,7 +144,7 @@ def _yes_no_scores(logits: torch.Tensor, answers: tuple[int, int] | None) -> lis
 
 @contextmanager
 def first_forward(model: PreTrainedModel) -> Iterator[_Prefill]:
-    """Keep the output of the next forward pass: `generate` reads the prompt there and picks the prompts of the pool."""
+    """Keep the output of the next forward pass: `generate` runs the input there and selects prompts."""
     prefill = _Prefill()
 
     def keep(module: torch.nn.Module, args: tuple, output: Any) -> None:

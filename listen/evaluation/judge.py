@@ -1,9 +1,9 @@
-"""An LLM as judge of spoken dialogue: two scores from 1 to 10, one for the answer and one for its feeling.
+"""An LLM as judge of spoken dialogue: two scores from 1 to 10, for the answer and for how it suits the emotion.
 
-A judge gets the rubrics below and the texts, no audio. Each answer is judged for one thing at a time, in a request of
-its own, the requests in an order drawn by a seed, so that neither the place of an answer nor its other score sways a
-judge. A verdict that names no score, or several, is counted and left out: no score
-is ever guessed.
+The rubrics below are the whole prompt of a judge. It reads the transcript and does not get the recording. Each score is
+a request of its own, and the order of the requests is random with a fixed seed, so that neither the position of an
+answer nor its other score influences the judge. A verdict without exactly one score is counted and left out; scores are
+never guessed.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ scale:
 
 Give one sentence of reasons. Then write, on a last line of its own, the score as a whole number: Score: N""",
 }
-"""Instructions of a judge for each of the two scores."""
+"""Prompt of the judge for each of the two scores."""
 
 LOWEST, HIGHEST = 1, 10
 _SCORE = re.compile(
@@ -75,7 +75,7 @@ _SCORE = re.compile(
 
 @dataclass(frozen=True)
 class JudgeItem:
-    """One answer to be judged.
+    """An answer to be judged.
 
     Attributes:
         transcript: what was said.
@@ -98,9 +98,9 @@ class Judgement:
         intervals: their 95 % bootstrap intervals.
         unparsable: verdicts without a score, of each of the two.
         failed: requests that got no verdict, of each of the two.
-        errors: why, and how often.
-        verdicts: `{"quality", "emotion"}` of each item: what the judge wrote; `None` where the request failed.
-        settings: who judged, and how.
+        errors: why requests failed, and how often.
+        verdicts: `{"quality", "emotion"}` of each item: text of the judge; `None` where the request failed.
+        settings: the judge and its settings.
     """
 
     scores: np.ndarray
@@ -114,7 +114,7 @@ class Judgement:
 
 
 class _Means:
-    """Means of the columns of `scores`, whatever is missing left out."""
+    """Means of the columns of `scores`, without missing values."""
 
     def aggregate(self, rows: np.ndarray) -> dict[str, float]:
         """Mean of each column by its name; `nan` for a column without any score."""
@@ -127,7 +127,7 @@ def parse_score(verdict: str) -> int | None:
     """The score that a verdict names, or `None`.
 
     A verdict must be a whole number from 1 to 10, or hold exactly one line `Score: N`, also `Score: N/10` or in bold.
-    What stands before `</think>` is not part of it. Anything else, such as 7.5, 11, or two lines that differ, has no
+    Text before `</think>` is ignored. Anything else, such as 7.5, 11, or two lines that differ, has no
     score.
     """
     text = verdict.rpartition("</think>")[2].strip()
@@ -148,13 +148,13 @@ def judge_responses(
     num_resamples: int = 1000,
     progress: bool = True,
 ) -> Judgement:
-    """Let an LLM score answers.
+    """Score answers by an LLM.
 
     Args:
-        judge: a `LocalChatModel` or an `EndpointChatModel`, best one that decodes greedily.
-        items: what is to be judged.
-        seed: of the order of the requests.
-        batch_size: requests handed to the judge at once.
+        judge: a `LocalChatModel` or an `EndpointChatModel`, preferably with greedy decoding.
+        items: answers to judge.
+        seed: seed of the order of the requests.
+        batch_size: requests of a batch.
         num_resamples: bootstrap resamples behind the intervals; 0 for none.
         progress: whether to show a progress bar.
 
@@ -186,7 +186,7 @@ def judge_responses(
 
 
 def scored(scores: np.ndarray, settings: dict[str, Any], num_resamples: int = 1000) -> Judgement:
-    """A judgement from scores `(items, 2)` of quality and emotion that are known already."""
+    """A judgement from scores `(items, 2)` of quality and emotion that are given."""
     judgement = Judgement(scores, values=_Means().aggregate(scores), settings=settings)
     if num_resamples:
         judgement.intervals = bootstrap_intervals(_Means(), scores, num_resamples)
@@ -194,10 +194,10 @@ def scored(scores: np.ndarray, settings: dict[str, Any], num_resamples: int = 10
 
 
 def judge_by_rules(items: Sequence[JudgeItem], num_resamples: int = 1000) -> Judgement:
-    """Score answers to the built-in corpus by the rules that its targets follow: exact, and no LLM is asked.
+    """Score answers to the built-in corpus by the rules that its targets follow, exactly and without an LLM.
 
     Raises:
-        ValueError: a transcript that is no sentence of the corpus.
+        ValueError: a transcript that is not a sentence of the corpus.
     """
     from ..data.corpus.responses import rate_response
 
@@ -207,7 +207,7 @@ def judge_by_rules(items: Sequence[JudgeItem], num_resamples: int = 1000) -> Jud
 
 def _conversation(item: JudgeItem, name: str) -> list[dict[str, str]]:
     fields = {"transcript": item.transcript, "emotion": item.emotion, "response": item.response}
-    # one pass over the rubric, so that braces in what was said are left alone
+    # one pass over the rubric, so that braces in the transcript are not replaced
     text = re.sub(r"\{(transcript|emotion|response)\}", lambda match: fields[match[1]], RUBRICS[name])
     return [{"role": "user", "content": text}]
 

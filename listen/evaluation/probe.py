@@ -1,4 +1,4 @@
-"""What embeddings hold, read out by a linear classifier, and a map of them."""
+"""Linear probes of embeddings, and a map of embeddings."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Probe:
 
     Attributes:
         truths: class of each tested example.
-        predictions: class that the probe gave it.
-        num_train: examples that the probe learned from (of each fold, their mean).
+        predictions: its predicted class.
+        num_train: examples that the probe was trained on (the mean over folds).
     """
 
     truths: list[str]
@@ -34,7 +34,7 @@ class Probe:
 
     @property
     def accuracy(self) -> float:
-        """Share of right classes."""
+        """Share of correct predictions."""
         return float(accuracy_score(self.truths, self.predictions))
 
     @property
@@ -45,7 +45,7 @@ class Probe:
 
     @property
     def chance(self) -> float:
-        """Accuracy of always naming the most frequent class."""
+        """Accuracy of always predicting the most frequent class."""
         return max(self.truths.count(name) for name in set(self.truths)) / len(self.truths)
 
 
@@ -63,13 +63,13 @@ def probe_split(
             standardised by the training examples.
 
     Raises:
-        ValueError: lengths differ, fewer than two classes to learn, or nothing to test.
+        ValueError: lengths differ, fewer than two classes to train on, or nothing to test.
     """
     _check(train, train_labels)
     _check(test, test_labels)
     if len(set(train_labels)) < 2 or not len(test_labels):
         raise ValueError(
-            f"a probe needs two classes to learn and examples to test, got {len(set(train_labels))} classes and "
+            f"a probe needs two classes to train on and examples to test, got {len(set(train_labels))} classes and "
             f"{len(test_labels)} tested examples"
         )
     found = _classifier(strength).fit(train, list(train_labels)).predict(test)
@@ -79,18 +79,18 @@ def probe_split(
 def probe_groups(
     embeddings: np.ndarray, labels: Sequence[str], groups: Sequence[str | None], folds: int = 5, strength: float = 1.0
 ) -> Probe:
-    """Test every example once, by a probe that was trained on no example of its group.
+    """Test every example once, by a probe that was not trained on its group.
 
     Args:
         embeddings: `(examples, width)`.
         labels: their classes.
-        groups: whom each example belongs to, such as its speaker.
-        folds: parts that the groups are dealt to; fewer where there are fewer groups, or examples of each class.
+        groups: group of each example, such as its speaker.
+        folds: number of folds; fewer if there are fewer groups, or fewer examples of each class.
         strength: see `probe_split`.
 
     Raises:
-        ValueError: lengths differ, an example of no group, fewer than two groups, no class of two examples, or a part
-            of the groups that lacks all classes but one.
+        ValueError: lengths differ, an example without a group, fewer than two groups, no class with two examples, or a
+            fold with a single class to train on.
     """
     _check(embeddings, labels)
     _check(embeddings, groups)
@@ -114,7 +114,7 @@ def probe_groups(
 
 
 def plot_embeddings(embeddings: np.ndarray, labels: Sequence[str], seed: int = 0) -> Figure:
-    """t-SNE map of embeddings `(examples, width)`, one colour and marker a class.
+    """t-SNE map of embeddings `(examples, width)`, one colour and marker per class.
 
     Raises:
         ValueError: fewer than four examples.

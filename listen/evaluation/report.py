@@ -1,4 +1,4 @@
-"""A readable report of an evaluation: `report.md` beside its plots, and `report.html` that holds everything."""
+"""A readable report of an evaluation: `report.md`, which links to its plots, and `report.html`, which contains them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .result import EvaluationResult
 
 _SHOWN_EXAMPLES = 5
 _CAPTIONS = {
-    "prompt_usage": "How often the examples of each task picked each prompt of the pool.",
-    "prompt_overlap": "How much the tasks share their prompts: 1 for the same prompts as often, 0 for none in common.",
+    "prompt_usage": "How often the examples of each task selected each prompt of the pool.",
+    "prompt_overlap": "How much the tasks share their prompts: 1 for the same prompts equally often, 0 for none.",
     "query_keys": "Mean cosine between the queries of a task and the keys of the pool.",
-    "query_map": "The queries, one point an example. Tasks that lie apart can be given prompts of their own.",
+    "query_map": "The queries, one point per example. Tasks that form separate clusters can get separate prompts.",
 }
 _SCALES = {"bleu": 100, "chrf": 100, "cider": 10}  # all other metrics are fractions
 _LOWER_IS_BETTER = {"wer", "cer", "eer", "unparsable_rate"}
@@ -122,7 +122,7 @@ from 0 to 100, CIDEr from 0 to 10, all else from 0 to 1.</p>
 
 @dataclass(frozen=True)
 class _Row:
-    """A line of the table of results."""
+    """A row of the table of results."""
 
     title: str
     label: str
@@ -138,7 +138,7 @@ def write_report(result: EvaluationResult, folder: str | Path, plots: Sequence[P
     Args:
         result: what to report.
         folder: must exist.
-        plots: PNG files of the pool inside `folder`. The Markdown file links to them, the HTML file holds them.
+        plots: PNG files of the pool inside `folder`. The Markdown file links to them, the HTML file contains them.
     """
     folder = Path(folder)
     content = {
@@ -172,7 +172,7 @@ def _rows(task: str, result: EvaluationResult) -> list[_Row]:
 
 
 def _task(name: str, result: EvaluationResult) -> dict[str, Any]:
-    """Title of a task and some of its examples, drawn at random but always the same."""
+    """Title of a task and some of its examples, drawn with a fixed seed."""
     metric = next(iter(result.metrics[name]))
     records = [record for record in result.predictions if record["task"] == name]
     drawn = np.random.default_rng(0).permutation(len(records))[:_SHOWN_EXAMPLES]
@@ -198,8 +198,8 @@ def _describe_pool(result: EvaluationResult) -> str:
     usage, clusters = result.pool.usage, result.pool.clusters
     pool_size = usage.shares.shape[1]
     text = (
-        f"The examples used {round(usage.share_used * pool_size)} of {pool_size} prompts; the entropy of the picks is "
-        f"{usage.entropy():.2f}, where 1 is an even use of the whole pool."
+        f"The examples used {round(usage.share_used * pool_size)} of {pool_size} prompts; the entropy of selections is "
+        f"{usage.entropy():.2f}, where 1 is uniform use of the whole pool."
     )
     if clusters is None:
         return text
@@ -225,7 +225,7 @@ def _number(metric: str, value: float) -> str:
 
 
 def _markdown_cell(text: str) -> str:
-    # a renderer of Markdown would take <happy> for a tag and hide it
+    # Markdown renderers would treat <happy> as a tag and hide it
     return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
 
 

@@ -1,7 +1,7 @@
 """The table of SpeechEmotionLlama (arXiv 2410.01162, Table I) over any systems: Markdown, CSV and a picture.
 
-Also which of that paper's orderings the figures show. Systems are recognised by these names: `Baseline 1`,
-`Cascade + Baseline 1`, `Baseline 2`, `Cascade + Baseline 2`, `v1`, `v2`, `v3`; others are rows of the table alone.
+Also which of that paper's orderings hold. Systems are identified by their names there: `Baseline 1`, `Cascade +
+Baseline 1`, `Baseline 2`, `Cascade + Baseline 2`, `v1`, `v2`, `v3`; other systems are rows of the table only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Column:
     Attributes:
         name: of the value in `metrics.json`.
         title: its heading.
-        scale: what the value is multiplied by.
+        scale: factor of the shown value.
         digits: decimals shown.
     """
 
@@ -51,8 +51,8 @@ class SystemScores:
     """Figures of one system.
 
     Attributes:
-        name: as it stands in the table.
-        values: by the names of `COLUMNS`; what was not measured is missing.
+        name: name in the table.
+        values: by the names of `COLUMNS`; values that were not measured are missing.
         intervals: their 95 % intervals.
     """
 
@@ -63,14 +63,14 @@ class SystemScores:
 
 @dataclass(frozen=True)
 class Ordering:
-    """One claim of the paper and what the figures say of it.
+    """One claim of the paper, and whether the measured values support it.
 
     Attributes:
-        claim: in words.
-        column: the value it is about.
-        higher: system that should have the higher one.
-        lower: the other one.
-        or_equal: whether equal values will do.
+        claim: the claim in words.
+        column: the value that it is about.
+        higher: system that should have the higher value.
+        lower: the other system.
+        or_equal: whether equal values support it too.
         values: those of `higher` and `lower`; `None` where one was not measured.
         clear: whether their intervals do not overlap; `None` without intervals.
     """
@@ -103,23 +103,23 @@ ORDERINGS = (
 
 
 def load_scores(folder: str | Path) -> SystemScores:
-    """Figures that an evaluation of responses wrote into a folder.
+    """Values that an evaluation of responses saved in a folder.
 
     Raises:
-        FileNotFoundError: the folder holds no `metrics.json`.
-        ValueError: that file is of another kind of evaluation.
+        FileNotFoundError: the folder has no `metrics.json`.
+        ValueError: that file is from another kind of evaluation.
     """
     path = Path(folder) / "metrics.json"
     content = json.loads(path.read_text(encoding="utf-8"))
     if "system" not in content:
-        raise ValueError(f"{path} is not of examples/evaluate_responses.py: it names no system")
+        raise ValueError(f"{path} was not written by examples/evaluate_responses.py: it names no system")
     values = {column.name: content[column.name] for column in COLUMNS if content.get(column.name) is not None}
     intervals = {name: tuple(ends) for name, ends in content["details"]["confidence_95"].items()}
     return SystemScores(content["system"], values, intervals)
 
 
 def check_orderings(systems: Sequence[SystemScores]) -> list[Ordering]:
-    """Each of the paper's orderings with the figures of these systems."""
+    """Each of the paper's orderings with the values of these systems."""
     by_name = {_plain(system.name): system for system in systems}
     found = []
     for ordering in ORDERINGS:
@@ -133,7 +133,7 @@ def check_orderings(systems: Sequence[SystemScores]) -> list[Ordering]:
 
 
 def write_table(systems: Sequence[SystemScores], folder: str | Path) -> Path:
-    """Write `table.md`, `table.csv`, `table.png` and `orderings.json` into a folder, made if needed.
+    """Write `table.md`, `table.csv`, `table.png` and `orderings.json` into a folder, created if needed.
 
     Raises:
         ValueError: no systems, or two of the same name.

@@ -1,4 +1,4 @@
-"""Evaluation of a model that answers voices: its answers, the emotions it recognises, and what its embeddings hold."""
+"""Evaluation of spoken dialogue: a model's answers, the emotions that it recognises, and a probe of its embeddings."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ from .ser import EmotionScores, emotion_rows, recognise_emotions, row_emotion, s
 logger = logging.getLogger(__name__)
 
 Recogniser = Callable[[Dataset], Sequence[str]]
-"""Names the emotion of every row, as `listen.evaluation.cascade.classify_rows` does."""
+"""Predicts the emotion of every row, as `listen.evaluation.cascade.classify_rows` does."""
 
 LEAST_MAPPED = 4
 
 
 @dataclass
 class ResponseEvaluation:
-    """What an evaluation of responses found.
+    """Result of an evaluation of responses.
 
     Attributes:
         system: name of the system in tables.
         values: `rouge_1`, `rouge_2`, `rouge_l`, `bertscore` and its parts as fractions; `quality` and `emotion` from 1
-            to 10; `ser_accuracy`, `ser_uar`, `probe_accuracy`, `probe_uar`, `probe_chance` as fractions. What was not
-            measured is missing.
+            to 10; `ser_accuracy`, `ser_uar`, `probe_accuracy`, `probe_uar`, `probe_chance` as fractions. Values that
+            were not measured are missing.
         intervals: 95 % bootstrap intervals of the values that have one.
-        responses: one record an answer, with its scores.
-        emotions: one record a recording, with the class given to it.
-        settings: how it was done, with the numbers of examples and of verdicts without a score.
-        embeddings: `(recordings, width)`, in the order of `emotions`; `None` where they were not asked for.
+        responses: one record per answer, with its scores.
+        emotions: one record per recording, with the recognised class.
+        settings: settings of the evaluation, and the numbers of examples and of verdicts without a score.
+        embeddings: `(recordings, width)`, in the order of `emotions`; `None` if they were not computed.
     """
 
     system: str
@@ -66,7 +66,7 @@ class ResponseEvaluation:
         """Write `metrics.json`, `responses.jsonl`, `emotions.jsonl` and, of four recordings or more, `embeddings.png`.
 
         Returns:
-            The folder, made if needed.
+            The folder, created if needed.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ class ResponseEvaluation:
         return folder
 
     def add(self, metric: RowMetric, rows: np.ndarray, names: dict[str, str], num_resamples: int) -> None:
-        """Take over values of a metric, `names` giving ours for each of its own, with their intervals."""
+        """Add values of a metric and their intervals, renamed by `names` (its name -> ours)."""
         found = metric.aggregate(rows)
         self.values |= {ours: found[name] for name, ours in names.items()}
         if num_resamples:
@@ -107,31 +107,31 @@ def evaluate_responses(
 ) -> ResponseEvaluation:
     """Evaluate as SpeechEmotionLlama does (arXiv 2410.01162, section 4).
 
-    Answers are taken to the rows of the task `response` and scored against their responses by ROUGE, by BERTScore and
-    by a judge. Emotions are asked for, among the classes, for every recording that has one, see `recognise_emotions`.
-    A linear probe reads them from the mean-pooled embeddings of the same recordings.
+    Rows of the task `response` are answered and scored against their responses by ROUGE, by BERTScore and by a judge.
+    The emotion of every recording that has one is recognised, see `recognise_emotions`. A linear probe predicts it from
+    the mean-pooled embeddings of the same recordings.
 
     Args:
         model: a LiSTEN model.
         processor: its processor.
         dataset: rows of `listen.data.manifest`, of any tasks, with fields `emotion`, `transcript` and `speaker`.
         system: name of the system in tables.
-        references: rows to be answered, in place of those of the task `response` in `dataset`.
+        references: rows to answer instead of those of the task `response` in `dataset`.
         classes: emotions to choose from, see `emotion_rows`.
-        probe_train: rows that the probe learns from. Without, the probe holds out speakers of `dataset`, which each
-            row has to name. Where they are too few there is no probe, with a line in the log.
-        recognise: names emotions, for a cascade: its tag is written before the speech, its accuracy is that of the
-            system, and embeddings, which it does not use, are not probed.
-        bert_score: the metric over some text model; no BERTScore without.
+        probe_train: rows that the probe is trained on; by default `dataset` with held-out speakers, which each row has
+            to name. With too few of them there is no probe, and the log says so.
+        recognise: classifier of emotions, for a cascade: its label is written before the speech, its accuracy is the
+            system's, and embeddings, which it does not use, are not probed.
+        bert_score: the metric over a text model; `None` leaves BERTScore out.
         judge: scores answers, such as `functools.partial(judge_responses, LocalChatModel(...))`; it needs the fields
-            `transcript` and `emotion` in the rows. No such scores without.
+            `transcript` and `emotion` in the rows. `None` leaves these scores out.
         num_resamples: bootstrap resamples behind the intervals; 0 for none.
         **options: fields of `BatchOptions`; all others go to `model.generate`, which is greedy and writes at most 200
             tokens by default.
 
     Raises:
-        ValueError: neither rows to answer nor emotions, a row that a judge needs more of, or emotions that are none of
-            the classes; found before anything is asked.
+        ValueError: neither rows to answer nor emotions, a row without fields that the judge needs, or emotions that are
+            none of the classes; found before generation starts.
     """
     batch, generate_kwargs = split_options({**GREEDY, **options})
     asked = _responses(dataset if references is None else references)
@@ -151,15 +151,14 @@ def evaluate_responses(
         rows = asked if recognise is None else tag_rows(asked, recognise(asked))
         predictions = generate_predictions(model, processor, rows, **batch, **generate_kwargs)
         _score_responses(result, asked, [p.text for p in predictions], bert_score, num_resamples)
-    if emotional is not None:
-        # 8 rows, the batch size of the answers
-        scores = scores or recognise_emotions(
-            model, processor, emotional, num_resamples=num_resamples, **{"batch_size": 8, **batch}
+    if heard is not None:
+        scores = told or recognise_emotions(
+            model, processor, heard, num_resamples=num_resamples, **{"batch_size": 8, **batch}
         )
         if recognise is None:
-            _probe(result, model, processor, emotional, learned, num_resamples, batch)
-        _add_emotions(result, emotional, scores)
-    # last: it may take hours on one process, for which the others must not wait
+            _probe(result, model, processor, heard, learned, num_resamples, batch)
+        _add_emotions(result, heard, scores)
+    # last: it may take hours on one process, and the others need not wait for it
     if judge is not None and result.responses and launched_processes().is_main_process:
         _judge(result, judge)
     return result
@@ -175,20 +174,20 @@ def _classes(rows: Dataset) -> list[str]:
 
 
 def _check(asked: Dataset, judged: bool) -> None:
-    """Find what cannot be scored before anything is asked."""
+    """Refuse rows that cannot be scored, before generation starts."""
     if len(asked):
         check_references(get_task("response"), asked.select_columns(["response"]))
     for row in asked if judged else ():
         known = {name: value for name, value in extra_fields(row).items() if value and isinstance(value, str)}
         missing = [name for name in ("transcript", "emotion") if name not in known]
         if missing:
-            raise ValueError(f"row {row['id']!r} has no text {missing[0]!r}, which a judge has to know; add the field")
+            raise ValueError(f"row {row['id']!r} has no text {missing[0]!r}, which the judge needs; add the field")
 
 
 def _score_responses(
     result: ResponseEvaluation, rows: Dataset, texts: Sequence[str], bert_score: BertScore | None, num_resamples: int
 ) -> None:
-    """Scores against the references, and a record of each answer."""
+    """Add scores against the references, and a record of each answer."""
     references = rows["response"]
     for row, text in zip(rows, texts, strict=True):
         extra = extra_fields(row)
@@ -210,8 +209,8 @@ def _score_responses(
 def _judge(result: ResponseEvaluation, judge: Callable[[Sequence[JudgeItem]], Judgement]) -> None:
     try:
         found = judge([JudgeItem(r["transcript"], r["emotion"], r["prediction"]) for r in result.responses])
-    except ChatModelError as error:  # all else is done, and a wrong key must not cost it
-        logger.error("nobody judged: %s", error)
+    except ChatModelError as error:  # a wrong key must not discard all other results
+        logger.error("no scores by a judge: %s", error)
         result.settings["judge"] = {"error": str(error)}
         return
     result.values |= found.values
@@ -251,15 +250,15 @@ def _probe(
         if learned is None:
             probe = probe_groups(embeddings, labels, speakers)
         else:
-            probe = probe_split(trained_on, _labels(learned), embeddings, labels)
-    except ValueError as error:  # too little to learn from takes nothing from the other scores
+            probe = probe_split(heard, _labels(learned), embeddings, labels)
+    except ValueError as error:  # too few examples for a probe must not discard the other scores
         logger.warning("no linear probe: %s", error)
         return
     _add_probe(result, probe, num_resamples)
     result.settings["probe"] = {"learned_from": how, "num_train": probe.num_train}
     shared = set(speakers) & set(_speakers(learned) if learned is not None else ()) - {None}
     if shared:
-        logger.warning("the probe learned from %d of the speakers that it was tested on", len(shared))
+        logger.warning("the probe was trained on %d of the speakers that it was tested on", len(shared))
         result.settings["probe"]["shared_speakers"] = len(shared)
 
 

@@ -1,4 +1,4 @@
-"""What an evaluation found, and the folder that it is written to."""
+"""Result of an evaluation, and the folder that it is saved to."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from ..analysis import PoolAnalysis
 
 @dataclass
 class EvaluationResult:
-    """What an evaluation found.
+    """Result of an evaluation.
 
     Attributes:
         metrics: `{task: {metric: value}}`, a task's leading metric first, then diagnostics and the number of examples
             `n`. Error rates, accuracies and F1 are fractions; BLEU and chrF run to 100 and CIDEr to 10.
         intervals: `{task: {metric: (low, high)}}`, 95 % bootstrap intervals.
-        predictions: one record a row of the data set, in its order: what was asked, expected and answered, the scores
-            of the row and the prompts that were picked.
-        settings: how the answers were made.
-        pool: what the prompt pool did; `None` for a model without one.
+        predictions: one record per row of the data set, in its order: instruction, references and answer, the scores of
+            the row and the selected prompts.
+        settings: how the answers were generated.
+        pool: analysis of the prompt pool; `None` for a model without one.
     """
 
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)

@@ -46,7 +46,7 @@ class TaskScores:
     Attributes:
         values: every metric of the task, then its metrics' diagnostics such as `unparsable_rate`; `nan` if undefined.
         intervals: 95 % bootstrap interval of each value that has one.
-        row_values: the same values for each example alone, where they mean something.
+        row_values: the same values for each single example, where they are defined.
         num_examples: examples scored.
     """
 
@@ -57,10 +57,10 @@ class TaskScores:
 
 
 def metrics_for(task: Task) -> list[type[RowMetric]]:
-    """The metric modules that give a task's metrics, the one that gives most of them first.
+    """The metric classes that compute a task's metrics, the one that computes most of them first.
 
     Raises:
-        ValueError: no module gives one of the names.
+        ValueError: no class computes one of the names.
     """
     wanted, chosen = set(task.metrics), []
     while wanted:
@@ -86,16 +86,16 @@ def score_task(
     Args:
         task: names the metrics, labels and language.
         examples: rows of the data with `response` and, for `event_f1`, `events`.
-        predictions: the model's answers, one an example.
+        predictions: the model's answers, one per example.
         yes_no_scores: preference for yes of each example, for `eer`.
         spelling_mapping: British to American spellings for the word error rate.
         num_resamples: bootstrap resamples; 0 for no intervals.
 
     Returns:
-        The scores. `event_f1` is left out where the data names no events, with a line in the log.
+        The scores. `event_f1` is left out if the data names no events, and the log says so.
 
     Raises:
-        ValueError: nothing to score, or references that a metric refuses; the message names the example.
+        ValueError: nothing to score, or references that a metric cannot use; the message names the example.
     """
     if not examples:
         raise ValueError(f"task {task.name!r} has no examples to score")
@@ -111,21 +111,21 @@ def score_task(
 
 
 def check_references(task: Task, examples: Sequence[Mapping[str, Any]]) -> None:
-    """Find out before a model has answered whether `score_task` will take the references.
+    """Check, before answers are generated, that `score_task` can use the references.
 
     Raises:
         ValueError: as `score_task`.
     """
-    silence = [""] * len(examples)
+    empty = [""] * len(examples)
     for metric, references in _metrics(task, examples):
         try:
-            metric.row_statistics(silence, references, **_options(type(metric), task, None, None))
+            metric.row_statistics(empty, references, **_options(type(metric), task, None, None))
         except ValueError as error:
             raise ValueError(f"task {task.name!r}: {error}") from error
 
 
 def _metrics(task: Task, examples: Sequence[Mapping[str, Any]]) -> Iterator[tuple[RowMetric, list[Any]]]:
-    """The metrics of a task, each with what it takes as references."""
+    """The metrics of a task, each with its references."""
     for metric_class in metrics_for(task):
         references = [example["response"] for example in examples]
         if metric_class is EventF1:
@@ -154,7 +154,7 @@ def _options(
 
 
 def _add(scores: TaskScores, metric: RowMetric, rows: np.ndarray, task: Task, num_resamples: int) -> None:
-    """Put a metric's values into `scores`: those the task asks for and diagnostics, not the others it could give."""
+    """Add a metric's values to `scores`: those of the task and diagnostics, not the others."""
     kept = [name for name in metric.aggregate(rows) if name in task.metrics or name not in metric.names]
     scores.values |= {name: value for name, value in metric.aggregate(rows).items() if name in kept}
     if num_resamples:

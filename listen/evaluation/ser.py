@@ -1,4 +1,4 @@
-"""Emotion recognition by prompting, the answer constrained to the classes: the likelihood of every answer is taken."""
+"""Emotion recognition by prompting with answers constrained to the classes, by the likelihood of every class."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class EmotionScores:
     """Emotion recognition of a set of recordings.
 
     Attributes:
-        classes: the answers that were allowed.
+        classes: the allowed answers.
         truths: class of each recording.
         log_likelihoods: `(recordings, classes)` natural logarithm of the probability of each answer.
         values: `accuracy` and `uar`, the mean over the classes that occur of their recall.
@@ -67,7 +67,7 @@ def recognise_emotions(
     Args:
         model: a LiSTEN model.
         processor: its processor.
-        dataset: rows that know their emotion, see `emotion_rows`.
+        dataset: rows with an emotion, see `emotion_rows`.
         classes: see `emotion_rows`.
         num_resamples: bootstrap resamples behind the intervals; 0 for none.
         **options: further arguments of `score_answers`.
@@ -81,10 +81,10 @@ def recognise_emotions(
 
 
 def scores_of(rows: Dataset, answers: Sequence[str], num_resamples: int = 1000) -> EmotionScores:
-    """Scores of classes that something else gave to rows of `emotion_rows`, such as the classifier of a cascade.
+    """Scores of given classes for rows of `emotion_rows`, such as those of the classifier of a cascade.
 
     Raises:
-        ValueError: an answer that is none of the classes, or not one answer a row.
+        ValueError: an answer that is none of the classes, or a number of answers other than that of the rows.
     """
     names = extra_fields(rows[0])["options"]
     places = [_place(answer, names) for answer in answers]
@@ -112,18 +112,18 @@ def emotion_rows(dataset: Dataset, classes: Sequence[str] | None = None) -> Data
 
     Args:
         dataset: rows of `listen.data.manifest`. The emotion is the response of the tasks `ser` and `er`, else the
-            field `emotion`; rows without one are left out. Of a recording in several rows that of `ser` is taken.
-        classes: the classes to choose from, which the instruction lists. By default the `options` of the rows where
-            they bring any, else the classes of the task.
+            field `emotion`; rows without one are left out. If a recording is in several rows, that of `ser` is used.
+        classes: the classes to choose from, which the instruction lists. By default the `options` of the rows if
+            they have any, else the classes of the task.
 
     Raises:
-        ValueError: no row knows its emotion, rows bring different `options`, or an emotion is none of the classes, two
-            of which may not be alike.
+        ValueError: no row has an emotion, rows have different `options`, an emotion is none of the classes, or two
+            classes are the same.
     """
     emotions = [row_emotion(row) for row in dataset]
     tasks = dataset["task"]
     first: dict[tuple, int] = {}
-    for place in sorted(range(len(dataset)), key=lambda place: tasks[place] != "ser"):  # its rows bring options
+    for place in sorted(range(len(dataset)), key=lambda place: tasks[place] != "ser"):  # its rows have options
         if emotions[place]:
             first.setdefault(_recording(dataset[place]["audio"]), place)
     kept = sorted(first.values())
@@ -135,12 +135,12 @@ def emotion_rows(dataset: Dataset, classes: Sequence[str] | None = None) -> Data
     if foreign:
         raise ValueError(f"emotions {foreign} are none of the classes {names}; pass classes= that hold them")
 
-    asked = [_ask(row, emotions[i], names) for i, row in zip(kept, rows, strict=True)]
-    return Dataset.from_list(asked, features=FEATURES)
+    rows = [_ask(row, emotions[i], names) for i, row in zip(kept, rows, strict=True)]
+    return Dataset.from_list(rows, features=FEATURES)
 
 
 def _ask(row: dict[str, Any], emotion: str, classes: list[str]) -> dict[str, Any]:
-    """The row with the question for its emotion in place of its own task."""
+    """The row as an example of the task `ser`."""
     extra = json.dumps({**extra_fields(row), "options": classes}, ensure_ascii=False)
     emotion = classes[_place(emotion, classes)]  # in the spelling of the classes
     return {**row, "task": "ser", "response": [emotion], "question": None, "instruction": None, "extra": extra}
@@ -150,7 +150,7 @@ def row_emotion(row: dict[str, Any]) -> str | None:
     """Emotion of a row, as `emotion_rows` finds it.
 
     Raises:
-        ValueError: it is no text.
+        ValueError: it is not text.
     """
     emotion = row["response"][0] if row["task"] in ("ser", "er") else extra_fields(row).get("emotion")
     if not isinstance(emotion, str | None):
@@ -159,15 +159,15 @@ def row_emotion(row: dict[str, Any]) -> str | None:
 
 
 def _recording(audio: Sequence[dict[str, Any]]) -> tuple:
-    """What tells recordings apart."""
+    """Key that identifies a recording."""
     return tuple((clip["path"], clip["bytes"]) for clip in audio)
 
 
 def _options(rows: Dataset) -> Sequence[str]:
-    brought = {tuple(extra_fields(row).get("options") or get_task("ser").labels) for row in rows}
-    if len(brought) > 1:
-        raise ValueError(f"the rows bring {len(brought)} different lists of options; pass classes=")
-    return brought.pop()
+    found = {tuple(extra_fields(row).get("options") or get_task("ser").labels) for row in rows}
+    if len(found) > 1:
+        raise ValueError(f"the rows have {len(found)} different lists of options; pass classes=")
+    return found.pop()
 
 
 def _place(emotion: str, classes: Sequence[str]) -> int | None:
@@ -183,20 +183,20 @@ def score_answers(
     answers: Sequence[str],
     **options: Any,
 ) -> np.ndarray:
-    """How likely each of the answers is for every row.
+    """Log-likelihood of each answer for every row.
 
-    An answer's log-likelihood is the sum over all its tokens, the token that ends the turn among them: the logarithm
-    of the probability that the model gives exactly this answer. So long names are not favoured as they are by a mean
-    over tokens, nor is a name that begins another one. The most likely answer is what decoding that may write nothing
-    but the answers would find with a beam as wide as their number. Answers are written as training writes them.
+    An answer's log-likelihood is the sum over all its tokens, including the token that ends the turn: the logarithm of
+    the probability that the model gives exactly this answer. So long names are not favoured, as they are by a mean over
+    tokens, nor is a name that is the beginning of another one. The most likely answer is the one that decoding
+    constrained to the answers finds with as many beams as answers. Answers are formatted as in training.
 
     Args:
         model: a LiSTEN model. Its mode is restored afterwards.
         processor: its processor.
-        dataset: rows of `listen.data.manifest`; their own responses are not read.
+        dataset: rows of `listen.data.manifest`; their own responses are not used.
         answers: two or more different texts.
-        **options: fields of `BatchOptions`. `batch_size` is 4 by default, as the LLM runs over so many rows for each of
-            the answers.
+        **options: fields of `BatchOptions`. `batch_size` is 4 by default, as the LLM runs over this number of rows for
+            each answer.
 
     Returns:
         `(rows, answers)` natural logarithms, float64.
@@ -225,7 +225,7 @@ def _answer_ids(collator: ListenCollator, answers: Sequence[str]) -> list[torch.
 def _score_batch(
     model: PreTrainedModel, answers: list[torch.Tensor], indices: Sequence[int], inputs: dict[str, Any]
 ) -> list[list[float]]:
-    """Log-likelihoods of all answers for each row; the encoders run once a row."""
+    """Log-likelihoods of all answers for each row; the encoders run once per row."""
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items() if name != "rows"}
     rows, count = len(indices), len(answers)
     prompt, inputs = model._expand_inputs_for_generation(expand_size=count, **inputs)  # each row once for each answer

@@ -1,4 +1,4 @@
-"""How many prompts does each task need? Scores of one model over k."""
+"""Scores of one model over the number of prompts k: how many does each task need?"""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ class Sweep:
         return self.intervals[k].get(task, (self.scores[k][task],) * 2)
 
     def add(self, k: int, result: EvaluationResult) -> None:
-        """Take the leading metrics from an evaluation at k."""
+        """Add the leading metrics of an evaluation at k."""
         self.metrics = {task: next(iter(scores)) for task, scores in result.metrics.items()}
         self.scores[k] = {task: result.metrics[task][name] for task, name in self.metrics.items()}
         found = {task: result.intervals[task].get(name) for task, name in self.metrics.items()}
         self.intervals[k] = {task: interval for task, interval in found.items() if interval is not None}
 
     def saturation(self, task: str) -> int:
-        """The smallest k whose interval holds the score of the largest k: more prompts buy nothing measurable.
+        """The smallest k whose interval holds the score of the largest k: more prompts give no measurable gain.
 
         The largest k itself where its score is undefined.
         """
@@ -75,7 +75,7 @@ class Sweep:
 
 
 def _nulls(scores: dict[str, float]) -> dict[str, float | None]:
-    """Scores with null for what is undefined, as JSON wants."""
+    """Scores with null for NaN, which JSON does not have."""
     return {task: None if math.isnan(value) else value for task, value in scores.items()}
 
 
@@ -106,7 +106,7 @@ def sweep_num_prompts(evaluate: Callable[..., EvaluationResult], counts: Sequenc
 
 
 def plot_sweep(sweep: Sweep) -> Figure:
-    """The leading metric of each task over the number of prompts k, with its 95 % interval; one panel a task."""
+    """The leading metric of each task over the number of prompts k, with its 95 % interval; one panel per task."""
     names = list(sweep.metrics)
     columns = min(3, len(names))
     rows = -(-len(names) // columns)

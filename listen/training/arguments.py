@@ -25,24 +25,24 @@ ALIGNMENTS = ("lm", "distill")
 class ModelArguments:
     """What is trained.
 
-    Either `checkpoint` continues a LiSTEN model, or the backbones are named and a fresh adapter is put between them.
+    Either `checkpoint` names a LiSTEN model to continue, or the backbones are named and a new adapter is built.
 
     Attributes:
-        checkpoint: folder or Hub id of a LiSTEN checkpoint whose adapter is trained on.
-        preset: named configuration whose connector, pool and trainable parts are taken over.
+        checkpoint: folder or Hub id of a LiSTEN checkpoint whose adapter is trained further.
+        preset: named configuration that gives the connector, the pool and the trainable parts.
         speech_encoder: folder or Hub id of a Whisper checkpoint, or of another audio encoder of transformers.
-        audio_encoder: folder or Hub id of a BEATs checkpoint in this package's format; null leaves the stream out.
+        audio_encoder: folder or Hub id of a BEATs checkpoint in this package's format; null leaves this encoder out.
         language_model: folder or Hub id of a causal LLM; its tokenizer is used too.
-        revisions: revision of each backbone by its name above; `main` where absent.
+        revisions: revision of each backbone by its name above; `main` by default.
         connector: fields of `ListenConnectorConfig` that differ from the preset.
         prompt_pool: fields of `ListenPromptPoolConfig` that differ from the preset; `{pool_size: 0}` is a model
             without a pool.
-        connector_from: folder or Hub id of a LiSTEN checkpoint whose connector a fresh model starts with.
-        trainable: parts that learn, see `ListenConfig.trainable`; with a checkpoint, in place of what learned before.
+        connector_from: folder or Hub id of a LiSTEN checkpoint whose connector initialises that of a new model.
+        trainable: trainable parts, see `ListenConfig.trainable`; with a checkpoint, they replace its own.
         lora: arguments of `peft.LoraConfig` for a LoRA on the LLM.
-        pad_to_30s: whether Whisper sees every clip padded to 30 s.
-        dtype: type of the frozen backbones, such as `bfloat16`; `auto` keeps what their checkpoints have.
-        attn_implementation: `eager`, `sdpa`, `flash_attention_2`, ...; null is transformers' choice.
+        pad_to_30s: whether every clip is padded to 30 s for Whisper.
+        dtype: dtype of the frozen backbones, such as `bfloat16`; `auto` keeps those of their checkpoints.
+        attn_implementation: `eager`, `sdpa`, `flash_attention_2`, ...; null lets transformers choose.
     """
 
     checkpoint: str | None = None
@@ -80,7 +80,7 @@ class ModelArguments:
         if unknown:
             raise ArgumentError(f"model.revisions names {unknown}; the backbones are {', '.join(sources[1:])}")
         if self.trainable is not None and not self.trainable:
-            raise ArgumentError("model.trainable=[] names no part; leave it out, or name the parts to train")
+            raise ArgumentError("model.trainable=[] names no part; leave it out, or name the trainable parts")
 
 
 @dataclass
@@ -88,18 +88,18 @@ class DataSource:
     """One source of rows.
 
     Attributes:
-        path: a manifest, a SALMONN annotation file, or what `datasets.load_dataset` takes.
-        format: `manifest`, `salmonn` or `datasets`; null tells by the name (`.jsonl`, `.json`, anything else).
+        path: a manifest, a SALMONN annotation file, or a name for `datasets.load_dataset`.
+        format: `manifest`, `salmonn` or `datasets`; null decides by the suffix (`.jsonl`, `.json`, anything else).
         task: task of all rows, for `datasets`; manifests and annotations name the task of each row.
         tasks: keep only rows of these tasks.
         columns: our column -> column of the source, for `datasets`.
-        task_names: task names of a SALMONN file that are not known, and ours.
+        task_names: names of tasks in a SALMONN file -> our names.
         name: configuration of a Hub data set.
-        split: its part.
+        split: its split.
         revision: its commit or tag.
         data_files: files for a builder of `datasets`.
-        streaming: whether its rows are fetched as needed.
-        max_rows: use only so many rows, drawn at random.
+        streaming: whether its rows are streamed.
+        max_rows: max rows, drawn at random.
     """
 
     path: str
@@ -116,7 +116,7 @@ class DataSource:
     max_rows: int | None = None
 
     def __post_init__(self) -> None:
-        """Tell the format.
+        """Set the format.
 
         Raises:
             ArgumentError: an unknown format or task, or a field that this format does not read.
@@ -150,13 +150,13 @@ class DataArguments:
         mixing: how tasks are mixed: `proportional`, `equal`, `temperature` or `weights`.
         mixing_temperature: 1 is proportional, large is equal.
         mixing_weights: share of each task, for `weights`.
-        features: folder of encoder features made by `examples/precompute_features.py`; null runs the encoders.
-        join_tasks: tasks whose clips are put into one recording; LiSTEN as published joins the two of `sv`.
+        features: folder of encoder features from `examples/precompute_features.py`; null runs the encoders.
+        join_tasks: tasks whose clips are joined into one recording; the LiSTEN paper joins the two of `sv`.
         join_silence_seconds: silence between joined clips; SALMONN's data has 0.1.
-        max_audio_seconds: leave out training rows with more audio; how many is logged.
-        long_audio: `leave_out`, or `cut`: every recording, of evaluation too, is cut to `max_audio_seconds`, and the
-            saved processor goes on cutting.
-        max_eval_rows: evaluate on so many rows of each task.
+        max_audio_seconds: leave out longer training rows; their number is logged.
+        long_audio: `leave_out`, or `cut`: every recording, also in evaluation, is cut to `max_audio_seconds`, and the
+            saved processor cuts too.
+        max_eval_rows: max evaluation rows per task.
         check_files: whether a missing audio file is an error before training starts.
     """
 
@@ -174,10 +174,10 @@ class DataArguments:
     check_files: bool = True
 
     def __post_init__(self) -> None:
-        """Bring the sources into one form.
+        """Parse the sources.
 
         Raises:
-            ArgumentError: an unknown mixing strategy, task or field of a source, or a value without meaning.
+            ArgumentError: an unknown mixing strategy, task or field of a source, or a value out of range.
         """
         self.train, self.eval = parse_sources("data.train", self.train), parse_sources("data.eval", self.eval)
         if self.mixing not in STRATEGIES:
@@ -203,21 +203,21 @@ class ListenTrainingArguments(TrainingArguments):
     """Hugging Face's `TrainingArguments`, with defaults for LiSTEN and a few fields of its own.
 
     Attributes:
-        layerwise_lr_decay: factor between the learning rates of neighbouring layers of a learned encoder, from that of
-            the connector down to the encoder's input; 1 gives all the same rate.
-        alignment: what the responses teach: `lm`, the next token; or `distill`, the next-token distribution of the
-            frozen LLM that reads the words in place of the recording, for rows with a `transcript` or `text_input`.
-        distill_temperature: softens both distributions.
-        distill_lm_weight: weight of the next-token loss beside the distillation.
-        min_prompts: least k that training draws for a batch; the most is the pool's `num_prompts`. It takes effect
-            while the pool is `stochastic`.
-        generation_eval_rows: rows of each task that every evaluation answers by generation and scores; 0 for none.
-        generation_max_new_tokens: longest answer there.
-        generation_num_beams: beams there.
-        num_threads: threads of torch in this process; null leaves torch's choice. One is best for miniature models.
-        keys_from_rows: keys start at the queries of so many training rows instead of at random; 0 is the paper.
-        pad_to_multiple_of: sequences are padded to a multiple of it, so that few shapes occur.
-        resume: `true` goes on from the last checkpoint of the folder if there is one, a path from that checkpoint.
+        layerwise_lr_decay: factor between the learning rates of neighbouring layers of a trainable encoder, from the
+            connector's rate at its output down to its input; 1 gives all layers the same rate.
+        alignment: target of training: `lm`, the next token; or `distill`, the next-token distribution of the frozen LLM
+            that reads the words instead of the recording, for rows with a `transcript` or `text_input`.
+        distill_temperature: temperature of both distributions.
+        distill_lm_weight: weight of the next-token loss that is added to the distillation loss.
+        min_prompts: minimum k that training draws for a batch; the maximum is the pool's `num_prompts`. Used only if
+            the pool is `stochastic`.
+        generation_eval_rows: max examples per task that every evaluation generates answers for and scores; 0 for none.
+        generation_max_new_tokens: max new tokens of these answers.
+        generation_num_beams: beams for these answers.
+        num_threads: threads of torch in this process; null keeps torch's default. One is best for miniature models.
+        keys_from_rows: number of training rows whose queries initialise the keys; 0 is random keys, as in the paper.
+        pad_to_multiple_of: sequences are padded to a multiple of it, which limits the number of shapes.
+        resume: `true` resumes from the last checkpoint of the folder if there is one, a path from that checkpoint.
     """
 
     output_dir: str | None = field(default="runs/train")
@@ -228,7 +228,7 @@ class ListenTrainingArguments(TrainingArguments):
     logging_steps: float = field(default=10)
     report_to: None | str | list[str] = field(default="tensorboard")
     save_total_limit: int | None = field(default=3)
-    # batches of streams are read by each process: those of others could not be cut out by rows, as clips vary
+    # each process reads its own batches of a stream: clips vary in length, so batches cannot be split by rows
     accelerator_config: dict | str | None = field(default_factory=lambda: {"dispatch_batches": False})
     remove_unused_columns: bool = field(default=False)
     label_names: list[str] | None = field(default_factory=lambda: ["labels"])
@@ -263,7 +263,7 @@ class ListenTrainingArguments(TrainingArguments):
         if self.label_smoothing_factor:
             raise ArgumentError("training.label_smoothing_factor would replace the model's own loss; leave it at 0")
         if self.neftune_noise_alpha:
-            raise ArgumentError("training.neftune_noise_alpha does nothing here: the LLM's embeddings do not learn")
+            raise ArgumentError("training.neftune_noise_alpha does nothing here: the LLM's embeddings are frozen")
 
     def _check_alignment(self) -> None:
         if self.alignment not in ALIGNMENTS:
@@ -274,11 +274,11 @@ class ListenTrainingArguments(TrainingArguments):
                 f"distill_lm_weight={self.distill_lm_weight} not negative"
             )
         if self.alignment == "lm" and (self.distill_temperature, self.distill_lm_weight) != (1.0, 0.0):
-            raise ArgumentError("training.distill_... has no meaning with alignment=lm; give alignment=distill")
+            raise ArgumentError("training.distill_... has no effect with alignment=lm; set alignment=distill")
 
     @property
     def sampling_seed(self) -> int:
-        """Seed of subsets, mixing, order, wordings and k: `data_seed`, or `seed` where it is not given."""
+        """Seed of subsets, mixing, order, wordings and k: `data_seed`, or `seed` if that is not set."""
         return self.seed if self.data_seed is None else self.data_seed
 
 
@@ -296,7 +296,7 @@ def check_tasks(where: str, names: Sequence[str] | None) -> None:
 
 
 def parse_sources(where: str, value: Any) -> list[DataSource]:
-    """Sources from what a file holds: a path, a mapping with the fields of `DataSource`, or a list of these.
+    """Sources as a recipe gives them: a path, a mapping with the fields of `DataSource`, or a list of these.
 
     Raises:
         ArgumentError: neither, or an unknown field.

@@ -22,13 +22,13 @@ logger = logging.get_logger(__name__)
 
 
 def build_model(arguments: ModelArguments) -> tuple[ListenForConditionalGeneration, ListenProcessor]:
-    """Load the checkpoint, or put a fresh adapter between the named backbones.
+    """Load the checkpoint, or build a new adapter between the named backbones.
 
     Args:
         arguments: section `model`.
 
     Returns:
-        The model in eval mode, exactly its learned parts requiring gradients, and its processor.
+        The model in eval mode, with gradients for its trainable parts only, and its processor.
 
     Raises:
         ArgumentError: an unknown preset.
@@ -44,7 +44,7 @@ def build_model(arguments: ModelArguments) -> tuple[ListenForConditionalGenerati
             model.set_trainable(arguments.trainable)
     else:
         config = build_config(arguments)
-        processor = ListenProcessor.from_backbones(config)  # fills in the ids of the placeholders
+        processor = ListenProcessor.from_backbones(config)  # sets the ids of the placeholders
         model = ListenForConditionalGeneration.from_backbones(config, **options)
         _start_connector(model, arguments)
     if arguments.lora:
@@ -69,7 +69,7 @@ def build_encoders(arguments: ModelArguments) -> tuple[ListenModel, ListenProces
     config = build_config(arguments)
     processor = ListenProcessor.from_backbones(config)
     model = ListenModel(config, init_backbones=())
-    model.generation_config = None  # nothing is generated
+    model.generation_config = None  # this model generates nothing
     model.config.base_models = {k: v for k, v in config.base_models.items() if k != "language_model"}
     options = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
     model.load_backbones(dtype=arguments.dtype, **options)
@@ -77,7 +77,7 @@ def build_encoders(arguments: ModelArguments) -> tuple[ListenModel, ListenProces
 
 
 def build_config(arguments: ModelArguments) -> PreTrainedConfig:
-    """Config of a fresh model: the preset's adapter, what differs from it, and the named backbones.
+    """Config of a new model: the preset's adapter, the overrides, and the named backbones.
 
     Raises:
         ArgumentError: an unknown preset.
@@ -95,7 +95,7 @@ def build_config(arguments: ModelArguments) -> PreTrainedConfig:
 
 
 def adapter_settings(arguments: ModelArguments) -> dict[str, Any]:
-    """Fields of `ListenConfig` for a fresh adapter: those of the preset, and what differs from them.
+    """Fields of `ListenConfig` for a new adapter: those of the preset with the overrides.
 
     Raises:
         ArgumentError: an unknown preset.
@@ -128,12 +128,12 @@ def stop_at_end_of_turn(model: ListenForConditionalGeneration, processor: Listen
 
 
 def _start_connector(model: ListenForConditionalGeneration, arguments: ModelArguments) -> None:
-    learns = {"adapter", "connector"} & set(model.config.trainable)
+    is_trained = {"adapter", "connector"} & set(model.config.trainable)
     if not arguments.connector_from:
-        if not learns:
+        if not is_trained:
             raise ArgumentError(
-                f"trainable={model.config.trainable} leaves the connector at random values; name a checkpoint whose "
-                "connector it starts with as model.connector_from"
+                f"trainable={model.config.trainable} leaves the connector at random values; name a checkpoint with a "
+                "trained connector as model.connector_from"
             )
         return
     prefix = "adapters.default.connector."
@@ -149,14 +149,14 @@ def _start_connector(model: ListenForConditionalGeneration, arguments: ModelArgu
 def initialize_keys(
     model: ListenForConditionalGeneration, collator: ListenCollator, dataset: Any, num_rows: int, batch_size: int = 16
 ) -> None:
-    """Set the pool's keys to the queries of real inputs, so that all of them start in use.
+    """Set the pool's keys to the queries of real inputs, so that all keys are in use from the start.
 
     Args:
         model: a model whose pool has keys.
-        collator: one for generation, so that the queries see no answers.
+        collator: one for generation, so that the queries do not depend on answers.
         dataset: rows of the manifest schema in random order; the first ones are taken.
         num_rows: rows whose queries are taken.
-        batch_size: rows at once.
+        batch_size: rows of a batch.
 
     Raises:
         ValueError: the model has no pool, or its strategy has no keys.

@@ -1,4 +1,4 @@
-"""What the Trainer needs so that a resumed run sees the same batches, wordings and prompt counts as a straight one."""
+"""What the Trainer needs so that a resumed run gets the same batches, wordings and k as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 
 class HasEpoch(Protocol):
-    """Draws something anew in each epoch."""
+    """Draws new random values in each epoch."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the epoch, counted from 0."""
+        """Set the epoch, counted from 0."""
         ...
 
 
 class EpochLengthGroupedSampler(LengthGroupedSampler):
-    """Groups rows of like length, in an order that follows from seed and epoch.
+    """Groups rows of similar length, in an order that depends on seed and epoch alone.
 
-    transformers' own draws from torch's global generator, whose state amid an epoch is not the one at its beginning:
-    a resumed run would see other batches.
+    That of transformers draws from torch's global generator, whose state within an epoch is not the one at its start:
+    a resumed run would get other batches.
 
     Args:
         batch_size: rows of one optimiser step in one process.
@@ -36,7 +36,7 @@ class EpochLengthGroupedSampler(LengthGroupedSampler):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the epoch, counted from 0."""
+        """Set the epoch, counted from 0."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -46,7 +46,7 @@ class EpochLengthGroupedSampler(LengthGroupedSampler):
 
 
 class EpochCallback(TrainerCallback):
-    """Tells which epoch begins to all that draw anew in it.
+    """Sets the epoch of everything that draws random values in it.
 
     Args:
         listeners: the collator of the training data, and a sampler perhaps.
@@ -58,6 +58,6 @@ class EpochCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A resumed run begins amid an epoch: `state.epoch` is then a fraction."""
+        """A resumed run starts within an epoch: `state.epoch` is then a fraction."""
         for listener in self.listeners:
             listener.set_epoch(int(round(state.epoch or 0.0, 6)))

@@ -35,13 +35,13 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class ClassifierResult:
-    """What a run left.
+    """Result of a run.
 
     Attributes:
         model: the trained classifier.
         feature_extractor: makes its inputs.
         model_folder: where both were saved.
-        metrics: figures of the Trainer.
+        metrics: metrics of the Trainer.
         eval_metrics: `eval_accuracy`, `eval_uar` (unweighted average recall) and the recall of each class; empty
             without evaluation rows.
         history: everything that was logged, in order.
@@ -67,7 +67,7 @@ def train_classifier(
         model_arguments: section `model`.
         data_arguments: section `data`.
         training_arguments: section `training`.
-        raw: what the user wrote, for the run folder.
+        raw: recipe and overrides as given, for the run folder.
 
     Raises:
         ArgumentError: arguments that exclude each other, or rows without a label.
@@ -75,7 +75,7 @@ def train_classifier(
     """
     if training_arguments.num_threads is not None:
         torch.set_num_threads(training_arguments.num_threads)
-    set_seed(training_arguments.seed)  # before the fresh head is drawn
+    set_seed(training_arguments.seed)  # before the new head is initialised
     train_rows, eval_rows = build_rows(data_arguments, training_arguments.seed)
     labels = [row_label(row, data_arguments.label_field) for row in train_rows]
     model = build_classifier(model_arguments, labels)
@@ -88,21 +88,21 @@ def train_classifier(
 
 
 def build_classifier(arguments: ClassifierModelArguments, labels: Sequence[str]) -> ListenForAudioClassification:
-    """Load the checkpoint, or put a fresh head on the named encoder.
+    """Load the checkpoint, or build a new head on the named encoder.
 
     Args:
         arguments: section `model`.
-        labels: class of each training row; a fresh head knows these, in alphabetical order.
+        labels: class of each training row; a new head has these classes, in alphabetical order.
 
     Raises:
-        ArgumentError: a class that the checkpoint does not know, or a fresh head for fewer than two classes.
+        ArgumentError: a class that the checkpoint does not have, or a new head for fewer than two classes.
     """
     counts = Counter(labels)
     if arguments.checkpoint:
         model = ListenForAudioClassification.from_pretrained(arguments.checkpoint, dtype=arguments.dtype)
         _check_known(counts, model.config, "training")
     elif len(counts) < 2:
-        raise ArgumentError(f"the training rows name the classes {sorted(counts)}; two or more can be told apart")
+        raise ArgumentError(f"the training rows name the classes {sorted(counts)}; a classifier needs two or more")
     else:
         config = ListenAudioClassificationConfig.from_backbones(
             arguments.speech_encoder, sorted(counts), revision=arguments.revision, **arguments.head
@@ -110,14 +110,14 @@ def build_classifier(arguments: ClassifierModelArguments, labels: Sequence[str])
         model = ListenForAudioClassification.from_backbones(config, dtype=arguments.dtype)
     if arguments.balance_classes:
         names = [model.config.id2label[index] for index in range(model.config.num_labels)]
-        # a mean of 1 over the training rows; classes that never occur weigh nothing
+        # a mean of 1 over the training rows; classes that never occur get weight 0
         weights = [len(labels) / (len(counts) * counts[name]) if counts[name] else 0.0 for name in names]
         model.config.class_weights = weights
     return model
 
 
 def build_rows(arguments: ClassifierDataArguments, seed: int) -> tuple[Dataset, Dataset | None]:
-    """Training and evaluation rows; the latter of other speakers, where the data tells speakers.
+    """Training and evaluation rows, without common speakers if speakers are held out.
 
     Raises:
         ArgumentError: sources that stream or have no rows, or speakers to hold out that no row names.
@@ -138,7 +138,7 @@ def build_rows(arguments: ClassifierDataArguments, seed: int) -> tuple[Dataset, 
 def encode_rows(
     model: ListenForAudioClassification, collator: ClipCollator, rows: Dataset, batch_size: int
 ) -> list[dict[str, Any]]:
-    """Run the frozen encoder over each clip once.
+    """Encode each clip once with the frozen encoder.
 
     Returns:
         For each row `layer_states` `(steps, layers, width)` on the CPU and the id of its label.
@@ -165,7 +165,7 @@ def classification_metrics(names: Mapping[int, str], prediction: EvalPrediction)
 def _extractor_of(
     model: ListenForAudioClassification, checkpoint: str | None
 ) -> ListenAudioClassificationFeatureExtractor:
-    """That of the encoder's checkpoint; a classifier that holds its encoder has one of its own beside it."""
+    """The extractor of the encoder; a checkpoint that includes its encoder has its own."""
     if checkpoint and not model.config.base_models and model.config.speech_config.model_type != "whisper":
         return ListenAudioClassificationFeatureExtractor.from_pretrained(checkpoint)
     return ListenAudioClassificationFeatureExtractor.from_config(model.config)

@@ -16,12 +16,12 @@ class ClassifierModelArguments:
     """What is trained.
 
     Attributes:
-        speech_encoder: folder or Hub id of the frozen encoder, a Whisper or another audio encoder of transformers.
+        speech_encoder: folder or Hub id of the frozen encoder, of Whisper or another audio encoder of transformers.
         revision: its revision.
         head: fields of `ListenAudioClassificationConfig` that differ from their defaults.
-        checkpoint: folder or Hub id of a classifier to train on, in place of a fresh one.
-        balance_classes: whether the loss weighs each class by the inverse of its share of the training rows.
-        dtype: type of the encoder, such as `bfloat16`; `auto` keeps what its checkpoint has.
+        checkpoint: folder or Hub id of a classifier to train further, instead of a new one.
+        balance_classes: whether the loss weights each class by the inverse of its share of the training rows.
+        dtype: dtype of the encoder, such as `bfloat16`; `auto` keeps that of its checkpoint.
     """
 
     speech_encoder: str | None = None
@@ -53,8 +53,8 @@ class ClassifierDataArguments:
         label_field: field of a row that names its class: `response`, or one beyond the schema such as `emotion`.
         speaker_field: field that names the speaker.
         held_out_speakers: share of the training speakers whose rows are kept for evaluation, where `eval` is empty.
-        precompute: whether the frozen encoder runs over each clip once, before training, and its averaged states
-            are kept in memory; otherwise it runs in each epoch.
+        precompute: whether the frozen encoder encodes each clip once, before training, and its averaged states are kept
+            in memory; otherwise clips are encoded in each epoch.
         check_files: whether a missing audio file is an error before training starts.
     """
 
@@ -67,10 +67,10 @@ class ClassifierDataArguments:
     check_files: bool = True
 
     def __post_init__(self) -> None:
-        """Bring the sources into one form.
+        """Parse the sources.
 
         Raises:
-            ArgumentError: no training source, a share that cannot be, or two ways to evaluate.
+            ArgumentError: no training source, a share out of range, or two sets to evaluate on.
         """
         self.train, self.eval = parse_sources("data.train", self.train), parse_sources("data.eval", self.eval)
         if not self.train:
@@ -86,8 +86,8 @@ class ClassifierTrainingArguments(TrainingArguments):
     """Hugging Face's `TrainingArguments` with defaults for the head.
 
     Attributes:
-        num_threads: threads of torch in this process; null leaves torch's choice.
-        resume: `true` goes on from the last checkpoint of the folder if there is one, a path from that checkpoint.
+        num_threads: threads of torch in this process; null keeps torch's default.
+        resume: `true` resumes from the last checkpoint of the folder if there is one, a path from that checkpoint.
     """
 
     output_dir: str | None = field(default="runs/classifier")

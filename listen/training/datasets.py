@@ -1,4 +1,4 @@
-"""From arguments to data: sources read, joined, filtered, mixed and measured."""
+"""From arguments to data: sources are read, joined, filtered, mixed and measured."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def build_train_dataset(
     Args:
         arguments: section `data`.
         seed: fixes order and subsets.
-        embeddings_per_second: of audio, to add a `length` column for length-grouped batches; none adds none.
-        endless: whether streams begin again where they end: an accumulated batch then goes on, and a resumed run finds
-            its place.
+        embeddings_per_second: of audio, to add a `length` column for length-grouped batches; `None` adds no column.
+        endless: whether streams restart at their end, so that accumulated batches are complete and a resumed run finds
+            its position.
 
     Returns:
         Rows of the manifest schema; iterable if a source streams.
 
     Raises:
-        ArgumentError: no training source, or one without a row, or nothing is left of them.
+        ArgumentError: no training source, a source without rows, or no row is left after filtering.
         ManifestError: a row that cannot be used.
     """
     if not arguments.train:
@@ -64,7 +64,7 @@ def build_train_dataset(
 def build_eval_dataset(
     arguments: DataArguments, seed: int, embeddings_per_second: float | None = None
 ) -> Dataset | None:
-    """All evaluation sources one after the other, at most `max_eval_rows` of each task; `None` without a source.
+    """All evaluation sources, concatenated, with at most `max_eval_rows` rows per task; `None` without a source.
 
     Raises:
         ArgumentError: a source streams, so that its rows cannot be counted.
@@ -82,10 +82,10 @@ def build_eval_dataset(
 
 
 def load(source: DataSource, arguments: DataArguments, seed: int = 0) -> Dataset | IterableDataset:
-    """Read one source, keep the asked tasks and rows, and join the clips of tasks in `join_tasks`.
+    """Read one source, keep the requested tasks and rows, and join the clips of tasks in `join_tasks`.
 
     Raises:
-        ArgumentError: no row is left of it.
+        ArgumentError: it has no row left.
         ManifestError: a row that cannot be used.
     """
     if source.format == "manifest":
@@ -101,8 +101,8 @@ def load(source: DataSource, arguments: DataArguments, seed: int = 0) -> Dataset
     if source.max_rows is not None:
         dataset = _first(dataset.shuffle(seed=seed), source.max_rows)
     if isinstance(dataset, Dataset) and not len(dataset):
-        asked = f" with tasks={source.tasks} and max_rows={source.max_rows}" if source.tasks or source.max_rows else ""
-        raise ArgumentError(f"{source.path} gives no row{asked}; fill it, or take it out")
+        limits = f" with tasks={source.tasks} and max_rows={source.max_rows}" if source.tasks or source.max_rows else ""
+        raise ArgumentError(f"{source.path} gives no row{limits}; fill it, or remove it")
     return join_clips(dataset, arguments.join_tasks)
 
 
@@ -119,7 +119,7 @@ def join_clips(dataset: Dataset | IterableDataset, tasks: list[str]) -> Dataset 
 
 
 def add_lengths(dataset: Dataset | IterableDataset, embeddings_per_second: float) -> Dataset | IterableDataset:
-    """Add `length`, about how many tokens a row has; streams are left as they are, nothing groups them."""
+    """Add `length`, the approximate number of tokens of a row; streams are unchanged, as nothing groups them."""
     if isinstance(dataset, IterableDataset):
         return dataset
 
@@ -136,7 +136,7 @@ def count_tasks(dataset: Dataset | IterableDataset | None) -> dict[str, int]:
 
 
 def _answered(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """The rows as they are: an empty response is an error now and not amid the run; streams tell it as they come."""
+    """The same rows, after a check that no response is empty; streams are checked as they are read."""
     rows = zip(dataset["id"], dataset["response"], strict=True) if isinstance(dataset, Dataset) else ()
     empty = [name for name, responses in rows if not all(response.strip() for response in responses)]
     if empty:
@@ -152,7 +152,7 @@ def _tasks_of(dataset: Dataset | IterableDataset, source: DataSource) -> dict[st
 
 def _concatenate(task: str, parts: list[Dataset | IterableDataset]) -> Dataset | IterableDataset:
     if len({type(part) for part in parts}) > 1:
-        raise ArgumentError(f"task {task!r} has sources that stream and sources that do not; make them alike")
+        raise ArgumentError(f"task {task!r} has sources that stream and sources that do not; make them the same")
     return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
 
 

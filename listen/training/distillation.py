@@ -1,9 +1,9 @@
-"""Behavioural alignment by distillation: the speech input shall lead the LLM where the text input leads it.
+"""Behavioural alignment by distillation: the LLM should predict the same tokens from speech as from text.
 
 The teacher is the same frozen LLM without adapters. It reads the words of the recording, with the emotion named, under
-the instruction by which targets are made, then the response; the student gets the recording. Where the next-token loss
-knows one right token at each place of the response, the teacher's whole distribution is the target here (Hinton et al.,
-arXiv 1503.02531).
+the instruction that targets are generated with, and then the response; the student gets the recording. The target at
+each position of the response is the teacher's whole distribution instead of a single token (Hinton et al., arXiv
+1503.02531).
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ def distillation_loss(
     temperature: float = 1.0,
     num_items_in_batch: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
-    """KL(teacher || student) of the next-token distributions at the places of the response.
+    """KL(teacher || student) of the next-token distributions at the positions of the response.
 
     Args:
         student: `(batch, kept positions, vocabulary)` logits.
-        teacher: likewise, of an input that ends in the same response.
+        teacher: the same, of an input that ends in the same response.
         labels: `(batch, kept positions)`, -100 to ignore; position t is judged by the label at t + 1.
         temperature: both distributions are softened by it; the loss is multiplied by its square, so that gradients
             keep their size (Hinton et al., section 2).
         num_items_in_batch: labels of the whole accumulated batch; those of this one by default.
 
     Returns:
-        Scalar; zero exactly where both agree.
+        Scalar; zero if and only if both agree.
 
     Raises:
-        ValueError: both do not hold the same positions and vocabulary.
+        ValueError: the two differ in positions or vocabulary.
     """
     if student.shape != teacher.shape:
         raise ValueError(f"student logits {tuple(student.shape)} and teacher logits {tuple(teacher.shape)} differ")
@@ -51,14 +51,14 @@ def distillation_loss(
 
 
 class DistillationTrainer(ListenTrainer):
-    """Trains by `distillation_loss` in place of the next-token loss; the loss of the pool's keys stays as it is.
+    """Trains with `distillation_loss` instead of the next-token loss; the key loss of the pool is unchanged.
 
-    The training collator has to give `teacher_input_ids` and `teacher_attention_mask`. Evaluation reports the
-    next-token loss on the responses, so that runs of both kinds compare.
+    The training collator must return `teacher_input_ids` and `teacher_attention_mask`. Evaluation reports the
+    next-token loss on the responses, so that runs of both kinds can be compared.
 
     Args:
         temperature: see `distillation_loss`.
-        lm_weight: weight of the next-token loss beside it.
+        lm_weight: weight of the next-token loss that is added.
         **kwargs: see `ListenTrainer`.
     """
 
@@ -75,7 +75,7 @@ class DistillationTrainer(ListenTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The distillation loss where the inputs bring a teacher's, else as `ListenTrainer`."""
+        """The distillation loss where the inputs hold those of a teacher, else as `ListenTrainer`."""
         inputs = dict(inputs)
         ids, mask = (inputs.pop(f"teacher_{name}", None) for name in ("input_ids", "attention_mask"))
         if ids is None:

@@ -1,4 +1,4 @@
-"""Layer-wise learning-rate decay: the nearer a layer of a learned encoder is to its input, the less it moves."""
+"""Layer-wise learning-rate decay: layers of a trainable encoder get lower rates the nearer they are to its input."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from .values import ArgumentError
 
 
 def layer_rates(model: nn.Module, decay: float) -> dict[str, float]:
-    """Share of the learning rate that each learned parameter gets.
+    """Share of the learning rate that each trainable parameter gets.
 
     The connector, the pool and LoRA weights get all of it. Of an encoder with n layers, layer i, counted from 0 at the
     input, gets `decay ** (n - i)`; what comes before the layers, such as the projection of its features, gets
-    `decay ** (n + 1)`, the least; what comes after them gets as much as the last layer. (ELECTRA, arXiv 2003.10555,
-    and BEiT fine-tune so.)
+    `decay ** (n + 1)`, the lowest; what comes after them gets the same as the last layer (as in ELECTRA, arXiv
+    2003.10555, and BEiT).
 
     Args:
         model: a `ListenModel` with `config.learned_backbones`, or a wrapper of one.
@@ -24,7 +24,7 @@ def layer_rates(model: nn.Module, decay: float) -> dict[str, float]:
         Name of each parameter that requires gradients -> its share.
 
     Raises:
-        ArgumentError: no encoder learns, so that the decay would do nothing.
+        ArgumentError: no encoder is trainable, so the decay would have no effect.
     """
     owners = [module for module in model.modules() if hasattr(getattr(module, "config", None), "learned_backbones")]
     encoders = [getattr(owners[0], name) for name in owners[0].config.learned_backbones] if owners else []
@@ -38,10 +38,10 @@ def layer_rates(model: nn.Module, decay: float) -> dict[str, float]:
 
 
 def split_by_rate(optimizer: torch.optim.Optimizer, model: nn.Module, rates: dict[str, float]) -> None:
-    """Divide the parameter groups of a fresh optimiser, whatever tells them apart, into one for each learning rate.
+    """Split every parameter group of a fresh optimiser into one group for each learning rate.
 
     Args:
-        optimizer: one that has made no step; the groups of the full rate come first, as the first is what is logged.
+        optimizer: one that has not made a step; the groups of the full rate come first, as the first is what is logged.
         model: the model whose parameters it holds.
         rates: share of the learning rate of each parameter, see `layer_rates`.
     """
@@ -61,14 +61,14 @@ def _depths(encoder: nn.Module) -> dict[nn.Parameter, int]:
     below = len(layers) + 1
     for parameter in encoder.parameters():
         if parameter in depths:
-            below = 1  # past the layers: modules stand in the order in which they are made
+            below = 1  # after the layers: modules are in the order in which they were created
         else:
             depths[parameter] = below
     return depths
 
 
 def _layers(encoder: nn.Module) -> nn.ModuleList:
-    """The list with most weights, the outer one of nested lists, among those as long as the config says."""
+    """The list with most parameters (the outer one of nested lists) among those of the length in the config."""
     lists = [module for module in encoder.modules() if isinstance(module, nn.ModuleList)]
     if not lists:
         raise ArgumentError(

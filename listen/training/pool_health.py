@@ -1,7 +1,7 @@
-"""Is the prompt pool used, or has it collapsed? Statistics of a logging window, and warnings in plain words.
+"""Is the prompt pool used, or has it collapsed? Statistics of a logging window, and warnings
 
-Two collapses are known: all queries look alike, so that every input picks the same prompts and the pool is a soft
-prompt of the size of k; and all keys look alike, so that the choice means nothing.
+There are two kinds of collapse: all queries are similar, so that every input selects the same prompts and the pool acts
+as one soft prompt of k tokens; or all keys are similar, so that the selection has no meaning.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 QUERY_COSINE_LIMIT = 0.98
 KEY_COSINE_LIMIT = 0.95
 USED_LIMIT = 1.25  # prompts in use, as a multiple of the largest k; near 1 all inputs pick the same ones
-LEAST_ROWS = 32  # fewer rows say nothing about which prompts are in use
+LEAST_ROWS = 32  # with fewer rows, the prompts in use cannot be judged
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,12 @@ class PoolHealth:
     """How a pool was used in a window of training.
 
     Attributes:
-        used_share: share of the P prompts that some row picked.
-        usage_entropy: entropy of the picks over log(P): 1 when all are picked alike, 0 when one is.
+        used_share: share of the P prompts that at least one row selected.
+        usage_entropy: entropy of the selections over log(P): 1 for uniform use, 0 for a single prompt.
         query_cosine: mean cosine between the queries of different rows; NaN for pools without a query.
         key_cosine: mean cosine between different keys; NaN for pools without keys.
-        num_rows: rows seen.
-        largest_k: most prompts that one row picked.
+        num_rows: number of rows.
+        largest_k: most prompts that one row selected.
         pool_size: P.
     """
 
@@ -41,7 +41,7 @@ class PoolHealth:
     pool_size: int
 
     def as_logs(self) -> dict[str, float]:
-        """Figures for the log; what a pool does not have is left out."""
+        """Metrics for the log; those that a pool does not have are left out."""
         figures = {
             "pool_used_share": self.used_share,
             "pool_usage_entropy": self.usage_entropy,
@@ -51,18 +51,18 @@ class PoolHealth:
         return {name: value for name, value in figures.items() if not math.isnan(value)}
 
     def warnings(self) -> dict[str, str]:
-        """Signs of collapse: a short name and what it means."""
+        """Signs of collapse: short name -> message."""
         found = {}
         used, wide_enough = self.used_share * self.pool_size, self.pool_size >= 2 * self.largest_k
-        tells = not math.isnan(self.query_cosine) and wide_enough and self.num_rows >= LEAST_ROWS
-        if tells and used <= USED_LIMIT * self.largest_k:
+        is_known = not math.isnan(self.query_cosine) and wide_enough and self.num_rows >= LEAST_ROWS
+        if is_known and used <= USED_LIMIT * self.largest_k:
             found["usage"] = (
-                f"all inputs pick nearly the same prompts ({used:.0f} of {self.pool_size} in use, k up to "
+                f"all inputs select nearly the same prompts ({used:.0f} of {self.pool_size} in use, k up to "
                 f"{self.largest_k}): the pool acts as one soft prompt. Try center_query, keys_from_rows or another "
                 "key_loss_weight"
             )
         if self.query_cosine > QUERY_COSINE_LIMIT:
-            found["queries"] = f"queries are alike (mean cosine {self.query_cosine:.3f}); center_query tells them apart"
+            found["queries"] = f"queries are nearly equal (mean cosine {self.query_cosine:.3f}); try center_query"
         if self.key_cosine > KEY_COSINE_LIMIT:
             found["keys"] = (
                 f"keys have collapsed (mean cosine {self.key_cosine:.3f}): key_loss_weight is probably too large"
@@ -71,7 +71,7 @@ class PoolHealth:
 
 
 class PoolMonitor:
-    """Gathers what `PoolHealth` needs, in memory that does not grow with the number of rows.
+    """Accumulates the statistics of `PoolHealth` in constant memory.
 
     Args:
         pool: a `ListenPromptPool`.
@@ -82,7 +82,7 @@ class PoolMonitor:
         self.reset()
 
     def reset(self) -> None:
-        """Begin a new window."""
+        """Start a new window."""
         size, width = self.pool.values.shape
         self.counts = torch.zeros(size, dtype=torch.float64)  # (pool,)
         self.query_sum = torch.zeros(width, dtype=torch.float64)  # (width,)
@@ -91,10 +91,10 @@ class PoolMonitor:
 
     @torch.no_grad()
     def add(self, indices: torch.Tensor, query: torch.Tensor) -> None:
-        """Take in one batch.
+        """Add one batch.
 
         Args:
-            indices: `(batch, k)` prompts picked, -1 where a row asked for fewer.
+            indices: `(batch, k)` selected prompts, -1 where a row has a smaller k.
             query: `(batch, width)`.
         """
         picked = indices[indices >= 0].cpu()
@@ -106,12 +106,12 @@ class PoolMonitor:
         self.largest_k = max(self.largest_k, int((indices >= 0).sum(-1).max()))
 
     def state(self) -> torch.Tensor:
-        """All that was gathered, as one vector."""
+        """All statistics as one vector."""
         head = torch.tensor([self.num_rows, self.largest_k], dtype=torch.float64)
         return torch.cat([head, self.counts, self.query_sum])
 
     def health(self, states: torch.Tensor | None = None) -> PoolHealth:
-        """Figures of the window.
+        """Metrics of the window.
 
         Args:
             states: `(processes, n)`, the `state()` of each process; this one alone by default.

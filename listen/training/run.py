@@ -36,14 +36,14 @@ _OPTIMIZER_FILES = ("*optimizer*", "global_step*")  # the Trainer's or FSDP's, a
 
 @dataclass
 class TrainResult:
-    """What a run left.
+    """Result of a run.
 
     Attributes:
         model: the trained model; the best one with `load_best_model_at_end`.
         processor: its processor.
         model_folder: where both were saved.
-        metrics: figures of the Trainer, `train_runtime` and `train_loss` among them.
-        eval_metrics: figures of the last evaluation; empty without evaluation data.
+        metrics: metrics of the Trainer, such as `train_runtime` and `train_loss`.
+        eval_metrics: metrics of the last evaluation; empty without evaluation data.
         history: everything that was logged, in order.
     """
 
@@ -67,10 +67,10 @@ def train(
         model_arguments: section `model`.
         data_arguments: section `data`.
         training_arguments: section `training`.
-        raw: what the user wrote, for the run folder; the arguments themselves by default.
+        raw: recipe and overrides as given, for the run folder; the arguments themselves by default.
 
     Returns:
-        The trained model and the run's figures.
+        The trained model and the metrics of the run.
 
     Raises:
         ArgumentError: arguments that exclude each other.
@@ -78,7 +78,7 @@ def train(
     """
     if training_arguments.num_threads is not None:
         torch.set_num_threads(training_arguments.num_threads)
-    set_seed(training_arguments.seed)  # before the fresh adapter is drawn
+    set_seed(training_arguments.seed)  # before the new adapter is initialised
     model, processor = build_model(model_arguments)
     trainer = build_trainer(model, processor, data_arguments, training_arguments)
     if trainer.is_world_process_zero():
@@ -94,20 +94,22 @@ def build_trainer(
     data_arguments: DataArguments,
     training_arguments: ListenTrainingArguments,
 ) -> ListenTrainer:
-    """A Trainer over the data that the arguments name, for a model that exists.
+    """A Trainer for a given model over the data that the arguments name.
 
     Args:
-        model: a model with something to learn.
+        model: a model with trainable parameters.
         processor: its processor.
         data_arguments: section `data`.
         training_arguments: section `training`.
 
     Raises:
         ArgumentError: arguments that exclude each other.
-        FeatureStoreError: stored features of other encoders, or of one that learns.
+        FeatureStoreError: stored features of other encoders, or of a trainable one.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ArgumentError(f"nothing learns: trainable={model.config.trainable} leaves no parameter")
+        raise ArgumentError(
+            f"no parameter is trainable with trainable={model.config.trainable}; name another part as model.trainable"
+        )
     _refuse_idle_layers(model, training_arguments)
     seed = training_arguments.sampling_seed
     grouped = training_arguments.train_sampling_strategy in ("group_by_length", "batch_rebalance")
@@ -148,7 +150,7 @@ def build_trainer(
 
 
 def _alignment(arguments: ListenTrainingArguments) -> tuple[type[ListenTrainer], dict[str, float]]:
-    """The Trainer of the asked alignment and its own options."""
+    """The Trainer class for the alignment, and its options."""
     if arguments.alignment == "lm":
         return ListenTrainer, {}
     options = {"temperature": arguments.distill_temperature, "lm_weight": arguments.distill_lm_weight}
@@ -156,7 +158,7 @@ def _alignment(arguments: ListenTrainingArguments) -> tuple[type[ListenTrainer],
 
 
 def _refuse_idle_layers(model: ListenForConditionalGeneration, arguments: ListenTrainingArguments) -> None:
-    """Processes that wait for gradients of a layer that LayerDrop left out would fail in the midst of a run."""
+    """Refuse LayerDrop in several processes: waiting for gradients of a skipped layer would fail during the run."""
     if arguments.world_size == 1 or arguments.ddp_find_unused_parameters:
         return
     for name in model.config.learned_backbones:
@@ -164,7 +166,7 @@ def _refuse_idle_layers(model: ListenForConditionalGeneration, arguments: Listen
         dropped = [field for field in ("layerdrop", "encoder_layerdrop") if getattr(config, field, 0.0)]
         if dropped:
             raise ArgumentError(
-                f"the learned {name} has {dropped[0]}={getattr(config, dropped[0])}, which leaves layers without "
+                f"the trainable {name} has {dropped[0]}={getattr(config, dropped[0])}, which leaves layers without "
                 f"gradients in {arguments.world_size} processes; give training.ddp_find_unused_parameters=true"
             )
 
@@ -176,10 +178,10 @@ def run_trainer(trainer: ListenTrainer) -> TrainResult:
         trainer: see `build_trainer`.
 
     Returns:
-        The trained model and the run's figures.
+        The trained model and the metrics of the run.
 
     Raises:
-        ArgumentError: the checkpoint to go on from holds the model alone.
+        ArgumentError: the checkpoint to resume from has no optimiser state.
         ValueError: it was trained over other backbones.
     """
     checkpoint = checkpoint_to_resume(trainer.args)
@@ -216,7 +218,7 @@ def train_and_save(trainer: Trainer, checkpoint: str | None) -> tuple[Path, dict
 
 
 def _evaluate(trainer: ListenTrainer) -> dict[str, float]:
-    """Figures of the final model, unless its last step was evaluated just now."""
+    """Metrics of the final model; those of the log if its last step was evaluated already."""
     if trainer.eval_dataset is None:
         return {}
     last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})
@@ -230,7 +232,7 @@ def checkpoint_to_resume(arguments: TrainingArguments) -> str | None:
     """The checkpoint that the fields `resume` and `resume_from_checkpoint` ask for.
 
     Raises:
-        ArgumentError: it is not there, or holds the model alone.
+        ArgumentError: it does not exist, or has no optimiser state.
     """
     wanted = arguments.resume_from_checkpoint or arguments.resume
     if wanted is True or wanted == "true":
@@ -239,19 +241,19 @@ def checkpoint_to_resume(arguments: TrainingArguments) -> str | None:
         raise ArgumentError(f"training.resume={wanted!r} is no checkpoint folder; give one, or true for the last")
     if wanted and not any(path for pattern in _OPTIMIZER_FILES for path in Path(wanted).glob(pattern)):
         raise ArgumentError(
-            f"{wanted} holds no state of the optimiser (save_only_model), so no run goes on from it; leave "
-            "training.resume out, and train on with model.checkpoint"
+            f"{wanted} holds no state of the optimiser (save_only_model), so no run can resume from it; leave "
+            "training.resume out, and continue training with model.checkpoint"
         )
     return wanted or None
 
 
 def _last_complete_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end: its last file tells the state of the run."""
+    """The newest complete checkpoint: its last file, the state of the run, can be read."""
     found = {path: int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*[0-9]") if path.is_dir()}
     for path in sorted(found, key=found.__getitem__, reverse=True):
         if _is_complete(path):
             return str(path)
-        logger.warning(f"{path} was not written to its end; it is left aside")
+        logger.warning(f"{path} is incomplete and is ignored")
     return None
 
 
@@ -279,7 +281,7 @@ def _open_features(
 
 
 def _min_prompts(model: ListenForConditionalGeneration, arguments: ListenTrainingArguments) -> int | None:
-    """Least k of training; `None` where k is fixed."""
+    """Minimum k in training; `None` where k is fixed."""
     pool = model.config.prompt_pool_config
     return arguments.min_prompts if pool is not None and pool.stochastic else None
 
@@ -308,7 +310,7 @@ def _generation_evaluator(
     subset = subset_per_task(dataset, arguments.generation_eval_rows, arguments.seed)
 
     def evaluate(model: torch.nn.Module) -> dict[str, float]:
-        from ..evaluation import evaluate_model  # brings metrics and plots, which training alone does without
+        from ..evaluation import evaluate_model  # imports metrics and plots, which training itself does not need
 
         result = evaluate_model(
             model,
@@ -329,7 +331,7 @@ def _generation_evaluator(
 
 
 def _as_sections(*arguments: Any) -> dict[str, Any]:
-    """Arguments that differ from their defaults, as a file would hold them."""
+    """Arguments that differ from their defaults, as in a recipe."""
     sections: dict[str, Any] = {}
     for name, item in zip(SECTIONS, arguments, strict=True):
         values = {entry.name: getattr(item, entry.name) for entry in dataclasses.fields(item) if entry.init}
@@ -346,7 +348,7 @@ def _defaults(item: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Data that YAML can hold."""
+    """The value as plain data for YAML."""
     if dataclasses.is_dataclass(value):
         return {key: item for key, item in dataclasses.asdict(value).items() if item not in (None, {}, [])}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""What is written beside every run so that it can be understood and repeated: arguments, versions, seed, code."""
+"""Files that every run writes so that it can be understood and repeated: arguments, versions, seed, code."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PACKAGES = ("listen", "torch", "transformers", "accelerate", "peft", "datasets"
 def write_run_folder(
     folder: str | Path, arguments: Mapping[str, Any], seed: int, data: Mapping[str, Any] | None = None
 ) -> None:
-    """Write `config.yaml`, which `--config` takes, and `run.json`.
+    """Write `config.yaml`, which `--config` reads, and `run.json`.
 
     Args:
         folder: folder of the run; created.

@@ -1,4 +1,4 @@
-"""Hugging Face's `Trainer`, made to log the parts of the loss and the pool's health, and to evaluate by generation."""
+"""Hugging Face's `Trainer`, which also logs parts of the loss and the pool's health and evaluates by generation."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from .pool_health import PoolMonitor
 logger = logging.get_logger(__name__)
 
 GenerationEvaluator = Callable[[torch.nn.Module], dict[str, float]]
-_SIGNS_BEFORE_WARNING = 3  # windows in a row: the first steps of a run look odd
+_SIGNS_BEFORE_WARNING = 3  # consecutive windows: the first steps of a run are not typical
 
 
 class ListenTrainer(Trainer):
     """Trains a `ListenForConditionalGeneration`.
 
-    Nothing about the optimisation differs from `Trainer`, unless `layerwise_lr_decay` asks for it: the model's losses
+    The optimisation is that of `Trainer`, unless `layerwise_lr_decay` is set: the model's losses
     are exact under accumulation and over processes, and only parameters that require gradients reach the optimiser.
 
     Args:
@@ -34,13 +34,13 @@ class ListenTrainer(Trainer):
         args: `ListenTrainingArguments`.
         data_collator: collator of the training data.
         eval_collator: collator of the evaluation data, with the test wording and a fixed k.
-        generation_evaluator: answers by generation and scores: model -> figures, called in each evaluation by all
+        generation_evaluator: generates answers and scores them: model -> metrics; called in each evaluation by all
             processes.
         **kwargs: see `Trainer`.
     """
 
     loss_parts = ("lm_loss", "key_loss")
-    """Parts of the loss that are logged beside it."""
+    """Parts of the loss that are logged too."""
 
     def __init__(
         self,
@@ -61,10 +61,10 @@ class ListenTrainer(Trainer):
         self._signs: dict[str, int] = {}
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """As upstream; with `layerwise_lr_decay` the layers of learned encoders get learning rates of their own.
+        """As upstream; with `layerwise_lr_decay` the layers of trainable encoders get their own learning rates.
 
         Raises:
-            ArgumentError: no encoder learns, or it has no list of layers.
+            ArgumentError: no encoder is trainable, or it has no list of layers.
         """
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(model)
@@ -80,7 +80,7 @@ class ListenTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """As upstream; remembers the parts of the loss and the prompts that were picked."""
+        """As upstream; keeps the parts of the loss and the selected prompts for the log."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
             self._remember(outputs)
@@ -96,7 +96,7 @@ class ListenTrainer(Trainer):
             self._monitor.add(outputs.prompt_indices, outputs.query)
 
     def add_part(self, name: str, value: torch.Tensor) -> None:
-        """Count a batch's share of one of `loss_parts`."""
+        """Add a batch's value of one of `loss_parts`."""
         self._parts[name] += value.detach().double()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -106,7 +106,7 @@ class ListenTrainer(Trainer):
         super().log(logs, start_time)
 
     def _window(self) -> dict[str, float]:
-        """Figures since the last log, over all processes."""
+        """Metrics since the last log, over all processes."""
         start = self.state.global_step if self._window_start is None else self._window_start
         steps = max(self.state.global_step - start, 1)
         sums = torch.tensor(
@@ -135,7 +135,7 @@ class ListenTrainer(Trainer):
         return health.as_logs()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
-        """As upstream; grouping by length repeats its order on resuming."""
+        """As upstream; grouping by length keeps its order when a run is resumed."""
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
             sampler = EpochLengthGroupedSampler(sampler.batch_size, sampler.lengths, self.args.sampling_seed)
@@ -158,7 +158,7 @@ class ListenTrainer(Trainer):
             self.data_collator = train_collator
 
     def evaluation_loop(self, dataloader: DataLoader, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """As upstream; figures of the answers join the metrics, so that they can choose the best model."""
+        """As upstream; scores of generated answers are added to the metrics, so that they can select the best model."""
         output = super().evaluation_loop(dataloader, description, *args, **kwargs)
         if self.generation_evaluator is not None and description == "Evaluation":
             prefix = kwargs.get("metric_key_prefix", "eval")

@@ -15,14 +15,14 @@ _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 
 class ArgumentError(ValueError):
-    """An argument that does not exist or has an impossible value; the message names it and the fix."""
+    """An argument that does not exist or has an invalid value; the message names it and the fix."""
 
 
 def check_values(prefix: str, kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """The values for fields of a dataclass, in the types that it declares.
 
-    Whole floats become whole numbers where those are needed (`1e4`), and `no`, which YAML reads as false, becomes the
-    word again where a field knows that word.
+    Whole floats become integers where those are needed (`1e4`), and `no`, which YAML reads as false, becomes the
+    word again for fields that have it as a choice.
 
     Args:
         prefix: what the error puts before the name of a field.
@@ -70,7 +70,7 @@ def closest_name(name: str, known: Sequence[str]) -> str:
 
 
 def _checked(name: str, hint: Any, notes: Mapping[str, Any], value: Any) -> Any:
-    if value is True and notes.get("const") is True:  # a flag, beside what its type says
+    if value is True and notes.get("const") is True:  # a flag, allowed besides the field's type
         return value
     for option in _options(hint):
         if value is False and isinstance(option, type) and issubclass(option, Enum) and "no" in _members(option):
@@ -92,7 +92,7 @@ def _fits(hint: Any, value: Any) -> bool:
         return any(_fits(option, value) for option in inner)
     if origin is typing.Literal:
         return value in inner
-    if hint == list[Any]:  # a lone item too: whoever takes items of any kind looks at them
+    if hint == list[Any]:  # a single item too: such fields check their items themselves
         return True
     if origin is list:
         return isinstance(value, (list, tuple)) and all(_fits(inner[0], item) for item in value if inner)

@@ -1,7 +1,7 @@
-"""The built-in corpus: synthetic speech and sounds for all six tasks, made on the spot, the same for every seed.
+"""The built-in corpus: synthetic speech and sounds for all six tasks, generated locally and reproducible by seed.
 
-Speech comes from espeak-ng (extra ``corpus``), sounds from signal processing. It exists to show that everything works
-on any machine; it does not measure how well a model understands people.
+Speech comes from espeak-ng (extra ``corpus``), sounds from signal processing. It shows that
+everything works on any machine; it does not measure how a model handles real recordings.
 """
 
 from .build import CorpusSizes, SplitSizes, build_corpus

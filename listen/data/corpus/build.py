@@ -3,8 +3,8 @@
     >>> from listen.data.corpus import CorpusSizes, build_corpus
     >>> build_corpus("runs/corpus", CorpusSizes(), seed=0)  # doctest: +SKIP
 
-Every sentence and every speaker belongs to one split. The training and dev manifests also hold the auxiliary task
-"voice" (describe the voice), which teaches an adapter what the speaker verification task compares.
+Every sentence and every speaker belongs to one split. The training and dev manifests also contain the auxiliary
+task "voice" (describe the voice), which trains an adapter on what speaker verification compares.
 """
 
 import json
@@ -32,7 +32,7 @@ SPLITS = ("train", "dev", "test")
 
 @dataclass(frozen=True)
 class SplitSizes:
-    """How many clips a split has and how many rows a task gets (`rows_per_task` None: all that the clips give)."""
+    """Number of clips of a split and of rows per task (`rows_per_task=None`: all that the clips give)."""
 
     utterances: int
     scenes: int
@@ -52,18 +52,18 @@ class CorpusSizes:
 def build_corpus(
     folder: str | Path, sizes: CorpusSizes | None = None, seed: int = 0, num_workers: int = 1, progress: bool = True
 ) -> Path:
-    """Synthesise the corpus into `folder` and return its path; a folder that already holds it is left as it is.
+    """Synthesise the corpus into `folder` and return its path; a complete corpus is left as it is.
 
     Args:
         folder: gets ``audio/*.flac`` (16 kHz mono), ``train.jsonl``, ``dev.jsonl``, ``test.jsonl``, ``corpus.json``.
-        sizes: how much of everything; the default is 8900 clips (about 8.3 hours, 0.6 GB).
+        sizes: numbers of clips and rows; the default is 8900 clips (about 8.3 hours, 0.6 GB).
         seed: the same seed and sizes give the same files, whatever `num_workers` is.
-        num_workers: processes that render.
+        num_workers: rendering processes.
         progress: show a progress bar.
 
     Raises:
         ImportError: espeak-ng is missing.
-        FileExistsError: `folder` holds a corpus of other sizes, another seed or version.
+        FileExistsError: `folder` has a corpus of other sizes, another seed or version.
     """
     folder, sizes = Path(folder), sizes or CorpusSizes()
     recipe = {"version": VERSION, "seed": seed, "sizes": asdict(sizes)}
@@ -86,7 +86,7 @@ def _is_built(folder: Path, recipe: dict[str, Any]) -> bool:
     found = json.loads(marker.read_text())
     if found != recipe:
         raise FileExistsError(
-            f"{folder} holds another corpus ({found}), asked for {recipe}. Choose another folder or remove it."
+            f"{folder} has a corpus of {found}, requested {recipe}. Choose another folder or remove it."
         )
     return True
 
@@ -151,7 +151,7 @@ def _scene_rows(scenes: dict[str, Scene]) -> Iterator[dict[str, Any]]:
 
 
 def _pair_rows(clips: dict[str, SpeechPlan], count: int, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
-    """Speaker verification on neutral clips: same and different speakers in turn, no pair twice."""
+    """Speaker verification on neutral clips: same and different speakers alternate, no pair occurs twice."""
     by_speaker: dict[str, list[str]] = {}
     for name, plan in clips.items():
         if plan.emotion == "neutral":
@@ -176,7 +176,7 @@ def _pair_rows(clips: dict[str, SpeechPlan], count: int, rng: np.random.Generato
 
 
 def _take(rows: Iterable[dict[str, Any]], limit: int | None, rng: np.random.Generator) -> list[dict[str, Any]]:
-    """At most `limit` rows a task, drawn at random; emotion recognition keeps as many of each emotion."""
+    """At most `limit` rows per task, drawn at random; emotion recognition keeps the same number of each emotion."""
     rows = list(rows)
     if limit is None:
         return rows

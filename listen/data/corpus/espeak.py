@@ -1,4 +1,4 @@
-"""espeak-ng by ctypes: text in, samples and word times out.
+"""espeak-ng through ctypes: from text to samples and word times.
 
 The library comes from the PyPI package ``espeakng-loader`` (extra ``corpus``). espeak-ng is licensed GPL-3.0-or-later:
 it is an optional run-time dependency, none of it is part of this package.
@@ -41,7 +41,7 @@ _Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctype
 
 @dataclass(frozen=True)
 class EspeakVoice:
-    """What espeak is asked: a `name` like ``"en-us+f3"``, `pitch` and `pitch_range` 0-99, `rate` in words/minute."""
+    """Parameters of espeak: a `name` like ``"en-us+f3"``, `pitch` and `pitch_range` 0-99, `rate` in words/minute."""
 
     name: str
     pitch: int
@@ -67,20 +67,20 @@ def find_espeak_library() -> tuple[Path, str]:
         import espeakng_loader
     except ImportError as error:
         raise ImportError(
-            "The built-in corpus speaks with espeak-ng (GPL-3.0-or-later), which is not installed. "
+            "The built-in corpus is synthesised by espeak-ng (GPL-3.0-or-later), which is not installed. "
             "Install it with `pip install espeakng-loader==0.2.4` (the extra `corpus`)."
         ) from error
     return Path(espeakng_loader.get_library_path()), espeakng_loader.get_data_path()
 
 
 class EspeakSynthesizer:
-    """An espeak-ng that starts from a known state: the same calls in the same order give the same samples.
+    """espeak-ng in a known initial state: the same calls in the same order give the same samples.
 
-    espeak keeps its state (phases, flutter, random numbers) in static variables that initialising it again leaves as
-    they are, so every instance loads its own copy of the library.
+    espeak keeps its state (phases, flutter, random numbers) in static variables that initialisation does not reset, so
+    every instance loads its own copy of the library.
 
     Args:
-        seed: of espeak's random numbers; at least 1, as 0 would mean the time of day.
+        seed: seed of espeak's random numbers; at least 1, as 0 would mean the time of day.
 
     Raises:
         ImportError: `espeakng-loader` is not installed.
@@ -134,7 +134,7 @@ class EspeakSynthesizer:
             if events[index].type == _EVENT_WORD:
                 self._word_events.append((events[index].text_position - 1, events[index].audio_position))
             index += 1
-        return 0  # 0: go on
+        return 0  # 0: continue
 
 
 def _word_starts(text: str, events: list[tuple[int, int]], duration: float) -> list[float]:

@@ -8,7 +8,7 @@ from scipy import signal
 
 @dataclass(frozen=True)
 class Emotion:
-    """How an emotion changes a voice: the settings of espeak, then what is done to its samples, in the order below.
+    """How an emotion changes a voice: parameters of espeak, then effects on its samples, in this order.
 
     Attributes:
         pitch_shift: added to espeak's pitch (0-99).

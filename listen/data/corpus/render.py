@@ -1,4 +1,4 @@
-"""Clips from plans: many utterances and scenes, rendered in parallel, the same for every number of processes."""
+"""Clips from plans: utterances and scenes, rendered in parallel with the same result for any number of processes."""
 
 import multiprocessing
 import sys
@@ -14,13 +14,13 @@ from .scenes import Scene, draw_scene
 from .speakers import Speaker
 from .speech import Utterance, speak
 
-CHUNK = 100  # clips that share one espeak: its state runs on from clip to clip
+CHUNK = 100  # clips that share one espeak, whose state carries over from clip to clip
 NEUTRAL_SHARE = 0.4
 
 
 @dataclass(frozen=True)
 class SpeechPlan:
-    """What is to be said, by whom and how."""
+    """Sentence, speaker and emotion of an utterance."""
 
     sentence: Sentence
     speaker: Speaker
@@ -35,7 +35,7 @@ class _Chunk:
 
 
 def plan_speech(count: int, speakers: Sequence[Speaker], split: str, rng: np.random.Generator) -> list[SpeechPlan]:
-    """Plan `count` utterances of sentences of `split`; speakers and emotions take turns, 40 % are neutral."""
+    """Plan `count` utterances of sentences of `split`; speakers and emotions alternate, 40 % are neutral."""
     others = [name for name in EMOTIONS if name != "neutral"]
     num_neutral = round(NEUTRAL_SHARE * count)
     emotions = ["neutral"] * num_neutral + [others[index % len(others)] for index in range(count - num_neutral)]

@@ -1,7 +1,7 @@
-"""What a listener answers to a sentence of the corpus, and how a caption tells of it: both depend on the emotion.
+"""Responses to sentences of the corpus, and captions of them: both depend on the emotion.
 
-A text model that is trained on these answers shows, in miniature, what SpeechEmotionLlama (arXiv 2410.01162) asks of a
-large one: the same words draw another answer when `<sad>` stands before them than when `<happy>` does.
+A text model trained on these answers has, in miniature, the property that SpeechEmotionLlama (arXiv 2410.01162) uses in
+a large one: the same words get another answer after `<sad>` than after `<happy>`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ABOUT_NUMBERS = {
 
 
 def respond(sentence: Sentence, emotion: str | None) -> str:
-    """The answer to `sentence` in the voice of `emotion`; without one, the answer to a neutral voice.
+    """The answer to `sentence` in the voice of `emotion`; without one, the answer in a neutral voice.
 
     Raises:
         KeyError: the corpus has no such emotion.
@@ -53,13 +53,13 @@ def describe(sentence: Sentence, emotion: str | None) -> str:
 
 
 def rate_response(answer: str, transcript: str, emotion: str) -> tuple[float, float]:
-    """Rate an answer by the rules that the text model learned: quality and emotion, each from 1 to 10.
+    """Rate an answer by the rules that the text model was trained on: quality and emotion, each from 1 to 10.
 
-    Quality is the share of right words at their places, in the answer that the emotion it shows asks for; an answer
-    that shows none is held to that of a neutral voice. Emotion is 10 where it shows `emotion`, else 1.
+    Quality is the share of words that match the answer for the emotion that it shows; an answer that shows none is
+    compared with that for a neutral voice. Emotion is 10 if it shows `emotion`, else 1.
 
     Raises:
-        ValueError: `transcript` is no sentence of the corpus.
+        ValueError: `transcript` is not a sentence of the corpus.
     """
     shown = next((name for name, opening in OPENINGS.items() if answer.startswith(opening)), None)
     expected, words = respond(parse_sentence(transcript), shown).split(), answer.split()
@@ -75,6 +75,6 @@ def article(emotion: str | None) -> str:
 
 
 def response_words() -> list[str]:
-    """Words and tags that responses and captions hold beside those of the sentences, for a tokenizer."""
+    """Words and tags of responses and captions beyond those of the sentences, for a tokenizer."""
     texts = [*OPENINGS.values(), *_ABOUT_OBJECTS.values(), *_ABOUT_NUMBERS.values(), "a an person says that the"]
     return [*texts, *(tagged_text("", emotion) for emotion in OPENINGS)]

@@ -1,4 +1,4 @@
-"""Sound scenes: one to three events one after the other, sometimes over a background, and the caption that says so."""
+"""Sound scenes: one to three events in sequence, sometimes over a background, with a caption."""
 
 from dataclasses import dataclass
 

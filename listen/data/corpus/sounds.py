@@ -1,4 +1,4 @@
-"""Sixteen sound events made by signal processing. Each function takes a random generator and returns mono samples."""
+"""Sixteen sound events synthesised by signal processing. Each function draws mono samples with a random generator."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""The speaker bank: every voice is a combination of four audible attributes plus a little of its own.
+"""The speaker bank: every voice is a combination of four audible attributes with small individual differences.
 
 Attributes: accent (espeak accent), timbre (espeak variant), size (vocal-tract length, by resampling) and register
 (pitch). Held-out speakers are combinations that no training speaker has.
@@ -32,7 +32,7 @@ class Speaker:
 
     @property
     def attributes(self) -> tuple[str, str, str, str]:
-        """The four words that tell this voice from others: register, timbre, size, accent."""
+        """The four words that describe this voice: register, timbre, size, accent."""
         return self.register, self.timbre, self.size, self.accent
 
     @property
@@ -47,7 +47,7 @@ def make_speakers(split: str, variants: int = 1, seed: int = 0) -> list[Speaker]
     Args:
         split: "train", "dev" or "test".
         variants: how many speakers to draw for each combination of attributes.
-        seed: draws what is a speaker's own (small differences in pitch, rate and size).
+        seed: seed of the individual differences in pitch, rate and size.
 
     Raises:
         ValueError: unknown `split`.
@@ -64,7 +64,7 @@ def make_speakers(split: str, variants: int = 1, seed: int = 0) -> list[Speaker]
 
 def _combinations(split: str) -> list[tuple[str, str, str, str]]:
     everything = list(itertools.product(ACCENTS, TIMBRES, SIZES, REGISTERS))
-    order = np.random.default_rng(18517).permutation(len(everything))  # fixed: splits never move
+    order = np.random.default_rng(18517).permutation(len(everything))  # fixed: splits never change
     first = 0
     for name, size in SPLIT_SIZES.items():
         if name == split:
