@@ -209,7 +209,7 @@ def test_distillation_brings_the_student_to_its_teacher(backbones: dict, manifes
         ({"alignment": "kd"}, "training.alignment='kd' is unknown; choose lm or distill"),
         ({"alignment": "distill", "distill_temperature": 0.0}, "distill_temperature=0.0 must be positive"),
         ({"alignment": "distill", "distill_lm_weight": -1.0}, "distill_lm_weight=-1.0 not negative"),
-        ({"distill_temperature": 2.0}, "no meaning with alignment=lm"),
+        ({"distill_temperature": 2.0}, "no effect with alignment=lm; set alignment=distill"),
     ],
 )
 def test_wrong_options_are_named(backbones: dict, manifest: Path, tmp_path: Path, options: dict, message: str) -> None:

@@ -50,7 +50,7 @@ def test_scores_by_hand() -> None:
 def test_what_cannot_be_probed_is_refused() -> None:
     with pytest.raises(ValueError, match="90 embeddings for 3 labels"):
         probe_split(clouds(0.0), LABELS[:3], clouds(0.0), LABELS)
-    with pytest.raises(ValueError, match="two classes to learn"):
+    with pytest.raises(ValueError, match="two classes to train on"):
         probe_split(clouds(0.0), ["a"] * 90, clouds(0.0), LABELS)
     with pytest.raises(ValueError, match="two or more, got \\['x'\\]"):
         probe_groups(clouds(0.0), LABELS, ["x"] * 90)

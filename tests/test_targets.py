@@ -227,9 +227,9 @@ def test_a_folder_never_mixes_llms_or_settings(
     [
         ({"emotion": None}, {}, "no emotion, which response, speech_caption, ser need"),
         ({"emotion": "disgust"}, {}, "'disgust' is not among the options"),
-        ({}, {"kinds": ["answer"]}, r"kinds \['answer'\] cannot be made; choose some of response"),
+        ({}, {"kinds": ["answer"]}, r"kinds \['answer'\] are unknown; choose some of response"),
         ({}, {"llm": None}, "need an LLM"),
-        ({"id": "u1"}, {}, "1 ids name several utterances, 'u1'"),
+        ({"id": "u1"}, {}, "1 ids are used twice, such as 'u1'; make them unique"),
         ({}, {"batch_size": 0}, "batch_size=0"),
     ],
 )
@@ -301,7 +301,7 @@ def test_one_request_that_always_fails_does_not_keep_a_run_from_its_end(
 
 def test_an_endpoint_that_answers_nothing_ends_the_run(utterances: list[Utterance], tmp_path: Path) -> None:
     with serve_chat(lambda body: (400, "no")) as server:
-        with pytest.raises(TargetError, match="every answer of a batch failed.*400"):
+        with pytest.raises(TargetError, match="every request of a batch failed.*400"):
             make(utterances, tmp_path, EndpointChatModel(server.url, "m"))
         assert len(server.requests) == 4  # not the whole data
 

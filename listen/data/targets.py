@@ -213,8 +213,8 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     for name, value in wanted.items():
         if known.get(name) != value:
             raise TargetError(
-                f"the targets in {folder} were made with {name}={known.get(name)!r}, but this run has {name}={value!r}; "
-                "use another folder"
+                f"the targets in {folder} were made with {name}={known.get(name)!r}, but this run has "
+                f"{name}={value!r}; use another folder"
             )
 
 

@@ -151,13 +151,13 @@ def evaluate_responses(
         rows = asked if recognise is None else tag_rows(asked, recognise(asked))
         predictions = generate_predictions(model, processor, rows, **batch, **generate_kwargs)
         _score_responses(result, asked, [p.text for p in predictions], bert_score, num_resamples)
-    if heard is not None:
-        scores = told or recognise_emotions(
-            model, processor, heard, num_resamples=num_resamples, **{"batch_size": 8, **batch}
+    if emotional is not None:
+        scores = scores or recognise_emotions(
+            model, processor, emotional, num_resamples=num_resamples, **{"batch_size": 8, **batch}
         )
         if recognise is None:
-            _probe(result, model, processor, heard, learned, num_resamples, batch)
-        _add_emotions(result, heard, scores)
+            _probe(result, model, processor, emotional, learned, num_resamples, batch)
+        _add_emotions(result, emotional, scores)
     # last: it may take hours on one process, and the others need not wait for it
     if judge is not None and result.responses and launched_processes().is_main_process:
         _judge(result, judge)
@@ -250,7 +250,7 @@ def _probe(
         if learned is None:
             probe = probe_groups(embeddings, labels, speakers)
         else:
-            probe = probe_split(heard, _labels(learned), embeddings, labels)
+            probe = probe_split(trained_on, _labels(learned), embeddings, labels)
     except ValueError as error:  # too few examples for a probe must not discard the other scores
         logger.warning("no linear probe: %s", error)
         return
