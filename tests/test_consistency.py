@@ -49,6 +49,13 @@ INSTRUCTIONS = re.compile(
     "|Say in Chinese what you hear|What can be heard"
 )
 
+# What tests are about that is no one module: each a file `test_<theme>.py`.
+THEMES = {
+    *("consistency", "layers", "packaging", "readme", "benchmarks"),  # the repository
+    *("modeling", "configuration", "listen_tiny", "real_models", "remote_code", "quantization"),  # the whole model
+    *("context", "conv_rotary", "learned_encoder", "speech_features"),  # one feature across modules
+}
+
 
 def unannotated(function: FunctionNode) -> list[str]:
     """Names the arguments (and "return") that carry no annotation; self and cls need none."""
@@ -127,6 +134,15 @@ def test_prose_and_names_are_plain() -> None:
 
 def test_no_module_is_a_junk_drawer() -> None:
     assert [name_of(path) for path in CODE if re.search("utils?|misc|helpers?", path.stem)] == []
+
+
+def test_every_test_file_belongs_to_a_module_or_a_theme() -> None:
+    """`test_<module>.py`, `test_<package>_<module>.py` or `test_<theme>.py`; `_real_data` marks those on recordings."""
+    places = {(path.parent.name, re.sub("^modeling_|_listen$", "", path.stem)) for path in CODE}
+    known = THEMES | {name for package, module in places for name in (package, module, f"{package}_{module}")}
+    files = [path for path in TESTS if path.stem.startswith("test_")]
+    subjects = {path: path.stem.removeprefix("test_").removesuffix("_real_data") for path in files}
+    assert [name_of(path) for path, subject in subjects.items() if subject not in known] == []
 
 
 def test_every_test_can_fail() -> None:

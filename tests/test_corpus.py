@@ -57,6 +57,7 @@ def _digest(folder: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_files_for_any_number_of_processes(tmp_path: Path) -> None:
     sizes = CorpusSizes(SplitSizes(130, 3, 0), SplitSizes(60, 2, 2, 4), SplitSizes(80, 2, 2, 4))
     one = build_corpus(tmp_path / "one", sizes, seed=5, num_workers=1, progress=False)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from conftest import tiny_config, tiny_model
 from fixtures_encoders import ENCODERS
@@ -93,6 +94,7 @@ def run_fresh(tmp_path: Path, folders: list[Path]) -> list[dict[str, torch.Tenso
     return [load_file(f"{folder}.results") for folder in folders]
 
 
+@pytest.mark.slow
 def test_a_fresh_process_without_the_package_gives_the_same_numbers(tmp_path: Path) -> None:
     kinds = {
         "full": (False, {}),
