@@ -43,6 +43,9 @@ console = Console()
 
 def main() -> None:
     """Run all stages."""
+    if "--help" in sys.argv or "-h" in sys.argv:
+        print(__doc__)
+        return
     os.chdir(Path(__file__).resolve().parents[1])  # paths in recipes start at the repository
     run = parse_arguments(["--config", "examples/configs/demo.yaml", *sys.argv[1:]])
     torch.set_num_threads(run.training.num_threads or 1)
