@@ -2,6 +2,7 @@
 
     python examples/evaluate_responses.py --model runs/v3 --system v3 --data test.jsonl --output runs/v3/responses
     python examples/evaluate_responses.py --table runs/*/responses --output runs/table
+    python examples/evaluate_responses.py --table runs/table/table.csv --output runs/table    # its orderings anew
 
 The data are manifests: rows of the task `response` are answered (or those of `--references`, as
 `examples/generate_targets.py` writes them), and every recording with an `emotion` is classified and probed. The folder
@@ -34,7 +35,7 @@ from listen.data.processes import launched_processes
 from listen.evaluation.bert_score import BertScore
 from listen.evaluation.cascade import load_recogniser
 from listen.evaluation.judge import JudgeItem, Judgement, judge_by_rules, judge_responses
-from listen.evaluation.response_table import load_scores, markdown_table, write_table
+from listen.evaluation.response_table import load_scores, markdown_table, read_scores, write_table
 from listen.evaluation.responses import ResponseEvaluation, evaluate_responses
 from listen.modeling_listen import ListenForConditionalGeneration
 from listen.processing_listen import ListenProcessor
@@ -45,7 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     work = parser.add_mutually_exclusive_group(required=True)
     work.add_argument("--model", help="checkpoint to evaluate: a folder or a Hub id")
-    work.add_argument("--table", type=Path, nargs="+", metavar="RUN", help="folders of earlier runs, to be one table")
+    work.add_argument("--table", type=Path, nargs="+", metavar="RUN", help="folders of earlier runs, or a table.csv")
     parser.add_argument("--system", help="name of the system in tables; by default that of the model's folder")
     parser.add_argument("--data", nargs="+", default=[], help="one or more JSONL manifests")
     parser.add_argument("--references", nargs="+", help="manifests of the rows to answer, if not in the data")
@@ -142,7 +143,11 @@ def main() -> None:
     """Evaluate a system, or make a table of several."""
     arguments = parse_arguments()
     if arguments.table:
-        systems = [load_scores(folder) for folder in arguments.table]
+        systems = [
+            system
+            for path in arguments.table
+            for system in (read_scores(path) if path.suffix == ".csv" else [load_scores(path)])
+        ]
         print(markdown_table(systems))
         print(f"table: {write_table(systems, arguments.output) / 'table.md'}")
         return

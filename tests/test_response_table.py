@@ -8,62 +8,69 @@ from pathlib import Path
 
 import pytest
 
+from listen.evaluation.orderings import PAPER_COLUMNS, PAPER_TABLE, count_orderings
 from listen.evaluation.response_table import (
-    COLUMNS,
     SystemScores,
-    check_orderings,
     load_scores,
     markdown_table,
+    orderings_of,
     plot_table,
+    read_scores,
     write_table,
 )
-
-# Table I of the paper, R-L, BERTScore, quality, emotion, SER, linear probe
-PAPER = {
-    "Baseline 1": (0.314, 0.112, 0.213, 0.9464, 5.46, 4.13, 0.2045, 0.2508),
-    "Cascade + Baseline 1": (0.325, 0.122, 0.224, 0.9464, 5.58, 4.58, 0.8081, None),
-    "Baseline 2": (0.375, 0.145, 0.245, 0.9473, 7.57, 5.59, 0.1389, 0.3120),
-    "Cascade + Baseline 2": (0.381, 0.151, 0.250, 0.9478, 7.63, 5.83, 0.8081, None),
-    "v1": (0.437, 0.214, 0.309, 0.9476, 7.79, 7.56, 0.4126, 0.6815),
-    "v2": (0.439, 0.218, 0.312, 0.9475, 7.79, 7.45, 0.5995, 0.7315),
-    "v3": (0.446, 0.224, 0.318, 0.9479, 7.74, 7.54, 0.8151, 0.7840),
-}
 
 
 def systems() -> list[SystemScores]:
     found = []
-    for name, figures in PAPER.items():
-        named = zip((column.name for column in COLUMNS), figures, strict=True)
+    for name, figures in PAPER_TABLE.items():
+        named = zip(PAPER_COLUMNS, figures, strict=True)
         found.append(SystemScores(name, {key: value for key, value in named if value is not None}))
     return found
 
 
-def test_all_orderings_hold_on_the_papers_own_figures() -> None:
-    found = check_orderings(systems())
-    assert len(found) == 6 and all(ordering.holds for ordering in found)
-    assert found[-1].values == (0.8151, 0.8081) and found[-1].clear is None
+def test_all_orderings_agree_on_the_papers_own_figures() -> None:
+    found = orderings_of(systems())
+    counts = count_orderings(found)
+    assert (counts["orderings"], counts["agree"], counts["reversed"]) == (154, 154, 0)
+    assert all(ordering.overlap is None for ordering in found)
+    assert orderings_of([]) == []
+
+
+def test_turned_figures_reverse_every_ordering() -> None:
+    turned = [SystemScores(s.name, {name: -value for name, value in s.values.items()}) for s in systems()]
+    counts = count_orderings(orderings_of(turned))
+    assert (counts["agree"], counts["equal"], counts["reversed"]) == (0, 0, 154)
 
 
 def test_orderings_follow_the_figures() -> None:
     rows = {system.name: system for system in systems()}
-    rows["v3"].values["probe_accuracy"] = 0.70
-    rows["v3"].values["ser_accuracy"] = 0.8081
-    del rows["Baseline 2"].values["emotion"]
-    rows["v2"].intervals["probe_accuracy"], rows["v1"].intervals["probe_accuracy"] = (0.70, 0.76), (0.65, 0.71)
-    holds = [ordering.holds for ordering in check_orderings(list(rows.values()))]
-    assert holds == [None, None, None, True, False, True]  # equal recognition will do
-    overlap = check_orderings(list(rows.values()))[3]
-    assert overlap.clear is False
+    del rows["Baseline 2"].values["emotion"]  # 6 orderings are not measured
+    rows["v3"].values["ser_accuracy"] = 0.8081  # equal to both cascades
+    rows["v2"].values["probe_accuracy"] = 0.65  # below v1
+    rows["v2"].intervals["probe_accuracy"], rows["v1"].intervals["probe_accuracy"] = (0.62, 0.68), (0.67, 0.70)
+    found = orderings_of(list(rows.values()))
+    counts = count_orderings(found)
+    assert (counts["orderings"], counts["agree"], counts["equal"], counts["reversed"]) == (148, 145, 2, 1)
+    (probe,) = [ordering for ordering in found if ordering.values[0] < ordering.values[1]]
+    assert (probe.column, probe.higher, probe.lower, probe.overlap) == ("probe_accuracy", "v2", "v1", True)
+    rows["v2"].intervals["probe_accuracy"] = (0.62, 0.66)
+    assert count_orderings(orderings_of(list(rows.values())))["reversed_without_overlap"] == 1
     text = markdown_table(list(rows.values()))
-    assert "73.15 against 68.15 | yes, but the intervals overlap |" in text and "not measured" in text
-    rows["v1"].intervals["probe_accuracy"] = (0.60, 0.69)
-    assert check_orderings(list(rows.values()))[3].clear is True
-    assert [o.holds for o in check_orderings([])] == [None] * 6
+    assert "Of 148 strict pairwise orderings of the paper's table, 145 agree" in text
+    assert "| v2 over v1 | 6 of 7 | linear probe % (65.00 against 68.15, no overlap) |" in text
 
 
-def test_names_are_told_whatever_their_case_and_spaces() -> None:
+def test_names_are_matched_whatever_their_case_and_spaces() -> None:
     renamed = [SystemScores(s.name.upper().replace(" + ", "+"), s.values) for s in systems()]
-    assert all(ordering.holds for ordering in check_orderings(renamed))
+    assert count_orderings(orderings_of(renamed))["agree"] == 154
+
+
+def test_a_table_is_read_back_from_its_csv(tmp_path: Path) -> None:
+    rows = [*systems(), SystemScores("pool", {"rouge_1": 0.5}, {"rouge_1": (0.4, 0.6)})]
+    assert read_scores(write_table(rows, tmp_path) / "table.csv") == rows
+    (tmp_path / "table.csv").write_text("system,wer\nv1,0.1\n")
+    with pytest.raises(ValueError, match="its columns must be"):
+        read_scores(tmp_path / "table.csv")
 
 
 def test_the_table_has_the_papers_layout(tmp_path: Path) -> None:
@@ -77,9 +84,9 @@ def test_the_table_has_the_papers_layout(tmp_path: Path) -> None:
     assert "| pool | 0.400 .. 0.600 | - | - | - | - | - | - | - |" in lines
     with (tmp_path / "table.csv").open(encoding="utf-8") as file:
         cells = list(csv.DictReader(file))
-    assert [row["system"] for row in cells] == [*PAPER, "pool"] and cells[1]["probe_accuracy"] == ""
+    assert [row["system"] for row in cells] == [*PAPER_TABLE, "pool"] and cells[1]["probe_accuracy"] == ""
     assert float(cells[0]["bertscore"]) == 0.9464 and cells[-1]["rouge_1_low"] == "0.4"
-    assert all(record["holds"] for record in json.loads((tmp_path / "orderings.json").read_text()))
+    assert json.loads((tmp_path / "orderings.json").read_text())["counts"]["agree"] == 154
     assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -1,7 +1,8 @@
 """The table of SpeechEmotionLlama (arXiv 2410.01162, Table I) over any systems: Markdown, CSV and a picture.
 
-Also which of that paper's orderings hold. Systems are identified by their names there: `Baseline 1`, `Cascade +
-Baseline 1`, `Baseline 2`, `Cascade + Baseline 2`, `v1`, `v2`, `v3`; other systems are rows of the table only.
+Also how many of that table's pairwise orderings the measured figures reproduce. Systems are identified by their names
+there: `Baseline 1`, `Cascade + Baseline 1`, `Baseline 2`, `Cascade + Baseline 2`, `v1`, `v2`, `v3`; other systems are
+rows of the table only.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from matplotlib.figure import Figure
+
+from .orderings import Ordering, check_orderings, count_orderings, plain_name
 
 
 @dataclass(frozen=True)
@@ -61,47 +64,6 @@ class SystemScores:
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Ordering:
-    """One claim of the paper, and whether the measured values support it.
-
-    Attributes:
-        claim: the claim in words.
-        column: the value that it is about.
-        higher: system that should have the higher value.
-        lower: the other system.
-        or_equal: whether equal values support it too.
-        values: those of `higher` and `lower`; `None` where one was not measured.
-        clear: whether their intervals do not overlap; `None` without intervals.
-    """
-
-    claim: str
-    column: str
-    higher: str
-    lower: str
-    or_equal: bool = False
-    values: tuple[float, float] | None = None
-    clear: bool | None = None
-
-    @property
-    def holds(self) -> bool | None:
-        """Whether the claim holds; `None` where it was not measured."""
-        if self.values is None:
-            return None
-        first, second = self.values
-        return first > second or (self.or_equal and first == second)
-
-
-ORDERINGS = (
-    Ordering("targets told of the emotion beat untagged ones on emotion", "emotion", "v1", "Baseline 2"),
-    Ordering("so they do with captions", "emotion", "v2", "Baseline 2"),
-    Ordering("and with recognition", "emotion", "v3", "Baseline 2"),
-    Ordering("captions raise the linear probe", "probe_accuracy", "v2", "v1"),
-    Ordering("recognition raises the linear probe", "probe_accuracy", "v3", "v2"),
-    Ordering("v3 recognises as well as the cascade", "ser_accuracy", "v3", "Cascade + Baseline 2", or_equal=True),
-)
-
-
 def load_scores(folder: str | Path) -> SystemScores:
     """Values that an evaluation of responses saved in a folder.
 
@@ -118,18 +80,30 @@ def load_scores(folder: str | Path) -> SystemScores:
     return SystemScores(content["system"], values, intervals)
 
 
-def check_orderings(systems: Sequence[SystemScores]) -> list[Ordering]:
-    """Each of the paper's orderings with the values of these systems."""
-    by_name = {_plain(system.name): system for system in systems}
+def read_scores(table: str | Path) -> list[SystemScores]:
+    """Systems of a `table.csv` that `write_table` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it has other columns.
+    """
+    with Path(table).open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or list(rows[0]) != _csv_rows([])[0]:
+        raise ValueError(f"{table} is not a table.csv of this version; its columns must be {_csv_rows([])[0]}")
     found = []
-    for ordering in ORDERINGS:
-        pair = [by_name.get(_plain(name), SystemScores(name)) for name in (ordering.higher, ordering.lower)]
-        values = [system.values.get(ordering.column, math.nan) for system in pair]
-        ends = [system.intervals.get(ordering.column) for system in pair]
-        clear = None if None in ends else ends[0][0] > ends[1][1] or ends[1][0] > ends[0][1]
-        known = None if any(map(math.isnan, values)) else (values[0], values[1])
-        found.append(_with_figures(ordering, known, clear))
+    for row in rows:
+        names = [column.name for column in COLUMNS]
+        values = {name: float(row[name]) for name in names if row[name]}
+        ends = {name: (row[f"{name}_low"], row[f"{name}_high"]) for name in names if row[f"{name}_low"]}
+        intervals = {name: (float(low), float(high)) for name, (low, high) in ends.items()}
+        found.append(SystemScores(row["system"], values, intervals))
     return found
+
+
+def orderings_of(systems: Sequence[SystemScores]) -> list[Ordering]:
+    """All strict pairwise orderings of the paper's table, with the figures of these systems."""
+    return check_orderings({s.name: s.values for s in systems}, {s.name: s.intervals for s in systems})
 
 
 def write_table(systems: Sequence[SystemScores], folder: str | Path) -> Path:
@@ -138,7 +112,7 @@ def write_table(systems: Sequence[SystemScores], folder: str | Path) -> Path:
     Raises:
         ValueError: no systems, or two of the same name.
     """
-    names = [_plain(system.name) for system in systems]
+    names = [plain_name(system.name) for system in systems]
     if not systems or len(set(names)) < len(names):
         raise ValueError(f"a table needs one or more systems of different names, got {[s.name for s in systems]}")
     folder = Path(folder)
@@ -147,8 +121,10 @@ def write_table(systems: Sequence[SystemScores], folder: str | Path) -> Path:
     with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(_csv_rows(systems))
     plot_table(systems).savefig(folder / "table.png", dpi=150)
-    records = [{**vars(ordering), "holds": ordering.holds} for ordering in check_orderings(systems)]
-    (folder / "orderings.json").write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
+    orderings = orderings_of(systems)
+    records = [{**vars(ordering), "agrees": ordering.agrees} for ordering in orderings]
+    content = {"counts": count_orderings(orderings), "orderings": records}
+    (folder / "orderings.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return folder
 
 
@@ -159,9 +135,30 @@ def markdown_table(systems: Sequence[SystemScores]) -> str:
     lines += [_line([s.name, *(_value(s, column) for column in COLUMNS)]) for s in systems]
     lines += ["", "95 % intervals:", "", _line(head), _line(["---", *("---:" for _ in COLUMNS)])]
     lines += [_line([s.name, *(_interval(s, column) for column in COLUMNS)]) for s in systems]
-    lines += ["", _line(["ordering of the paper", "column", "figures", "holds"]), _line(["---"] * 4)]
-    lines += [_line(_ordering_cells(ordering)) for ordering in check_orderings(systems)]
-    return "\n".join(lines) + "\n"
+    orderings = orderings_of(systems)
+    return "\n".join([*lines, *(orderings_lines(orderings) if orderings else [])]) + "\n"
+
+
+def orderings_lines(orderings: Sequence[Ordering]) -> list[str]:
+    """How many of the paper's orderings agree, and for each pair of systems which do not, as lines of Markdown."""
+    counts = count_orderings(orderings)
+    lines = [
+        "",
+        f"Of {counts['orderings']} strict pairwise orderings of the paper's table, {counts['agree']} agree "
+        f"({counts['agree_without_overlap']} with intervals that do not overlap), {counts['equal']} are equal here and "
+        f"{counts['reversed']} are reversed ({counts['reversed_without_overlap']} with intervals that do not overlap).",
+        "",
+        _line(["pair of systems", "agree", "orderings that do not agree"]),
+        _line(["---", "---:", "---"]),
+    ]
+    pairs: dict[frozenset[str], list[Ordering]] = {}
+    for ordering in orderings:
+        pairs.setdefault(frozenset((ordering.higher, ordering.lower)), []).append(ordering)
+    for group in pairs.values():
+        share = f"{sum(ordering.agrees for ordering in group)} of {len(group)}"
+        texts = [_ordering_text(o, named=o.higher != group[0].higher) for o in group if not o.agrees]
+        lines.append(_line([f"{group[0].higher} over {group[0].lower}", share, "; ".join(texts)]))
+    return lines
 
 
 def plot_table(systems: Sequence[SystemScores]) -> Figure:
@@ -186,15 +183,6 @@ def plot_table(systems: Sequence[SystemScores]) -> Figure:
     return figure
 
 
-def _with_figures(ordering: Ordering, values: tuple[float, float] | None, clear: bool | None) -> Ordering:
-    fields = {**vars(ordering), "values": values, "clear": None if values is None else clear}
-    return Ordering(**fields)
-
-
-def _plain(name: str) -> str:
-    return "".join(name.lower().split())
-
-
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -209,15 +197,13 @@ def _interval(system: SystemScores, column: Column) -> str:
     return ABSENT if ends is None else " .. ".join(f"{end * column.scale:.{column.digits}f}" for end in ends)
 
 
-def _ordering_cells(ordering: Ordering) -> list[str]:
-    claim = f"{ordering.claim} ({ordering.higher} over {ordering.lower})"
+def _ordering_text(ordering: Ordering, named: bool) -> str:
+    """One ordering that does not agree; `named` where the paper orders these two the other way than its row says."""
     column = next(column for column in COLUMNS if column.name == ordering.column)
-    if ordering.values is None:
-        return [claim, column.title, ABSENT, "not measured"]
     figures = " against ".join(f"{value * column.scale:.{column.digits}f}" for value in ordering.values)
-    verdict = "yes" if ordering.holds else "no"
-    overlap = ", but the intervals overlap" if ordering.clear is False else ""
-    return [claim, column.title, figures, verdict + overlap]
+    systems = f" of {ordering.higher} over {ordering.lower}" if named else ""
+    overlap = ", no overlap" if ordering.overlap is False else ""
+    return f"{column.title}{systems} ({figures}{overlap})"
 
 
 def _csv_rows(systems: Sequence[SystemScores]) -> list[list[object]]:
