@@ -23,6 +23,7 @@ REQUIRED = [
     "fsspec>=2024.2",  # opens audio behind URLs, as datasets does
     # data and training
     "accelerate>=1.12",  # devices and processes below transformers' Trainer
+    "filelock>=3.20",  # locks of folders that several runs may write to; datasets and huggingface_hub bring it
     "datasets>=4.4",  # manifests, streaming, cached encoder features
     "pyyaml>=6.0",  # recipes in examples/configs
     "requests>=2.32",  # LLMs behind an endpoint, with retries; huggingface_hub's client refuses all when offline

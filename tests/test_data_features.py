@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_model
-from datasets import Dataset
+from datasets import Dataset, Features
+from datasets.arrow_writer import ArrowWriter
 from fixtures_training import small_corpus, tiny_processor, write_clip, write_manifest
 
 from listen.data import FeatureStore, FeatureStoreError, load_manifest, precompute_features
@@ -131,3 +134,129 @@ def test_values_that_16_bits_cannot_hold_are_refused(tmp_path: Path) -> None:
     recording = EncodedRecording(100, torch.full((2, 4), 1e6), (2,))
     with pytest.raises(FeatureStoreError, match="'loud' do not fit into 16 bits"):
         write_shard(tmp_path / "shard-00000.arrow", iter([("loud", recording)]))
+
+
+# ------------------------------------------------------------------ shared folders, replaced audio, damaged files
+
+
+def compute_in_processes(works: list[tuple[Dataset, Path, int]]) -> None:
+    """Each in a process of its own, all at once; each has to end well."""
+    context = multiprocessing.get_context("fork")
+    processes = [
+        context.Process(target=compute, args=(dataset, folder), kwargs={"batch_size": 2, "shard_size": size})
+        for dataset, folder, size in works
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * len(works)
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("shard-*.arrow"))
+
+
+@pytest.mark.parametrize("size", [2, 512])
+def test_runs_in_one_folder_at_the_same_time_lose_nothing(tmp_path: Path, size: int) -> None:
+    dataset = load_manifest(small_corpus(tmp_path, num_rows=8))
+    folder, straight = tmp_path / "features", compute(dataset, tmp_path / "straight", batch_size=2)
+    parts = [dataset.select(range(5)), dataset.select(range(3, 8)), dataset]
+    compute_in_processes([(part, folder, size) for part in parts])
+    store = FeatureStore(folder)
+    assert len(store) == 8 and store.verify() == []
+    for row in dataset:
+        (one,), (two,) = store.recordings(row), straight.recordings(row)
+        torch.testing.assert_close(one.speech, two.speech, atol=5e-3, rtol=2e-3)
+        assert one.num_samples == two.num_samples
+
+
+def test_equal_runs_share_the_work(tmp_path: Path) -> None:
+    dataset = load_manifest(small_corpus(tmp_path, num_rows=8))
+    compute_in_processes([(dataset, tmp_path / "features", 2)] * 3)
+    stored = sum(len(Dataset.from_file(str(shard))) for shard in shards(tmp_path / "features"))
+    assert stored == len(FeatureStore(tmp_path / "features")) == 8
+
+
+def test_replaced_audio_is_encoded_again_and_copied_audio_is_not(tmp_path: Path) -> None:
+    dataset = load_manifest(small_corpus(tmp_path, num_rows=3))
+    folder, clip = tmp_path / "features", tmp_path / "audio" / "0.wav"
+    compute(dataset, folder)
+    os.utime(clip, (1, 1))
+    compute(dataset, folder)
+    assert len(shards(folder)) == 1
+    write_clip(clip, 0.9, seed=9)
+    with pytest.raises(FeatureStoreError, match="older audio for '../audio/0.wav'.*precompute_features.py"):
+        FeatureStore(folder).recordings(dataset[0])
+    store = compute(dataset, folder)
+    assert len(store) == 3 and len(shards(folder)) == 2 and store.verify() == []
+    assert store.recordings(dataset[0])[0].num_samples == FeatureStore(folder).recordings(dataset[0])[0].num_samples
+    assert store.recordings(dataset[0])[0].num_samples == 14400
+    clip.unlink()
+    assert FeatureStore(folder).recordings(dataset[0])[0].num_samples == 14400  # training needs no audio
+
+
+def test_a_replaced_clip_of_a_joined_recording_counts(tmp_path: Path) -> None:
+    clips = [write_clip(tmp_path / f"{i}.wav", 0.4, seed=i) for i in range(2)]
+    line = {"audio": ["0.wav", "1.wav"], "task": "asr", "response": "x", "join": "concatenate"}
+    dataset = load_manifest(write_manifest(tmp_path / "m.jsonl", [line]))
+    assert compute(dataset, tmp_path / "features").recordings(dataset[0])[0].num_samples == 12800
+    write_clip(clips[1], 0.6)
+    assert compute(dataset, tmp_path / "features").recordings(dataset[0])[0].num_samples == 16000
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.9])
+def test_a_damaged_shard_is_named_and_only_its_recordings_are_encoded_again(tmp_path: Path, share: float) -> None:
+    dataset = load_manifest(small_corpus(tmp_path, num_rows=4))
+    folder = tmp_path / "features"
+    compute(dataset, folder, shard_size=2)
+    first, second = shards(folder)
+    first.write_bytes(first.read_bytes()[: int(share * first.stat().st_size)])
+    with pytest.raises(FeatureStoreError, match=f"{first.name} is damaged.*delete .*{first.name} and run"):
+        compute(dataset, folder, shard_size=2)
+    first.unlink()
+    assert len(compute(dataset, folder, shard_size=2)) == 4 and second in shards(folder)
+
+
+def test_verify_finds_changed_features_and_changed_audio(tmp_path: Path) -> None:
+    dataset = load_manifest(small_corpus(tmp_path, num_rows=3))
+    store = compute(dataset, tmp_path / "features")
+    assert store.verify() == []
+    clip = tmp_path / "audio" / "1.wav"
+    times = clip.stat()
+    data = bytearray(clip.read_bytes())
+    data[-1] ^= 1
+    clip.write_bytes(data)
+    os.utime(clip, ns=(times.st_atime_ns, times.st_mtime_ns))  # size and time say nothing
+    (problem,) = store.verify()
+    assert "'../audio/1.wav'" in problem and "precompute_features.py" in problem
+    (shard,) = shards(tmp_path / "features")
+    stored = store.recordings(dataset[0])[0].speech.numpy().tobytes()
+    content = shard.read_bytes()
+    assert content.count(stored) == 1
+    shard.write_bytes(content.replace(stored, stored[:-1] + bytes([stored[-1] ^ 1])))
+    problems = FeatureStore(tmp_path / "features").verify()
+    assert len(problems) == 2 and any(shard.name in problem and "checksum" in problem for problem in problems)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"speech_width": 4, "later": 1}', '{"speech_width": "4"}'])
+def test_a_damaged_description_of_a_store_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "store.json").write_text(text)
+    with pytest.raises(FeatureStoreError, match="store.json"):
+        FeatureStore(tmp_path)
+
+
+def test_a_store_of_an_earlier_version_is_read_and_extended(tmp_path: Path) -> None:
+    dataset = load_manifest(small_corpus(tmp_path, num_rows=4))
+    folder = tmp_path / "features"
+    compute(dataset.select([0, 1]), folder)
+    (shard,) = shards(folder)
+    rows = [{k: v for k, v in row.items() if k not in ("content", "checksum")} for row in Dataset.from_file(str(shard))]
+    features = Features({k: v for k, v in Dataset.from_file(str(shard)).features.items() if k in rows[0]})
+    shard.unlink()
+    with ArrowWriter(features=features, path=str(folder / "shard-00000-000.arrow")) as writer:
+        for row in rows:
+            writer.write(row)
+        writer.finalize()
+    store = compute(dataset, folder)
+    assert len(store) == 4 and len(shards(folder)) == 2 and store.verify() == []

@@ -2,7 +2,8 @@
 
 A store is a folder of Arrow files, one row for each recording, and `store.json`, which describes the encoders and
 settings. Recordings are found by their path relative to the store (or by the hash of their bytes), so a store that
-moves together with its audio stays valid.
+moves together with its audio stays valid. Each row also keeps size, modification time and digest of its audio files:
+features of a file that was replaced are not used.
 """
 
 from __future__ import annotations
@@ -19,9 +20,13 @@ import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from datasets.arrow_writer import ArrowWriter
+from filelock import FileLock
+from pyarrow import ArrowException
 from torch.nn.utils.rnn import pad_sequence
 
 from .audio import recordings_of
+from .content import is_same_content
+from .files import rename_complete, write_json
 
 STORE_FILE = "store.json"
 _VALUES_OF_A_WEIGHT = 256
@@ -33,8 +38,11 @@ _FEATURES = Features(
         "speech": Value("large_binary"),
         "audio_frames": List(Value("int32")),
         "audio": Value("large_binary"),
+        "content": Value("string"),
+        "checksum": Value("string"),
     }
 )
+_SCRIPT = "examples/precompute_features.py"
 
 
 class FeatureStoreError(ValueError):
@@ -74,6 +82,7 @@ class EncodedRecording:
         speech_frames: frames of each chunk: the real ones, or all where the connector reads padding.
         audio: `(sum of audio_frames, audio_width)`, float16; `None` without an audio encoder.
         audio_frames: real frames of each chunk; empty without an audio encoder.
+        content: what the audio files held when they were encoded, see `listen.data.content`; `None` if not known.
     """
 
     num_samples: int
@@ -81,6 +90,7 @@ class EncodedRecording:
     speech_frames: tuple[int, ...]
     audio: torch.Tensor | None = None
     audio_frames: tuple[int, ...] = ()
+    content: str | None = None
 
     def __len__(self) -> int:
         """Samples, as of a waveform."""
@@ -94,7 +104,7 @@ class FeatureStore:
         folder: folder of the store.
 
     Raises:
-        FeatureStoreError: there is no store in that folder.
+        FeatureStoreError: there is no store in that folder, or one of its files is damaged.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -102,41 +112,89 @@ class FeatureStore:
         self.info = read_store_info(self.folder)
         shards = sorted(self.folder.glob("shard-*.arrow"))
         if not shards:
-            raise FeatureStoreError(f"{self.folder} holds no features yet; run examples/precompute_features.py")
-        self._table = concatenate_datasets([Dataset.from_file(str(shard)) for shard in shards])
-        self._rows = {key: row for row, key in enumerate(self._table["key"])}
+            raise FeatureStoreError(f"{self.folder} holds no features yet; run {_SCRIPT}")
+        self._table = concatenate_datasets([_read_shard(shard) for shard in shards])
+        self._contents = self._column("content")
+        self._rows: dict[str, list[int]] = {}  # the newest last
+        for row, key in enumerate(self._table["key"]):
+            self._rows.setdefault(key, []).append(row)
+        self._current: dict[str, int | None] = {}  # row that fits the audio; found once in a process
 
     def __len__(self) -> int:
         """Number of recordings."""
         return len(self._rows)
 
     def __contains__(self, key: str) -> bool:
-        """Whether the recording with that key is stored."""
-        return key in self._rows
+        """Whether the recording with that key is stored, encoded from the audio that is there now."""
+        return self._row(key) is not None
 
     def __getitem__(self, key: str) -> EncodedRecording:
         """Features of one recording, see `recording_keys`.
 
         Raises:
-            FeatureStoreError: it is not stored.
+            FeatureStoreError: it is not stored, its audio was replaced since then, or its row is damaged.
         """
-        if key not in self._rows:
-            raise FeatureStoreError(
-                f"{self.folder} has no features of {key!r}; run examples/precompute_features.py on this data again"
-            )
-        row = self._table[self._rows[key]]
-        info = self.info
+        place = self._row(key)
+        if place is None:
+            reason = "has no features of" if key not in self._rows else "has features of older audio for"
+            raise FeatureStoreError(f"{self.folder} {reason} {key!r}; run {_SCRIPT} on this data again")
+        return self._read(key, place)
+
+    def recordings(self, row: Mapping[str, Any]) -> list[EncodedRecording]:
+        """Features of the recordings of one data row, in order."""
+        return [self[key] for key in recording_keys(row, self.folder)]
+
+    def verify(self) -> list[str]:
+        """Check all features by their checksums, and the digests of all audio files that are there.
+
+        Returns:
+            A message for each problem; older features of audio that was encoded again are none.
+        """
+        problems, checksums = [], self._column("checksum")
+        for key, places in self._rows.items():
+            try:
+                found = self._read(key, places[-1])
+            except FeatureStoreError as error:
+                problems.append(str(error))
+                continue
+            if checksums[places[-1]] not in (None, _checksum(_halves(key, found))):
+                problems.append(self._damage(key, "another checksum"))
+            if not is_same_content(found.content, key, self.folder, read=True):
+                problems.append(f"the audio of {key!r} is not what its features were made of; run {_SCRIPT} again")
+        return problems
+
+    def _row(self, key: str) -> int | None:
+        if key not in self._current:
+            fits = (p for p in reversed(self._rows.get(key, ())) if self._fits(key, p))
+            self._current[key] = next(fits, None)
+        return self._current[key]
+
+    def _fits(self, key: str, place: int) -> bool:
+        return is_same_content(self._contents[place], key, self.folder)
+
+    def _column(self, name: str) -> Sequence[str | None]:
+        """A column that stores of earlier versions lack."""
+        return list(self._table[name]) if name in self._table.column_names else [None] * len(self._table)
+
+    def _read(self, key: str, place: int) -> EncodedRecording:
+        row, info = self._table[place], self.info
+        streams = {"speech": info.speech_width, **({"audio": info.audio_width} if info.audio_width else {})}
+        for name, width in streams.items():
+            if len(row[name] or b"") != 2 * width * sum(row[f"{name}_frames"]):
+                raise FeatureStoreError(self._damage(key, f"{len(row[name] or b'')} bytes of {name} features"))
         return EncodedRecording(
             num_samples=row["num_samples"],
             speech=_tensor(row["speech"], info.speech_width),
             speech_frames=tuple(row["speech_frames"]),
             audio=_tensor(row["audio"], info.audio_width) if info.audio_width else None,
             audio_frames=tuple(row["audio_frames"]),
+            content=row.get("content"),
         )
 
-    def recordings(self, row: Mapping[str, Any]) -> list[EncodedRecording]:
-        """Features of the recordings of one data row, in order."""
-        return [self[key] for key in recording_keys(row, self.folder)]
+    def _damage(self, key: str, reason: str) -> str:
+        shards = [Path(file["filename"]) for file in self._table.cache_files]
+        holding = [shard for shard in shards if key in Dataset.from_file(str(shard))["key"]]
+        return f"the features of {key!r} are damaged ({reason}); {_delete_advice(holding[-1])}"
 
     def check(self, info: StoreInfo) -> None:
         """Compare with the encoders and settings of a model.
@@ -187,12 +245,22 @@ def read_store_info(folder: Path) -> StoreInfo:
     """Read `store.json`.
 
     Raises:
-        FeatureStoreError: there is none.
+        FeatureStoreError: there is none, or it is damaged.
     """
     path = folder / STORE_FILE
     if not path.is_file():
         raise FeatureStoreError(f"{folder} is not a feature store: it has no {STORE_FILE}")
-    return StoreInfo(**json.loads(path.read_text(encoding="utf-8")))
+    try:
+        info = StoreInfo(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise FeatureStoreError(
+            f"{path} is damaged or of another version ({error}); delete it and run {_SCRIPT} with the same encoders, "
+            "which writes it again"
+        ) from error
+    for name in ("speech_width", "audio_width"):
+        if type(getattr(info, name)) is not int or getattr(info, name) < 0:
+            raise FeatureStoreError(f"{path}: {name}={getattr(info, name)!r} must be a whole number from 0")
+    return info
 
 
 def write_store_info(folder: Path, info: StoreInfo) -> None:
@@ -202,14 +270,13 @@ def write_store_info(folder: Path, info: StoreInfo) -> None:
         FeatureStoreError: the folder holds a store with other encoders or settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / STORE_FILE).is_file():
-        known = read_store_info(folder)
-        if known != info:
-            raise FeatureStoreError(f"{folder} holds features of another setting ({known}); choose another folder")
-        return
-    partial = folder / f"{STORE_FILE}.{os.getpid()}.tmp"
-    partial.write_text(json.dumps(asdict(info), indent=2, sort_keys=True), encoding="utf-8")
-    partial.replace(folder / STORE_FILE)
+    with FileLock(folder / f".{STORE_FILE}.lock"):  # of two runs with other encoders one is first
+        if not (folder / STORE_FILE).is_file():
+            write_json(folder / STORE_FILE, asdict(info))
+            return
+    known = read_store_info(folder)
+    if known != info:
+        raise FeatureStoreError(f"{folder} holds features of another setting ({known}); choose another folder")
 
 
 def recording_keys(row: Mapping[str, Any], folder: Path) -> list[str]:
@@ -223,21 +290,28 @@ def write_shard(path: Path, recordings: Iterator[tuple[str, EncodedRecording]]) 
     Raises:
         FeatureStoreError: a value does not fit into 16 bits.
     """
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
-    with ArrowWriter(features=_FEATURES, path=str(partial), writer_batch_size=16) as writer:
-        for key, recording in recordings:
-            writer.write(
-                {
-                    "key": key,
-                    "num_samples": recording.num_samples,
-                    "speech_frames": list(recording.speech_frames),
-                    "speech": _binary(key, recording.speech),
-                    "audio_frames": list(recording.audio_frames),
-                    "audio": None if recording.audio is None else _binary(key, recording.audio),
-                }
-            )
-        writer.finalize()
-    partial.replace(path)
+    partial = path.with_suffix(".tmp")
+    try:
+        with ArrowWriter(features=_FEATURES, path=str(partial), writer_batch_size=16) as writer:
+            for key, recording in recordings:
+                writer.write(_to_row(key, recording))
+            writer.finalize()
+        rename_complete(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _to_row(key: str, recording: EncodedRecording) -> dict[str, Any]:
+    halves = _halves(key, recording)
+    return {
+        "key": key,
+        "num_samples": recording.num_samples,
+        "speech_frames": list(recording.speech_frames),
+        "audio_frames": list(recording.audio_frames),
+        "content": recording.content,
+        "checksum": _checksum(halves),
+        **halves,
+    }
 
 
 def collate_features(recordings: Sequence[EncodedRecording], pad_to_multiple_of: int = 16) -> dict[str, torch.Tensor]:
@@ -288,6 +362,29 @@ def _clip_key(clip: Mapping[str, Any], folder: Path) -> str:
         return "sha256:" + hashlib.sha256(clip["bytes"]).hexdigest()
     path = clip["path"]
     return path if "://" in path else os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
+
+
+def _read_shard(path: Path) -> Dataset:
+    try:
+        return Dataset.from_file(str(path))
+    except (ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise FeatureStoreError(f"{path} is damaged ({error}); {_delete_advice(path)}") from error
+
+
+def _delete_advice(shard: Path) -> str:
+    return f"delete {shard} and run {_SCRIPT} again, which encodes its recordings alone"
+
+
+def _halves(key: str, recording: EncodedRecording) -> dict[str, bytes | None]:
+    """Both streams in 16 bits."""
+    streams = {"speech": recording.speech, "audio": recording.audio}
+    return {name: None if frames is None else _binary(key, frames) for name, frames in streams.items()}
+
+
+def _checksum(halves: Mapping[str, bytes | None]) -> str:
+    digest = hashlib.sha256(halves["speech"] or b"")
+    digest.update(halves["audio"] or b"")
+    return digest.hexdigest()[:16]
 
 
 def _binary(key: str, frames: torch.Tensor) -> bytes:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
+from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from ..audio_listen import read_clips
 from .audio import clip_seconds, recordings_of
+from .content import audio_content
 from .features import (
     EncodedRecording,
     FeatureStore,
@@ -23,7 +31,20 @@ from .features import (
 )
 from .processes import launched_processes
 
+logger = logging.get_logger(__name__)
 _Recording = tuple[str, list[dict[str, Any]]]
+_LOCKS = ".locks"
+
+
+@dataclass(frozen=True)
+class _Work:
+    """How recordings are encoded, see `precompute_features`."""
+
+    model: Any
+    processor: Any
+    batch_size: int
+    num_workers: int
+    silence: float
 
 
 def precompute_features(
@@ -39,8 +60,9 @@ def precompute_features(
 ) -> FeatureStore:
     """Encode all recordings of a data set that are not in the store yet.
 
-    Each recording is encoded once, even if several rows use it. An interrupted run resumes after the last complete
-    shard. Under `accelerate launch` each process encodes its share.
+    Each recording is encoded once, even if several rows use it, and again once its audio file is replaced. An
+    interrupted run resumes after the last complete shard. Several runs may write into one folder at the same time; over
+    the same data they share the work. Under `accelerate launch` each process encodes its share.
 
     Args:
         model: a `ListenModel` whose encoders are frozen; runs on its device.
@@ -57,7 +79,7 @@ def precompute_features(
         The store with all recordings of the data set.
 
     Raises:
-        FeatureStoreError: the folder holds features of other encoders, or an encoder is trainable.
+        FeatureStoreError: the folder holds features of other encoders or a damaged file, or an encoder is trainable.
         ValueError: audio that cannot be read.
     """
     folder, state = Path(folder), launched_processes()
@@ -65,50 +87,95 @@ def precompute_features(
     if state.is_main_process:
         write_store_info(folder, info)
     state.wait_for_everyone()
-    pending = _pending(dataset, folder)
-    first = len(list(folder.glob("shard-*.arrow")))
-    state.wait_for_everyone()  # all processes count the shards before any of them writes
-    mine = pending[state.process_index :: state.num_processes]
-    bar = tqdm(total=len(mine), desc="encoding", unit="clip", disable=not (progress and state.is_main_process))
-    with bar:
-        for number, start in enumerate(range(0, len(mine), shard_size)):
-            shard = mine[start : start + shard_size]
-            encoded = _encode_all(model, processor, shard, batch_size, num_workers, join_silence_seconds, bar)
-            write_shard(folder / f"shard-{first + number:05d}-{state.process_index:03d}.arrow", encoded)
+    _remove_partial_shards(folder)
+    work = _Work(model, processor, batch_size, num_workers, join_silence_seconds)
+    while True:
+        written = set(folder.glob("shard-*.arrow"))
+        pending = _pending(dataset, folder, state)
+        shards = [pending[start : start + shard_size] for start in range(0, len(pending), shard_size)]
+        quiet = not (progress and pending and state.is_main_process)
+        with tqdm(total=len(pending), desc="encoding", unit="clip", disable=quiet) as bar:
+            postponed = [shard for shard in shards if not _write_once(work, folder, shard, written, bar)]
+        if not postponed:
+            break
+        logger.warning(f"{folder}: another run encodes {sum(map(len, postponed))} of these recordings; waiting for it")
+        for shard in postponed:  # until it has written them, or has died
+            with _lock_of(folder, _digest(shard)):
+                pass
     state.wait_for_everyone()
     return FeatureStore(folder)
 
 
-def _pending(dataset: Dataset, folder: Path) -> list[_Recording]:
-    """Recordings that are not stored, each once, sorted by length so that batches have little padding."""
+def _write_once(work: _Work, folder: Path, shard: Sequence[_Recording], written: set[Path], bar: tqdm) -> bool:
+    """Encode and write a shard unless another run has done so since `written` was listed.
+
+    Returns:
+        Whether that is done; not if another run is at it.
+    """
+    digest = _digest(shard)
+    try:
+        with _lock_of(folder, digest).acquire(timeout=0) as lock:
+            if not set(folder.glob(f"shard-*-{digest}.arrow")) - written:
+                encoded = _encode_all(work, shard, bar)
+                write_shard(folder / f"shard-{_next_number(folder):05d}-{digest}.arrow", encoded)
+            Path(lock.lock_file).unlink(missing_ok=True)  # whoever waits for it locks a new file
+    except Timeout:
+        return False
+    return True
+
+
+def _digest(shard: Sequence[_Recording]) -> str:
+    return hashlib.sha256("\n".join(key for key, _ in shard).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def _lock_of(folder: Path, digest: str) -> FileLock:
+    """Lock of the run that encodes these recordings. The system frees it when the run dies."""
+    (folder / _LOCKS).mkdir(exist_ok=True)
+    return FileLock(folder / _LOCKS / f"{digest}.lock")
+
+
+def _next_number(folder: Path) -> int:
+    """Number of the next shard, so that newer features of a recording follow older ones."""
+    numbers = [path.stem.split("-")[1] for path in folder.glob("shard-*.arrow")]
+    return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
+
+
+def _remove_partial_shards(folder: Path) -> None:
+    """Remove what killed runs left: partial shards whose lock is free."""
+    for partial in folder.glob("shard-*.tmp"):
+        with suppress(Timeout), _lock_of(folder, partial.stem.rpartition("-")[2]).acquire(timeout=0):
+            partial.unlink(missing_ok=True)
+
+
+def _pending(dataset: Dataset, folder: Path, state: PartialState) -> list[_Recording]:
+    """This process's share of the recordings to encode, each once, sorted by length so that padding is short.
+
+    Shares depend on the keys alone: what other runs store meanwhile moves no recording to another process.
+    """
     known = FeatureStore(folder) if any(folder.glob("shard-*.arrow")) else ()
     found: dict[str, list[dict[str, Any]]] = {}
     for row in dataset.select_columns(["audio", "join"]):
         for key, clips in zip(recording_keys(row, folder), recordings_of(row), strict=True):
-            if key not in known:
-                found.setdefault(key, clips)
+            share = zlib.crc32(key.encode("utf-8", "surrogateescape")) % state.num_processes
+            if share == state.process_index and key not in found and key not in known:
+                found[key] = clips
     return sorted(found.items(), key=lambda item: sum(clip_seconds(clip) or 0.0 for clip in item[1]))
 
 
-def _encode_all(
-    model: Any,
-    processor: Any,
-    recordings: Sequence[_Recording],
-    batch_size: int,
-    num_workers: int,
-    silence: float,
-    bar: tqdm,
-) -> Iterator[tuple[str, EncodedRecording]]:
-    extractor = processor.feature_extractor
+def _encode_all(work: _Work, recordings: Sequence[_Recording], bar: tqdm) -> Iterator[tuple[str, EncodedRecording]]:
+    extractor = work.processor.feature_extractor
 
-    def collate(batch: list[_Recording]) -> tuple[list[str], list[int], dict[str, torch.Tensor]]:
-        waves = [read_clips(clips, extractor.sampling_rate, True, silence)[0] for _, clips in batch]
-        return [key for key, _ in batch], [*map(len, waves)], extractor.extract(waves)
+    def collate(batch: list[_Recording]) -> tuple[list[tuple[str, str | None]], list[int], dict[str, torch.Tensor]]:
+        sources = [(key, audio_content(clips)) for key, clips in batch]  # before the audio, which may be replaced
+        waves = [read_clips(clips, extractor.sampling_rate, True, work.silence)[0] for _, clips in batch]
+        return sources, [*map(len, waves)], extractor.extract(waves)
 
-    loader = DataLoader(recordings, batch_size=batch_size, collate_fn=collate, num_workers=num_workers)
-    for keys, lengths, features in loader:
-        yield from zip(keys, _encode_batch(model, extractor, lengths, features), strict=True)
-        bar.update(len(keys))
+    loader = DataLoader(recordings, batch_size=work.batch_size, collate_fn=collate, num_workers=work.num_workers)
+    for sources, lengths, features in loader:
+        encoded = _encode_batch(work.model, extractor, lengths, features)
+        for (key, content), recording in zip(sources, encoded, strict=True):
+            yield key, replace(recording, content=content)
+        bar.update(len(sources))
 
 
 @torch.no_grad()

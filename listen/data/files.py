@@ -1,0 +1,118 @@
+"""Files that are complete or absent, and folders that only one run writes to."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+_RELEASE_SECONDS = 20.0  # data loader workers of a killed process keep its lock until they notice its end
+
+
+class FolderInUseError(ValueError):
+    """A folder that another process writes to; the message names it."""
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON in UTF-8; text with lone surrogates, which UTF-8 cannot hold, is escaped instead."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=indent)
+    return text
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a file beside its place and rename it: readers and later runs find the old content or the whole new one.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written; nothing is left behind.
+    """
+    path = Path(os.path.realpath(path))
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        rename_complete(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def rename_complete(partial: Path, path: Path) -> None:
+    """Give a complete file its name, once its content is on the disk."""
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write an indented JSON file by `write_text`."""
+    write_text(path, json_text(value, indent=2) + "\n")
+
+
+def write_json_lines(path: str | os.PathLike[str], records: Iterable[Any]) -> None:
+    """Write one JSON object a line by `write_text`."""
+    write_text(path, "".join(json_text(record) + "\n" for record in records))
+
+
+@contextmanager
+def hold_folder(folder: str | os.PathLike[str], work: str) -> Iterator[None]:
+    """Keep other processes from the same work in a folder; the lock of a process that died is free again.
+
+    Args:
+        folder: created if absent.
+        work: name of the work, such as `training`; part of the lock's file name and of the message.
+
+    Raises:
+        FolderInUseError: another process holds the folder.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    holder, lock = folder / f".{work}.json", FileLock(folder / f".{work}.lock")
+    try:
+        lock.acquire(timeout=_RELEASE_SECONDS if _has_died(_read_holder(holder)) else 0)
+    except Timeout as error:
+        raise FolderInUseError(
+            f"{folder} is in use: {work} by {_describe(_read_holder(holder))}; wait for its end, stop it, or choose "
+            "another folder"
+        ) from error
+    try:
+        started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "started": started})
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def _read_holder(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # not written yet
+        return {}
+
+
+def _has_died(holder: dict[str, Any]) -> bool:
+    if holder.get("host") != socket.gethostname() or not isinstance(holder.get("pid"), int):
+        return False
+    try:
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # a process of another user
+        return False
+    return False
+
+
+def _describe(holder: dict[str, Any]) -> str:
+    if not holder:
+        return "another process"
+    return f"process {holder.get('pid')} on {holder.get('host')} since {holder.get('started')}"
