@@ -40,6 +40,7 @@ class ListenAdapter(nn.Module):
 
     def __init__(self, config: PreTrainedConfig, connector: PreTrainedConfig, pool: PreTrainedConfig | None) -> None:
         super().__init__()
+        connector._attn_implementation_internal = config.connector_config._attn_implementation
         audio_width = config.audio_config.hidden_size if config.audio_config is not None else 0
         self.connector = _CONNECTORS[connector.type](
             connector, config.speech_width, audio_width, config.text_width, config.frame_seconds

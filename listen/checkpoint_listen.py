@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from .attention_listen import additive_attention
 from .configuration_listen import BACKBONES
 from .modeling_beats import BeatsModel
 from .modeling_speech_encoder import load_speech_encoder
@@ -54,18 +55,20 @@ class FrozenBackbonesMixin:
             *args: Passed to `PreTrainedModel.from_pretrained`.
             config: A config in place of the checkpoint's.
             backbones: Folders or Hub ids of backbones by name, to replace those of the checkpoint.
-            **kwargs: As `PreTrainedModel.from_pretrained`; `dtype`, `device_map`, `quantization_config` and
-                `attn_implementation` apply to the frozen backbones, trainable weights stay in fp32. Only the LLM is
-                quantised, unless `quantization_config` is a dict of configs by backbone.
+            **kwargs: As `PreTrainedModel.from_pretrained`, fields of the config included; `dtype`, `device_map`,
+                `quantization_config` and `attn_implementation` apply to the frozen backbones, trainable weights stay in
+                fp32. Only the LLM is quantised, unless `quantization_config` is a dict of configs by backbone.
 
         Raises:
             ValueError: a trainable weight is missing, a backbone is missing or not the one that the adapter was
                 trained on, or `quantization_config` is given for a checkpoint that holds everything.
         """
         source = os.fspath(pretrained_model_name_or_path)
+        _rename_dtype(kwargs)
         hub = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
         if not isinstance(config, PreTrainedConfig):
-            config = cls.config_class.from_pretrained(config or source, **hub)
+            fields = {name: kwargs.pop(name) for name in _config_fields(cls.config_class) & kwargs.keys()}
+            config = cls.config_class.from_pretrained(config or source, **hub, **fields)
         _locate(config, source, backbones, hub)
         wants_info = kwargs.pop("output_loading_info", False)
         if config.base_models:
@@ -91,8 +94,9 @@ class FrozenBackbonesMixin:
             source, *args, config=config, init_backbones=_learned(config), output_loading_info=True, **placed, **kwargs
         )
         passed = {name: kwargs[name] for name in _BACKBONE_KWARGS if name in kwargs}
-        dtype = kwargs.get("dtype", "auto")
-        model.load_backbones(dtype=dtype, device_map=device_map, quantization_config=quantization, **passed)
+        model.load_backbones(
+            dtype=kwargs.get("dtype"), device_map=device_map, quantization_config=quantization, **passed
+        )
         return model.eval(), info
 
     @classmethod
@@ -109,7 +113,10 @@ class FrozenBackbonesMixin:
         """
         if not config.base_models:
             raise ValueError(f"config.base_models is None; make it with {type(config).__name__}.from_backbones(...)")
-        model = cls(copy.deepcopy(config), init_backbones=())
+        config = copy.deepcopy(config)
+        if kwargs.get("attn_implementation"):
+            config._attn_implementation = kwargs["attn_implementation"]  # the connector reads it
+        model = cls(config, init_backbones=())
         model.load_backbones(**kwargs)
         model._start_fresh()
         return model.eval()
@@ -121,7 +128,7 @@ class FrozenBackbonesMixin:
         """Load weights of modules that the constructor does not make; none by default."""
 
     def load_backbones(
-        self, dtype: Any = "auto", device_map: Any = None, quantization_config: Any = None, **kwargs: Any
+        self, dtype: Any = None, device_map: Any = None, quantization_config: Any = None, **kwargs: Any
     ) -> None:
         """Load each backbone of `config.base_models` with its own `from_pretrained` and attach it.
 
@@ -132,6 +139,8 @@ class FrozenBackbonesMixin:
             ValueError: a backbone is not the one that the adapter was trained on, or weights are missing.
         """
         options = {**kwargs, "dtype": dtype, "quantization_config": quantization_config}
+        _rename_dtype(options)
+        options["dtype"] = options["dtype"] or "auto"
         for name, spec in self.config.base_models.items():
             if getattr(self, name, None) is not None:
                 continue
@@ -152,7 +161,7 @@ class FrozenBackbonesMixin:
         place = _main_device(placed or device_map)
         if place is not None:
             for name, part in self.named_children():
-                if name != "language_model":
+                if name != "language_model" and not _is_offloaded(part):
                     part.to(place)
         if placed:
             self.hf_device_map = whole_map(placed)
@@ -260,9 +269,23 @@ def fingerprint(module: nn.Module) -> str:
     return "-".join(part.hexdigest()[:12] if part is not None else "" for part in parts.values())
 
 
-def additive_attention(requested: str | None) -> str | None:
-    """The attention kernel of BEATs: `requested`, or SDPA if it does not take the position bias as an additive mask."""
-    return requested if requested in (None, "eager", "sdpa") else "sdpa"
+def _rename_dtype(options: dict[str, Any]) -> None:
+    """Move `torch_dtype`, the older name, to `dtype`.
+
+    Raises:
+        ValueError: both are given and differ.
+    """
+    older, dtype = options.pop("torch_dtype", None), options.get("dtype")
+    named = [getattr(torch, name) if isinstance(name, str) and name != "auto" else name for name in (older, dtype)]
+    if older is not None and dtype is not None and named[0] != named[1]:
+        raise ValueError(f"torch_dtype={older} and dtype={dtype} differ; give dtype alone")
+    if older is not None:
+        options["dtype"] = older
+
+
+def _config_fields(config_class: type[PreTrainedConfig]) -> set[str]:
+    """Fields that `from_pretrained` of a model takes for its config; `dtype` is an argument of loading."""
+    return {*config_class.__dataclass_fields__, "num_labels"} - {"dtype"}
 
 
 def whole_map(placed: dict[str, Any]) -> dict[str, Any]:
@@ -310,7 +333,7 @@ def _options_of(name: str, options: dict[str, Any], device_map: Any, learned: bo
     """The loading options of one backbone."""
     chosen = {key: value for key, value in options.items() if key != "quantization_config"}
     if device_map is not None:
-        chosen["device_map"] = device_map if name == "language_model" else _main_device(device_map)
+        chosen["device_map"] = _part_of_map(name, device_map)
     if name == "audio_encoder" and "attn_implementation" in chosen:
         chosen["attn_implementation"] = additive_attention(chosen["attn_implementation"])
     quantization = options["quantization_config"]
@@ -386,6 +409,19 @@ def _refuse_missing(source: str, info: dict[str, Any]) -> None:
         raise ValueError(f"{source!r} lacks the weights {missing[:5]} ({len(missing)} in all); it is incomplete")
 
 
+def _part_of_map(name: str, device_map: Any) -> Any:
+    """Where a backbone goes: what a device map of the whole model says of it, else the LLM is spread by the map."""
+    if isinstance(device_map, dict):
+        named = {key: place for key, place in device_map.items() if key.split(".")[0] == name}
+        if named:
+            return {key.removeprefix(name).removeprefix("."): place for key, place in named.items()}
+    return device_map if name == "language_model" else _main_device(device_map)
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    return any(parameter.device.type == "meta" for parameter in module.parameters())
+
+
 def _main_device(device_map: Any) -> Any:
     """The device of encoders and adapters under a device map that may split the LLM."""
     if isinstance(device_map, dict):
@@ -400,7 +436,6 @@ def _main_device(device_map: Any) -> Any:
 __all__ = [
     "HUB_KWARGS",
     "FrozenBackbonesMixin",
-    "additive_attention",
     "check_backbone",
     "fingerprint",
     "whole_map",

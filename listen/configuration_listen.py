@@ -409,7 +409,9 @@ class ListenConfig(BackbonesConfigMixin, PreTrainedConfig):
         if found != cls.model_type:
             what = f"a config of model_type={found!r}" if found else "no config.json, or one without model_type"
             raise ValueError(f"found {what}, but a LiSTEN model is needed; name its folder or Hub id")
-        return super().from_dict(config_dict, **kwargs)
+        made = super().from_dict(config_dict, **kwargs)
+        (made[0] if isinstance(made, tuple) else made)._check()  # fields in kwargs are set afterwards
+        return made
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The config with the LLM's width, vocabulary and layers.

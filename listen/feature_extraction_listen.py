@@ -195,6 +195,10 @@ class ListenFeatureExtractor(SequenceFeatureExtractor):
             frames.append(max(geometry.num_frames(length), num_resampled(patches, step)))
         return frames
 
+    def fetch_audio(self, audio_url_or_urls: Any) -> Any:
+        """The clips as they are: `ListenProcessor` loads them; pipelines of transformers call this before it."""
+        return audio_url_or_urls
+
     def __call__(
         self,
         audio: np.ndarray | torch.Tensor | Sequence[float] | Sequence[np.ndarray | torch.Tensor | Sequence[float]],

@@ -5,10 +5,15 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
-from transformers.generation.candidate_generator import CandidateGenerator, PromptLookupCandidateGenerator
+from transformers.generation.candidate_generator import (
+    AssistedCandidateGenerator,
+    CandidateGenerator,
+    EarlyExitCandidateGenerator,
+    PromptLookupCandidateGenerator,
+)
 from transformers.masking_utils import create_masks_for_generate
 
-from .adapter_listen import chunk_rows
+from .adapter_listen import BASE_ADAPTER, chunk_rows
 from .feature_extraction_listen import ListenFeatureExtractor
 from .language_models_listen import check_cache, check_input, context_limit, is_outdated
 from .outputs_listen import EncodedAudio
@@ -20,15 +25,7 @@ _NOT_FORWARDED = ("tokenizer", "assistant_tokenizer")  # for stop strings and as
 
 
 class ListenGenerationMixin(GenerationMixin):
-    """`generate` for a LiSTEN model: what differs from transformers because of audio, prompts and the LLM inside.
-
-    It stands before the model's class among the bases, as it overrides an attribute of `PreTrainedModel`.
-    """
-
-    @property
-    def _is_stateful(self) -> bool:
-        """Whether the LLM cannot take back a token, as assisted decoding does."""
-        return self.language_model._is_stateful
+    """`generate` for a LiSTEN model: what differs from transformers because of audio, prompts and the LLM inside."""
 
     def _supports_default_dynamic_cache(self) -> bool:
         """Whether the LLM takes the cache that transformers makes; MiniMax makes its own."""
@@ -39,6 +36,21 @@ class ListenGenerationMixin(GenerationMixin):
         if generation_config.use_cache is not False:
             check_cache(self.language_model)
         super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
+        """Refused, and with it `generate_batch`: its requests are token ids, without audio.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "continuous batching (generate_batch) takes token ids alone, no audio and no prompts; call generate with a "
+            "batch of the processor, or model.language_model.generate_batch for text without adapter"
+        )
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> None:
+        """Refused, see `init_continuous_batching`."""
+        self.init_continuous_batching()
 
     def create_masks_for_generate(self, **kwargs: Any) -> Any:
         """Masks for static caches, as the LLM makes them: Bloom counts positions by flat ones."""
@@ -71,9 +83,11 @@ class ListenGenerationMixin(GenerationMixin):
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """As upstream, but clips follow their samples: A, B becomes A, A, B, B by sample, not by clip.
 
-        The encoders run once, before the expansion. The query is fixed here: candidates of assisted decoding,
-        generated tokens and padding are not part of it.
+        The encoders run once, before the expansion. The query and the adapters are fixed here: candidates of assisted
+        decoding, generated tokens and padding are not part of the query, and another thread may switch adapters.
         """
+        if input_ids is not None and model_kwargs.get("adapter_names") is None:
+            model_kwargs["adapter_names"] = [self.active_adapter or BASE_ADAPTER] * len(input_ids)
         if input_ids is not None and model_kwargs.get("query_mask") is None:
             mask = model_kwargs.get("attention_mask")
             model_kwargs["query_mask"] = mask.clone() if mask is not None else torch.ones_like(input_ids)
@@ -81,18 +95,17 @@ class ListenGenerationMixin(GenerationMixin):
             return input_ids, model_kwargs
         check_input(self.config, input_ids, model_kwargs.get("attention_mask"))
         audio = {name: model_kwargs.pop(name) for name in _AUDIO_INPUTS if name in model_kwargs}
-        names = model_kwargs.pop("adapter_names", None)
+        names = model_kwargs.pop("adapter_names")
         encoded = self._encoded(**audio)
         if encoded is not None:
-            lengths = self.adapters.lengths(encoded, names or [self.active_adapter])
+            lengths = self.adapters.lengths(encoded, names)
             rows = chunk_rows(lengths, self.placeholder_masks(input_ids)[0]).tolist()
             by_row = [[i for i, owner in enumerate(rows) if owner == row] for row in range(max(rows) + 1)]
             encoded = encoded.take([i for chunks in by_row for _ in range(expand_size) for i in chunks])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
-        if names is not None:
-            model_kwargs["adapter_names"] = [name for name in names for _ in range(expand_size)]
+        model_kwargs["adapter_names"] = [name for name in names for _ in range(expand_size)]
         return input_ids, {**model_kwargs, **(encoded or {})}
 
     def _validate_generated_length(
@@ -124,15 +137,21 @@ class ListenGenerationMixin(GenerationMixin):
         if encoder_input_ids is not None and encoder_input_ids.dim() == 2:  # ids, no embeddings
             rows = padding[:: len(padding) // len(encoder_input_ids)] if padding is not None else None
             encoder_input_ids = ordinary_ids(encoder_input_ids, placeholders, rows)
+        else:
+            padding = None  # ids begin with the answer
         processors = super()._get_logits_processor(generation_config, input_ids_seq_length, encoder_input_ids, **kwargs)
         above = all(token_id >= self.config.get_text_config().vocab_size for token_id in placeholders)
         if not processors and above:
             return processors
         return PlaceholderBlindProcessors(processors, placeholders, padding)
 
-    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
-        """As upstream, but prompt look-up does not copy placeholders."""
-        generator = super()._get_candidate_generator(*args, **kwargs)
+    def _get_candidate_generator(self, *, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+        """As upstream, but prompt look-up does not copy placeholders, and an assistant uses its own active adapter."""
+        if model_kwargs.get("adapter_names") == [self.active_adapter]:
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name != "adapter_names"}
+        generator = super()._get_candidate_generator(model_kwargs=model_kwargs, **kwargs)
+        if isinstance(generator, EarlyExitCandidateGenerator):
+            return EarlyExitCandidates(generator)
         if not isinstance(generator, PromptLookupCandidateGenerator):
             return generator
         generator.logits_processor = None
@@ -182,9 +201,37 @@ def ordinary_ids(
     if padding is not None:
         padding = padding.to(input_ids.device)
         hidden[:, : padding.shape[1]] |= padding & hidden.any(-1, keepdim=True)
+    if not hidden.any():  # an answer to embeddings begins without ids
+        return input_ids
     first = (~hidden).int().argmax(-1, keepdim=True)  # (rows, 1)
     stand_in = input_ids.gather(1, first).masked_fill(hidden.all(-1, keepdim=True), 0)  # (rows, 1)
     return torch.where(hidden, stand_in, input_ids)
+
+
+class EarlyExitCandidates(CandidateGenerator):
+    """Candidates by the first layers of the LLM: upstream looks for them in the model that the LLM stands in.
+
+    Args:
+        generator: Upstream's generator.
+    """
+
+    def __init__(self, generator: EarlyExitCandidateGenerator) -> None:
+        self.generator = generator
+
+    def get_candidates(self, input_ids: torch.LongTensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
+        """`input_ids` `(1, sequence)`; the same ids with the proposed ones behind, and their logits."""
+        config = self.generator.assistant_model.language_model.config.get_text_config()
+        layers, config.num_hidden_layers = config.num_hidden_layers, self.generator.assistant_early_exit
+        try:
+            return AssistedCandidateGenerator.get_candidates(self.generator, input_ids)
+        finally:
+            config.num_hidden_layers = layers
+
+    def update_candidate_strategy(
+        self, input_ids: torch.LongTensor, scores: torch.FloatTensor, num_matches: int
+    ) -> Any:
+        """As the generator's."""
+        return self.generator.update_candidate_strategy(input_ids, scores, num_matches)
 
 
 class PlaceholderFreeCandidates(CandidateGenerator):

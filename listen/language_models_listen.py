@@ -23,6 +23,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 _READ_IDS_ALONE = ("cpmant",)
 _BLIND_TO_MASKS = ("recurrent_gemma", "rwkv", "xlstm")
 _STRETCHED = ("linear", "dynamic", "yarn")
+PACKING_KWARGS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+UNPACK = "give each sequence a row of its own, as prompts are picked for each row"
 _ROWS_AT_ONCE = 4096  # 64 MiB at a width of 4096 in fp32
 
 
@@ -126,6 +128,24 @@ def _unpack_4bit(layer: nn.Module) -> None:
 # ---------------------------------------------------------------------- checks
 
 
+def check_not_packed(position_ids: torch.Tensor, mask: torch.Tensor | None, is_prompt: torch.Tensor) -> None:
+    """Refuse rows that pack several sequences: one query would pick the prompts of all of them.
+
+    Args:
+        position_ids: `(batch, sequence)`, or with axes in front.
+        mask: `(batch, sequence)`, 1 on real positions; `None` where all are real.
+        is_prompt: `(batch, sequence)` prompt placeholders; packed rows without any are fine.
+
+    Raises:
+        ValueError: positions restart inside a row with prompts.
+    """
+    restarts = position_ids.diff(dim=-1) < 0  # (batch, sequence - 1)
+    if mask is not None:  # padding may have any position
+        restarts = restarts & mask[:, 1:].bool() & mask[:, :-1].bool()
+    if (restarts & is_prompt.any(-1, keepdim=True)).any():
+        raise ValueError(f"position_ids restart inside a row with prompts: it packs several sequences; {UNPACK}")
+
+
 def check_language_model(text_config: PreTrainedConfig) -> None:
     """Refuse an LLM that takes only token ids.
 
@@ -199,10 +219,13 @@ def check_cache(language_model: PreTrainedModel) -> None:
 
 
 __all__ = [
+    "PACKING_KWARGS",
+    "UNPACK",
     "check_cache",
     "check_context",
     "check_input",
     "check_language_model",
+    "check_not_packed",
     "context_limit",
     "embedded_inputs",
     "is_outdated",

@@ -21,6 +21,7 @@ sums. It is left out here, as fused attention and the eager path accumulate in f
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
@@ -36,6 +37,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .attention_listen import additive_attention
 from .configuration_beats import BeatsConfig
 
 # Its exponential is zero beside any score; finite in float16, so that a row of padding alone gives no NaN.
@@ -127,32 +129,33 @@ class BeatsPatchEmbedding(nn.Module):
         return self.projection(self.layer_norm(patches))
 
 
-class BeatsPositionalConvolution(nn.Module):
+class BeatsPositionalConvolution(nn.Conv1d):
     """Weight-normed grouped convolution over time: `(batch, tokens, hidden_size)` both ways."""
 
     def __init__(self, config: BeatsConfig) -> None:
-        super().__init__()
-        convolution = nn.Conv1d(
-            config.hidden_size,
-            config.hidden_size,
-            kernel_size=config.conv_pos,
-            padding=config.conv_pos // 2,
-            groups=config.conv_pos_groups,
-        )
-        self.convolution = nn.utils.parametrizations.weight_norm(convolution, name="weight", dim=2)
+        width, kernel = config.hidden_size, config.conv_pos
+        super().__init__(width, width, kernel, padding=kernel // 2, groups=config.conv_pos_groups)
+        nn.utils.parametrizations.weight_norm(self, name="weight", dim=2)
+        # torch's class for it and its hook (for names of old checkpoints, which loading translates) cannot be pickled
+        self.__class__ = BeatsPositionalConvolution
+        self._load_state_dict_pre_hooks.clear()
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """`(hidden_size, hidden_size / groups, kernel)`, the directions times their norms."""
+        return self.parametrizations.weight()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The positional embedding of each token."""
         # Always in float32: a sum over thousands of products, and oneDNN's bfloat16 kernels on AMX processors return
         # garbage for this convolution when a group has few channels (seen with torch 2.13, groups of 4 and 8).
-        convolution = self.convolution
         with torch.autocast(hidden_states.device.type, enabled=False):
             positions = nn.functional.conv1d(
                 hidden_states.transpose(1, 2).float(),
-                convolution.weight.float(),
-                convolution.bias.float(),
-                padding=convolution.padding,
-                groups=convolution.groups,
+                self.parametrizations.weight().float(),
+                self.bias.float(),
+                padding=self.padding,
+                groups=self.groups,
             )  # (batch, hidden_size, tokens + 1 if the kernel is even)
         positions = nn.functional.gelu(positions[..., : hidden_states.shape[1]])
         return positions.transpose(1, 2).to(hidden_states.dtype)
@@ -244,6 +247,10 @@ class BeatsPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _can_record_outputs = {"hidden_states": BeatsLayer, "attentions": BeatsAttention}
 
+    def set_attn_implementation(self, attn_implementation: str, allow_all_kernels: bool = False) -> None:
+        """As upstream, but sdpa in place of kernels that take no additive mask, as on loading a whole model."""
+        super().set_attn_implementation(additive_attention(attn_implementation), allow_all_kernels)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -282,7 +289,7 @@ class BeatsModel(BeatsPreTrainedModel):
     def __init__(self, config: BeatsConfig) -> None:
         super().__init__(config)
         self.patch_embedding = BeatsPatchEmbedding(config)
-        self.position_convolution = BeatsPositionalConvolution(config)
+        self.position_convolution = nn.Sequential(OrderedDict(convolution=BeatsPositionalConvolution(config)))
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.relative_position_bias = nn.Embedding(config.num_buckets, config.num_attention_heads)
@@ -301,10 +308,9 @@ class BeatsModel(BeatsPreTrainedModel):
         whole = input_values_mask[:, : steps * patch].bool().unflatten(1, (steps, patch)).all(-1)  # (batch, steps)
         return whole.repeat_interleave(self.patches_per_step, dim=1)
 
-    def position_bias(self, num_tokens: int) -> torch.Tensor:
+    def position_bias(self, num_tokens: int, device: torch.device | None = None) -> torch.Tensor:
         """Relative position bias shared by all layers: `(1, heads, query tokens, key tokens)`."""
         config = self.config
-        device = self.relative_position_bias.weight.device
         buckets = relative_position_buckets(num_tokens, config.num_buckets, config.max_distance, device)
         by_offset = self.relative_position_bias(buckets).transpose(0, 1)  # (heads, 2 * tokens - 1)
         # window w starts at offset w - (tokens - 1): it is the row of query tokens - 1 - w
@@ -344,7 +350,7 @@ class BeatsModel(BeatsPreTrainedModel):
         hidden_states = hidden_states.masked_fill(~token_mask.unsqueeze(-1), 0.0)
         hidden_states = self.layer_norm(hidden_states + self.position_convolution(hidden_states))
         hidden_states = self.dropout(hidden_states)
-        position_bias = self.position_bias(hidden_states.shape[1])  # (1, heads, tokens, tokens)
+        position_bias = self.position_bias(hidden_states.shape[1], hidden_states.device)  # (1, heads, tokens, tokens)
         padding_bias = (~token_mask).to(hidden_states.dtype)[:, None, None, :] * _PADDING_SCORE  # (batch, 1, 1, tokens)
         for layer in self.layers:
             hidden_states = layer(hidden_states, position_bias, padding_bias)

@@ -3,6 +3,7 @@
 `WindowQFormer` is SALMONN's (arXiv 2310.13289), `ConvRotary` that of SpeechEmotionLlama (arXiv 2410.01162).
 """
 
+import math
 from fractions import Fraction
 
 import torch
@@ -16,6 +17,7 @@ from transformers.models.eurobert.modeling_eurobert import (
     EuroBertRotaryEmbedding,
 )
 
+from .attention_listen import additive_attention
 from .geometry_listen import num_resampled
 
 
@@ -47,6 +49,24 @@ class FusingConnector(nn.Module):
     def build(self, width: int) -> None:
         """Make the layers that read fused frames of that width."""
         raise NotImplementedError
+
+    @property
+    def attention_config(self) -> PreTrainedConfig:
+        """The config in which the layers look up their attention kernel."""
+        raise NotImplementedError
+
+    def set_attn_implementation(self, attn_implementation: str, allow_all_kernels: bool = False) -> None:
+        """Switch the attention kernel: eager attention, or sdpa in place of all others.
+
+        Raises:
+            ValueError: an unknown kernel.
+        """
+        chosen = additive_attention(attn_implementation)
+        if chosen not in ("eager", "sdpa"):
+            raise ValueError(
+                f"attn_implementation={attn_implementation!r} is unknown; the connector runs eager or sdpa"
+            )
+        self.attention_config._attn_implementation_internal = chosen
 
     def embed(self, frames: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states of the embeddings, before the projection.
@@ -123,6 +143,11 @@ class WindowQFormer(FusingConnector):
     window is dropped. Arguments are those of `FusingConnector`.
     """
 
+    @property
+    def attention_config(self) -> PreTrainedConfig:
+        """The Q-Former's config."""
+        return self.qformer.config
+
     def build(self, width: int) -> None:
         """Make the Q-Former and its queries."""
         self.window = self.config.window_frames(self.frame_seconds)
@@ -168,6 +193,11 @@ class ConvRotary(FusingConnector):
     Raises:
         ValueError: `embedding_seconds` is no whole number of frames, or the kernel is shorter than the stride.
     """
+
+    @property
+    def attention_config(self) -> PreTrainedConfig:
+        """The config of the layers."""
+        return self.layer_config
 
     def build(self, width: int) -> None:
         """Make the convolution and the layers."""
@@ -217,16 +247,21 @@ def resample_frames(states: torch.Tensor, mask: torch.Tensor, step: Fraction) ->
     if step == 1:
         return states, mask
     counts = mask.sum(-1)  # (chunks,)
-    length = num_resampled(states.shape[1], step)
-    edges = torch.arange(length + 1, device=states.device, dtype=torch.float64) * float(step)  # (new frames + 1,)
-    edges = torch.minimum(edges[None], counts[:, None].double())  # (chunks, new frames + 1)
-    whole = edges.floor().long().clamp_max(states.shape[1] - 1)[..., None].expand(-1, -1, states.shape[2])
-    real = states.double() * mask[..., None]  # (chunks, frames, width)
-    area = F.pad(real.cumsum(1), (0, 0, 1, 0)).gather(1, whole) + (edges[..., None] - whole) * real.gather(1, whole)
+    length, size = num_resampled(states.shape[1], step), step.denominator  # an old frame is `size` units of time long
+    # whole units are exact on every device; float64 is missing on some (Apple's MPS)
+    edges = torch.arange(length + 1, device=states.device) * step.numerator  # (new frames + 1,)
+    edges = torch.minimum(edges[None], counts[:, None] * size)  # (chunks, new frames + 1)
+    start, end = edges[:, :-1], edges[:, 1:]
+    span = (end - start).clamp_min(1)  # (chunks, new frames)
+    total = states.new_zeros((), dtype=torch.float32)
+    for offset in range(math.ceil(step) + 1):  # the old frames that one new frame overlaps
+        old = start // size + offset  # (chunks, new frames)
+        units = (torch.minimum(end, (old + 1) * size) - torch.maximum(start, old * size)).clamp_min(0)
+        index = old.clamp_max(states.shape[1] - 1)[..., None].expand(-1, -1, states.shape[2])
+        total = total + (units / span)[..., None] * states.gather(1, index).float()  # (chunks, new frames, width)
     real_counts = [num_resampled(count, step) for count in counts.tolist()]
     new_mask = torch.arange(length, device=states.device) < torch.tensor(real_counts, device=states.device)[:, None]
-    span = edges.diff(dim=1).masked_fill(~new_mask, 1.0)  # (chunks, new frames)
-    return (area.diff(dim=1) / span[..., None]).to(states.dtype), new_mask
+    return total.to(states.dtype), new_mask
 
 
 def _qformer_config(config: PreTrainedConfig, encoder_width: int) -> Blip2QFormerConfig:
@@ -239,6 +274,7 @@ def _qformer_config(config: PreTrainedConfig, encoder_width: int) -> Blip2QForme
         attention_probs_dropout_prob=config.dropout,
         encoder_hidden_size=encoder_width,
         cross_attention_frequency=1,
+        attn_implementation=additive_attention(config._attn_implementation),
     )
 
 
@@ -250,7 +286,7 @@ def _layer_config(config: PreTrainedConfig) -> EuroBertConfig:
         num_hidden_layers=config.num_hidden_layers,
         attention_dropout=config.dropout,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        attn_implementation="sdpa",
+        attn_implementation=additive_attention(config._attn_implementation) or "sdpa",
     )
 
 

@@ -5,85 +5,44 @@ turns frames into audio embeddings, its prompt pool picks prompts for the input,
 and the LLM reads the result.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
+from operator import attrgetter
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers import initialization as init
+from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache
-from transformers.utils import TransformersKwargs
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import TransformersKwargs, can_return_tuple
 
-from .adapter_listen import AdapterMixin, Adapters, ListenAdapter
-from .checkpoint_listen import additive_attention
+from .adapter_listen import Adapters, ListenAdapter
+from .attention_listen import additive_attention
 from .configuration_listen import BACKBONES, ListenConfig
 from .generation_listen import ListenGenerationMixin
-from .language_models_listen import check_input, check_language_model, embedded_inputs, train_frozen
+from .language_models_listen import (
+    PACKING_KWARGS,
+    UNPACK,
+    check_input,
+    check_language_model,
+    check_not_packed,
+    embedded_inputs,
+)
 from .modeling_beats import BeatsModel
-from .modeling_connector import WindowQFormer, resample_frames
-from .modeling_prompt_pool import ListenPromptPool
+from .modeling_connector import resample_frames
 from .modeling_speech_encoder import build_speech_encoder
 from .outputs_listen import AudioEmbeddings, EncodedAudio, ListenModelOutput, ListenOutput, PromptOutput
 from .pipeline_listen import ListenPipeline  # noqa: F401 (checkpoints carry the files that are imported here)
+from .pretrained_listen import ListenPreTrainedModel
 
-_LLM_KWARGS = TransformersKwargs.__annotations__.keys() | {"return_dict"}
-
-
-class ListenPreTrainedModel(AdapterMixin, PreTrainedModel):
-    """What all LiSTEN models share: capabilities, initialisation, and frozen backbones that stay frozen."""
-
-    config: ListenConfig
-    base_model_prefix = ""
-    main_input_name = "input_ids"
-    input_modalities = ("audio", "text")
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = ["adapters"]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The LLM's dtype; trainable parameters are in fp32, whatever the backbones are in."""
-        language_model = getattr(self, "language_model", None)
-        return language_model.dtype if language_model is not None else super().dtype
-
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        """Return False so that parameter-free modules are initialised too (Falcon-H1 buffers)."""
-        return False
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, WindowQFormer):
-            init.normal_(module.query_tokens, mean=0.0, std=0.02)
-        elif isinstance(module, ListenPromptPool):
-            init.normal_(module.values, mean=0.0, std=0.02)
-            if module.keys is not None:
-                init.normal_(module.keys, mean=0.0, std=0.01)
-            if module.config.center_query:
-                init.zeros_(module.query_mean)
-
-    def train(self, mode: bool = True) -> "ListenPreTrainedModel":
-        """Put trainable modules into training mode; frozen backbones stay in eval mode, without dropout."""
-        super().train(mode)
-        for _, backbone in self.frozen_backbones():
-            backbone.eval()
-        if getattr(self, "language_model", None) is not None:
-            train_frozen(self.language_model, mode)
-        return self
-
-    def frozen_backbones(self) -> Iterator[tuple[str, nn.Module]]:
-        """Names and modules of the frozen backbones."""
-        for name in BACKBONES:
-            backbone = getattr(self, name, None)
-            if backbone is not None and name not in self.config.trainable:
-                yield name, backbone
+_LLM_KWARGS = TransformersKwargs.__annotations__.keys()
+_requires_grad = attrgetter("requires_grad")
+_LABELS_TAKEN = (
+    "num_items_in_batch was given without labels: the Trainer keeps them to itself with label_smoothing_factor or "
+    "compute_loss_func, so the key loss is lost and the query includes the answer; leave label_smoothing_factor at 0, "
+    "override compute_loss of the Trainer in place of compute_loss_func"
+)
 
 
 class ListenModel(ListenPreTrainedModel):
@@ -177,7 +136,8 @@ class ListenModel(ListenPreTrainedModel):
     def _run_encoder(self, name: str, inputs: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         encoder, size = getattr(self, name), self.config.chunks_at_once
         inputs = inputs.to(encoder.dtype)
-        if name in self.config.trainable and torch.is_grad_enabled():  # autograd keeps all activations anyway
+        if torch.is_grad_enabled() and any(map(_requires_grad, encoder.parameters())):
+            # at once: autograd keeps all activations anyway
             return encoder(inputs, mask).last_hidden_state
         pieces = []
         with torch.no_grad():
@@ -186,6 +146,7 @@ class ListenModel(ListenPreTrainedModel):
                 pieces.append(encoder(inputs[start : start + size], piece).last_hidden_state)
         return torch.cat(pieces)  # (chunks, frames, width)
 
+    @can_return_tuple
     def get_audio_features(
         self,
         input_features: torch.Tensor | None = None,
@@ -194,6 +155,8 @@ class ListenModel(ListenPreTrainedModel):
         input_values_mask: torch.Tensor | None = None,
         encoded: EncodedAudio | None = None,
         adapter_name: str | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
     ) -> AudioEmbeddings:
         """Audio embeddings in the LLM's space, from features or from `encoded` frames.
 
@@ -204,18 +167,36 @@ class ListenModel(ListenPreTrainedModel):
             input_values_mask: See `encode_audio`.
             encoded: Frames of an earlier `encode_audio`, in place of the features.
             adapter_name: Adapter whose connector is used; the active one by default.
+            output_hidden_states: Whether to return the states of all layers of the speech encoder, by a second pass.
+            output_attentions: Whether to return its attention weights, likewise; with eager attention.
 
         Returns:
-            `pooler_output` `(total, text width)`, the chunks one after the other, and `lengths` `(chunks,)`.
+            `pooler_output` `(total, text width)`, the chunks one after the other, `lengths` `(chunks,)`, and of the
+            speech encoder `last_hidden_state` `(chunks, frames, width)`, `hidden_states` and `attentions`. A tuple
+            with `return_dict=False`.
 
         Raises:
-            ValueError: no adapter is active, or a stream is missing.
+            ValueError: no adapter is active, a stream is missing, or layers are asked for without features.
         """
+        layers = BaseModelOutput()
+        if output_hidden_states or output_attentions:
+            if input_features is None:
+                raise ValueError("output_hidden_states and output_attentions need input_features, not encoded frames")
+            speech_mask = None if self.config.pad_to_30s else input_features_mask
+            options = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+            with torch.no_grad():
+                layers = self.speech_encoder(input_features.to(self.speech_encoder.dtype), speech_mask, **options)
         if encoded is None:
             encoded = self.encode_audio(input_features, input_features_mask, input_values, input_values_mask)
         adapter = self.adapters.named(adapter_name or self.active_adapter)
         embeddings, lengths = adapter.connector(*encoded.to_tuple())
-        return AudioEmbeddings(pooler_output=embeddings, lengths=lengths)
+        return AudioEmbeddings(
+            last_hidden_state=encoded.speech_hidden_states,
+            pooler_output=embeddings,
+            hidden_states=layers.hidden_states,
+            attentions=layers.attentions,
+            lengths=lengths,
+        )
 
     def _encoded(
         self,
@@ -235,6 +216,8 @@ class ListenModel(ListenPreTrainedModel):
             return self.encode_audio(input_features, input_features_mask, input_values, input_values_mask)
         if input_features is not None:
             raise ValueError("give input_features or speech_hidden_states, not both")
+        if self.training and torch.is_grad_enabled():
+            self.check_encoders_need_no_features()
         if (self.config.audio_config is None) != (audio_hidden_states is None):
             raise self._unfit_stream("audio_hidden_states")
         if speech_hidden_states_mask is None:
@@ -383,6 +366,8 @@ class ListenModel(ListenPreTrainedModel):
         # static caches come with masks of four axes, or one for each kind of attention; other caches with longer ones
         covers_input = isinstance(attention_mask, torch.Tensor) and attention_mask.shape == input_ids.shape
         own_mask = attention_mask if covers_input else None
+        if position_ids is not None:
+            check_not_packed(position_ids, own_mask, is_prompt)
         embeds, prompts = self.embed(input_ids, own_mask, encoded, **choices)
         if position_ids is None and own_mask is not None:  # padding takes no position
             given["position_ids"] = (own_mask.long().cumsum(-1) - 1).clamp_min(0)
@@ -396,11 +381,14 @@ class ListenModel(ListenPreTrainedModel):
         """
         if unknown := sorted(kwargs.keys() - _LLM_KWARGS):
             raise TypeError(f"forward() got unknown arguments {unknown}; nothing is dropped in silence, take them out")
+        if packed := sorted(kwargs.keys() & PACKING_KWARGS):
+            raise ValueError(f"forward() got {packed}, which describe packed rows; {UNPACK}")
         if use_cache is None and self.training:
             use_cache = False
         has_routers = getattr(self.config.text_config.get_text_config(), "output_router_logits", False)
         return {**({"output_router_logits": False} if has_routers else {}), "use_cache": use_cache, **kwargs}
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -464,6 +452,7 @@ class ListenForConditionalGeneration(ListenGenerationMixin, ListenModel):
         >>> answer = model.generate(**inputs)[:, inputs["input_ids"].shape[1]:]
     """
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -512,7 +501,8 @@ class ListenForConditionalGeneration(ListenGenerationMixin, ListenModel):
                 label, or all.
             task_ids: `(batch,)`, for pools of strategy `"task"`.
             adapter_names: Adapter of each row; the active one by default, `"__base__"` for none.
-            num_items_in_batch: Labels of the whole accumulated batch, given by the Trainer.
+            num_items_in_batch: Labels of the whole accumulated batch, given by the Trainer. In eval mode it also makes
+                logits as long as the labels, zero where `logits_to_keep` leaves them out, for `compute_metrics`.
             **kwargs: Further arguments of the LLM's forward, such as `output_hidden_states`.
 
         Raises:
@@ -532,6 +522,8 @@ class ListenForConditionalGeneration(ListenGenerationMixin, ListenModel):
             audio_hidden_states,
             audio_hidden_states_mask,
         )
+        if labels is None and num_items_in_batch is not None:
+            raise ValueError(_LABELS_TAKEN)
         if labels is not None and query_mask is None:
             query_mask = (labels != -100).cumsum(-1) == 0  # (batch, sequence): the query sees no answer
         choices = {"query_mask": query_mask, "task_ids": task_ids, "adapter_names": adapter_names}
@@ -539,12 +531,14 @@ class ListenForConditionalGeneration(ListenGenerationMixin, ListenModel):
         outputs = self.language_model(
             **inputs, past_key_values=past_key_values, logits_to_keep=logits_to_keep, **llm_kwargs
         )
-        picked, losses = prompts or PromptOutput(), {}
+        picked, losses, logits = prompts or PromptOutput(), {}, outputs.logits
         if labels is not None:
-            losses = self._losses(outputs.logits, labels, logits_to_keep, num_items_in_batch, prompts)
+            losses = self._losses(logits, labels, logits_to_keep, num_items_in_batch, prompts)
+            if not self.training and num_items_in_batch is not None:  # a Trainer evaluates, and compares their shapes
+                logits = F.pad(logits, (0, 0, labels.shape[1] - logits.shape[1], 0))  # (batch, sequence, vocabulary)
         return ListenOutput(
             **losses,
-            logits=outputs.logits,
+            logits=logits,
             past_key_values=outputs.get("past_key_values"),
             hidden_states=outputs.hidden_states,
             attentions=outputs.get("attentions"),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -152,10 +153,26 @@ class ListenWhisperEncoder(_EncoderOfPair, WhisperEncoder):
 class MaskedGroupNorm(nn.GroupNorm):
     """A group norm over time with statistics over the first `lengths` frames of each row.
 
-    `lengths` `(batch,)` is set for one forward pass. With `None`, or rows without padding, it equals `nn.GroupNorm`.
+    `lengths` `(batch,)` is set for one forward pass, by each thread for itself. With `None`, or rows without padding,
+    it equals `nn.GroupNorm`.
     """
 
-    lengths: torch.Tensor | None = None
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._lengths: dict[int, torch.Tensor | None] = {}  # by thread: several may run one model
+
+    @property
+    def lengths(self) -> torch.Tensor | None:
+        """Real frames of each row in the forward pass of this thread, `(batch,)`."""
+        return self._lengths.get(threading.get_ident())
+
+    @lengths.setter
+    def lengths(self, lengths: torch.Tensor | None) -> None:
+        """Set them for this thread, or forget them."""
+        if lengths is None:
+            self._lengths.pop(threading.get_ident(), None)
+        else:
+            self._lengths[threading.get_ident()] = lengths
 
     @classmethod
     def like(cls, norm: nn.GroupNorm) -> MaskedGroupNorm:
@@ -166,9 +183,10 @@ class MaskedGroupNorm(nn.GroupNorm):
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
         """Normalise `(batch, channels, frames)`."""
-        if self.lengths is None or bool((self.lengths >= frames.shape[2]).all()):
+        lengths = self.lengths
+        if lengths is None or bool((lengths >= frames.shape[2]).all()):
             return super().forward(frames)
-        real = torch.arange(frames.shape[2], device=frames.device) < self.lengths[:, None]  # (batch, frames)
+        real = torch.arange(frames.shape[2], device=frames.device) < lengths[:, None]  # (batch, frames)
         real = real[:, None, None].float()  # (batch, 1, 1, frames)
         groups = frames.float().unflatten(1, (self.num_groups, -1))  # (batch, groups, channels per group, frames)
         count = real.sum(-1, keepdim=True) * groups.shape[2]
@@ -220,6 +238,11 @@ class ListenSpeechEncoder(nn.Module):
         """Seconds from one frame to the next."""
         return self.geometry.frame_seconds
 
+    def set_attn_implementation(self, attn_implementation: str, allow_all_kernels: bool = False) -> None:
+        """As upstream, but the best kernel that the encoder has in place of one that it lacks, as on loading."""
+        supported = _supported_attention(type(self.encoder), attn_implementation)
+        self.encoder.set_attn_implementation(supported, allow_all_kernels)
+
     @property
     def _no_split_modules(self) -> list[str]:
         return list(self.encoder._no_split_modules or ())
@@ -249,6 +272,7 @@ class ListenSpeechEncoder(nn.Module):
         input_features: torch.Tensor,
         input_features_mask: torch.Tensor | None = None,
         output_hidden_states: bool = False,
+        output_attentions: bool = False,
     ) -> BaseModelOutput:
         """Encode what the feature extractor made.
 
@@ -257,6 +281,7 @@ class ListenSpeechEncoder(nn.Module):
             input_features_mask: `(batch, time)`, 1 at real positions, which come first; `None` means that all are
                 real.
             output_hidden_states: Whether to return the input of the first layer and the output of each layer too.
+            output_attentions: Refused: rows may be encoded one length after the other.
 
         Returns:
             `BaseModelOutput` with `last_hidden_state` `(batch, frames, width)`, as long as `output_mask`. Rows equal
@@ -265,8 +290,10 @@ class ListenSpeechEncoder(nn.Module):
             frame rate (SEW's, those before an adapter) are repeated or averaged to the rate of the output.
 
         Raises:
-            ValueError: shapes do not fit.
+            ValueError: shapes do not fit, or attention weights are asked for.
         """
+        if output_attentions:
+            raise ValueError(f"output_attentions=True: a {self.config.model_type} encoder does not return them here")
         whole = input_features_mask is None
         if whole:
             input_features_mask = self.full_mask(input_features)
@@ -436,7 +463,8 @@ def _encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 def _supported_attention(encoder_class: type[PreTrainedModel], requested: str | None) -> str | None:
     """`requested`, or the best kernel that the encoder has."""
-    if requested and requested.startswith("flash_attention") and not encoder_class._supports_flash_attn:
+    flash, flex = (requested or "").startswith("flash_attention"), requested == "flex_attention"
+    if (flash and not encoder_class._supports_flash_attn) or (flex and not encoder_class._supports_flex_attn):
         requested = "sdpa"
     return "eager" if requested == "sdpa" and not encoder_class._supports_sdpa else requested
 

@@ -1,5 +1,6 @@
 """`pipeline("audio-llm")`: answers to questions about clips."""
 
+import copy
 import difflib
 from collections.abc import Iterator, Sized
 from typing import Any
@@ -30,6 +31,31 @@ _GENERATE_INPUTS = (
     "adapter_names",
 )
 _GENERATE = (*(name for name in vars(GenerationConfig()) if not name.startswith("_")), *_GENERATE_INPUTS)
+_WHOLE = "clips of any length are encoded whole, in chunks of 30 s; leave it out, or cut clips with max_audio_seconds="
+_WHISPER = "it is an option of Whisper's decoder, which this model does not have; leave it out"
+_ADVICE = {  # for keywords of the pipeline of speech recognition
+    "chunk_length_s": _WHOLE,
+    "stride_length_s": _WHOLE,
+    "return_timestamps": "the model writes text without timestamps; leave it out",
+    "return_language": "the model does not name the language; ask for it with text=",
+    "language": "name the language in the instruction: text='Transcribe the German speech.'",
+    "task": "'transcribe' and 'translate' are tasks of Whisper; give task='asr', or another task of the processor, to "
+    "the call itself, or write the instruction as text=",
+    **dict.fromkeys(
+        (
+            "condition_on_prev_tokens",
+            "compression_ratio_threshold",
+            "logprob_threshold",
+            "no_speech_threshold",
+            "prompt_ids",
+            "prompt_condition_type",
+            "return_segments",
+            "return_token_timestamps",
+            "decoder_kwargs",
+        ),
+        _WHISPER,
+    ),
+}
 _KEYWORDS = (*_PREPROCESS, *_FORWARD, *_POSTPROCESS, "generate_kwargs")
 
 
@@ -84,6 +110,9 @@ class ListenPipeline(Pipeline):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.pop("local_files_only", None)  # used by `pipeline()` already
         super().__init__(*args, **kwargs)
+        asked = getattr(torch, str(kwargs.get("torch_dtype")).removeprefix("torch."), None)  # `dtype` has been applied
+        if asked not in (None, self.model.dtype):
+            raise ValueError(f"torch_dtype={asked}, but the model is in {self.model.dtype}; load it with dtype={asked}")
         if self.processor is None:
             raise ValueError("the pipeline needs the model's processor; pass processor=ListenProcessor...")
         self._generation_defaults["pad_token_id"] = self.processor.tokenizer.pad_token_id
@@ -107,12 +136,14 @@ class ListenPipeline(Pipeline):
 
     def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         generate = kwargs.pop("generate_kwargs", None) or {}
+        if generate.get("task") is not None and generate["task"] not in self.processor.task_instructions:
+            raise TypeError(f"keyword 'task' in generate_kwargs: {_ADVICE['task']}")
         twice = generate.keys() & kwargs.keys()
         if twice:
             raise ValueError(f"{', '.join(sorted(twice))}: given twice, as a keyword and in generate_kwargs")
         kwargs |= generate
-        for name in kwargs:
-            if name not in (*_PREPROCESS, *_FORWARD, *_POSTPROCESS, *_GENERATE):
+        for name in kwargs.keys() - {*_PREPROCESS, *_FORWARD, *_POSTPROCESS, *_GENERATE}:
+            if kwargs[name]:  # absent or switched off, it asks for nothing
                 raise TypeError(f"keyword {name!r} is unknown{_suggestion(name, (*_KEYWORDS, *_GENERATE))}")
         preprocess = {name: value for name, value in kwargs.items() if name in _PREPROCESS}
         postprocess = {name: value for name, value in kwargs.items() if name in _POSTPROCESS}
@@ -222,11 +253,13 @@ class ListenPipeline(Pipeline):
         postprocess_params: dict,
     ) -> Iterator[list[dict[str, Any]]]:
         """Results in order, computed batch by batch as they are asked for; workers read and prepare the audio."""
+        reader = copy.copy(self)
+        reader.model = reader.assistant_model = None  # workers that are spawned get a copy of the pipeline
         if isinstance(inputs, Sized):
-            data = PipelineDataset(inputs, self.preprocess, preprocess_params)
+            data = PipelineDataset(inputs, reader.preprocess, preprocess_params)
         else:
-            data, num_workers = PipelineIterator(inputs, self.preprocess, preprocess_params), min(num_workers, 1)
-        for batch in DataLoader(data, batch_size=batch_size, num_workers=num_workers, collate_fn=self.collate):
+            data, num_workers = PipelineIterator(inputs, reader.preprocess, preprocess_params), min(num_workers, 1)
+        for batch in DataLoader(data, batch_size=batch_size, num_workers=num_workers, collate_fn=reader.collate):
             yield from self.postprocess(self.forward(batch, **forward_params), **postprocess_params)
 
     def _forward(self, input_tensors: Any, return_prompts: bool = False, **generate_kwargs: Any) -> dict[str, Any]:
@@ -291,6 +324,8 @@ def _is_chat(item: Any) -> bool:
 
 
 def _suggestion(name: str, known: tuple[str, ...]) -> str:
+    if name in _ADVICE:
+        return f": {_ADVICE[name]}"
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(_KEYWORDS)} and arguments of generate"
 

@@ -6,7 +6,7 @@ own placeholders where it has them, else reserved tokens of its vocabulary, else
 """
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -47,6 +47,7 @@ _TOKENIZER_KEYWORDS = ("add_special_tokens", "truncation", "return_offsets_mappi
 _AUDIO_KEYWORDS = ("max_audio_seconds",)
 _PADDING_KEYWORDS = ("padding", "max_length", "pad_to_multiple_of")
 _OFFSET_KEYWORDS = ("return_mm_token_type_ids", "return_text_replacement_offsets")
+_DONE_ANYWAY = {"padding_side": "left", "return_attention_mask": True}
 _KEYWORDS = (*_ARGUMENTS, *_AUDIO_KEYWORDS, *_TOKENIZER_KEYWORDS, *_PADDING_KEYWORDS, *_OFFSET_KEYWORDS)
 
 
@@ -524,21 +525,30 @@ def _flattened(kwargs: dict[str, Any]) -> dict[str, Any]:
             if name in flat:
                 raise ValueError(f"{name} was given twice: as a keyword and in {group}")
             flat[name] = value
-    for name in flat:
-        if name not in _KEYWORDS:
+    for name in flat.keys() - set(_KEYWORDS):
+        if not _is_idle(name, flat.pop(name), _KEYWORDS):
             raise TypeError(_unknown(f"keyword {name!r}", name, _KEYWORDS))
     return flat
+
+
+def _is_idle(name: str, value: Any, known: Sequence[str]) -> bool:
+    """Whether a keyword of other processors asks for nothing, or for what is done anyway; not a misspelt one."""
+    if value is None or (value is False and not difflib.get_close_matches(name, known, n=1)):
+        return True
+    if name == "padding_side" and value != "left":
+        raise ValueError(f"padding_side={value!r}: inputs are padded on the left; leave it out")
+    return name in _DONE_ANYWAY and _DONE_ANYWAY[name] == value
 
 
 def _split_keywords(kwargs: dict[str, Any], template: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Keywords of `__call__` and variables of the template."""
     known, variables = {*_KEYWORDS, *_GROUPS}, _get_template_variables(template)
-    options: dict[str, Any] = {}
-    others: dict[str, Any] = {}
+    options, others = {}, {}
     for name, value in kwargs.items():
-        if name not in known and name not in variables:
+        if name in known or name in variables:
+            (options if name in known else others)[name] = value
+        elif not _is_idle(name, value, [*known, *variables]):
             raise TypeError(_unknown(f"keyword {name!r}", name, {*known, *variables}))
-        (options if name in known else others)[name] = value
     return options, others
 
 

@@ -84,7 +84,7 @@ class DistillationTrainer(ListenTrainer):
         teacher = self._teacher_logits(model, ids, mask, kept)  # (batch, kept, vocabulary)
         _, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         labels = inputs["labels"][:, -kept:]
-        distilled = distillation_loss(outputs.logits, teacher, labels, self.temperature, num_items_in_batch)
+        distilled = distillation_loss(outputs.logits[:, -kept:], teacher, labels, self.temperature, num_items_in_batch)
         self.add_part("distill_loss", distilled)
         loss = distilled
         if self.lm_weight:

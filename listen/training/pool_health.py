@@ -84,8 +84,8 @@ class PoolMonitor:
     def reset(self) -> None:
         """Start a new window."""
         size, width = self.pool.values.shape
-        self.counts = torch.zeros(size, dtype=torch.float64)  # (pool,)
-        self.query_sum = torch.zeros(width, dtype=torch.float64)  # (width,)
+        self.counts = torch.zeros(size)  # (pool,), float32: MPS has no float64
+        self.query_sum = torch.zeros(width)  # (width,)
         self.num_rows = 0
         self.largest_k = 0
 
@@ -98,16 +98,16 @@ class PoolMonitor:
             query: `(batch, width)`.
         """
         picked = indices[indices >= 0].cpu()
-        self.counts += torch.bincount(picked, minlength=len(self.counts)).double()
+        self.counts += torch.bincount(picked, minlength=len(self.counts))
         if self.pool.config.center_query:
             query = query - self.pool.query_mean
-        self.query_sum += F.normalize(query.float(), dim=-1).sum(0).double().cpu()
+        self.query_sum += F.normalize(query.float(), dim=-1).sum(0).cpu()
         self.num_rows += len(indices)
         self.largest_k = max(self.largest_k, int((indices >= 0).sum(-1).max()))
 
     def state(self) -> torch.Tensor:
         """All statistics as one vector."""
-        head = torch.tensor([self.num_rows, self.largest_k], dtype=torch.float64)
+        head = torch.tensor([self.num_rows, self.largest_k], dtype=torch.float32)
         return torch.cat([head, self.counts, self.query_sum])
 
     def health(self, states: torch.Tensor | None = None) -> PoolHealth:
@@ -123,7 +123,7 @@ class PoolMonitor:
         entropy = -(share * share.clamp_min(1e-12).log()).sum().item()
         keys = self.pool.keys
         return PoolHealth(
-            used_share=(counts > 0).double().mean().item(),
+            used_share=(counts > 0).float().mean().item(),
             usage_entropy=entropy / math.log(size) if size > 1 else 0.0,
             query_cosine=mean_cosine(query_sum, num_rows) if keys is not None else float("nan"),
             key_cosine=_key_cosine(keys) if keys is not None else float("nan"),
@@ -145,5 +145,5 @@ def mean_cosine(unit_sum: torch.Tensor, count: int) -> float:
 
 @torch.no_grad()
 def _key_cosine(keys: torch.Tensor) -> float:
-    unit = F.normalize(keys.detach().double(), dim=-1)  # (pool, width)
+    unit = F.normalize(keys.detach().float(), dim=-1)  # (pool, width)
     return mean_cosine(unit.sum(0), len(unit))

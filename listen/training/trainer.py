@@ -97,7 +97,7 @@ class ListenTrainer(Trainer):
 
     def add_part(self, name: str, value: torch.Tensor) -> None:
         """Add a batch's value of one of `loss_parts`."""
-        self._parts[name] += value.detach().double()
+        self._parts[name] += value.detach().float()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As upstream; training logs also get the parts of the loss and the pool's health."""
@@ -125,7 +125,7 @@ class ListenTrainer(Trainer):
 
     def _health(self) -> dict[str, float]:
         states = self.accelerator.gather(self._monitor.state().float().to(self.args.device)[None])  # (processes, n)
-        health = self._monitor.health(states.double())
+        health = self._monitor.health(states)
         self._monitor.reset()
         found = health.warnings()
         self._signs = {name: self._signs.get(name, 0) + 1 for name in found}
