@@ -1,9 +1,9 @@
 """The first run, from nothing to a trained model: `make demo`, or `python examples/demo.py`.
 
 Synthesises the built-in corpus, caches the features of the frozen encoders, trains a LiSTEN adapter on six tasks,
-evaluates it on held-out speakers and sentences, and asks it three questions about wav files. Everything is written to
-runs/demo: `metrics.json`, the report, the trained `model`. Takes the arguments of `examples/train.py` as overrides,
-such as `--training.max_steps 300`; about 10 minutes on two CPU cores as it is.
+evaluates it on held-out speakers and sentences with its prompts and without any, and asks it three questions about wav
+files. Everything is written to runs/demo: `metrics.json`, the report, the trained `model`. Takes the arguments of
+`examples/train.py` as overrides, such as `--training.max_steps 300`; about 10 minutes on two CPU cores as it is.
 """
 
 from __future__ import annotations
@@ -59,10 +59,11 @@ def main() -> None:
     seconds = time.perf_counter() - started
     console.rule("4  Evaluation on held-out speakers and sentences")
     result = evaluate(trained, features)
+    result.without_prompts = evaluate(trained, features, num_prompts=0).metrics
     result.save(FOLDER, extra={"train_seconds": round(seconds, 1)})
-    print_scores(result)
     console.rule("5  Three questions")
     ask(trained.model_folder)
+    print_scores(result)
     console.print(f"\nreport: {FOLDER / 'report.html'}   model: {trained.model_folder}")
 
 
@@ -74,26 +75,30 @@ def cache_features(run: RunArguments) -> FeatureStore:
 
 
 @torch.no_grad()
-def evaluate(trained: TrainResult, features: FeatureStore) -> EvaluationResult:
-    """Evaluate on the test split, which is not in the training data."""
+def evaluate(trained: TrainResult, features: FeatureStore, num_prompts: int | None = None) -> EvaluationResult:
+    """Evaluate on the test split, which is not in the training data, with the trained number of prompts or another."""
     return evaluate_model(
         trained.model,
         trained.processor,
         load_manifest(CORPUS / "test.jsonl"),
         features=features,
         batch_size=32,
+        num_prompts=num_prompts,
         max_new_tokens=48,
     )
 
 
 def print_scores(result: EvaluationResult) -> None:
-    """Print the leading score of each task."""
-    table = Table("task", "metric", "score", "95 % interval", "n", title="Held-out speakers and sentences")
-    for task, metric in HEADLINES.items():
-        if task in result.metrics:
-            low, high = result.intervals[task][metric]
-            value, count = result.metrics[task][metric], result.metrics[task]["n"]
-            table.add_row(task, metric, f"{value:.3f}", f"{low:.3f} - {high:.3f}", str(int(count)))
+    """Print the leading score of each task with k prompts, and in the last row that of the same model without any."""
+    found = {task: metric for task, metric in HEADLINES.items() if task in result.metrics}
+    heads = [f"{task}\n{metric}" for task, metric in found.items()]
+    table = Table("prompts", *heads, title="Held-out speakers and sentences, with 95 % intervals")
+    cells = []
+    for task, metric in found.items():
+        low, high = result.intervals[task][metric]
+        cells.append(f"{result.metrics[task][metric]:.3f}\n{low:.3f} - {high:.3f}")
+    table.add_row(f"k = {result.settings['num_prompts']}", *cells, end_section=True)
+    table.add_row("k = 0", *(f"{result.without_prompts[task][metric]:.3f}" for task, metric in found.items()))
     console.print(table)
 
 

@@ -4,8 +4,8 @@
     accelerate launch --num_processes 2 examples/evaluate_tasks.py --model DIR --data test.jsonl --num-beams 4
     torchrun --nproc_per_node 2 examples/evaluate_tasks.py ...   # on CPUs, where accelerate starts only one process
 
-`--sweep 2 4 8` also evaluates with other numbers of prompts and plots the scores over them; `--sweep` alone doubles
-them from 2 to the processor's own.
+`--sweep 2 4 8` also evaluates with other numbers of prompts k and plots the scores over them; `--sweep` alone doubles
+k from 2 to the processor's own. A sweep always holds k = 0, and the report then shows these scores beside the others.
 """
 
 from __future__ import annotations
@@ -68,10 +68,12 @@ def spelling_mapping(checkpoint: str | None) -> dict[str, str] | None:
 
 def print_metrics(result: EvaluationResult) -> None:
     """Print the table of scores."""
-    table = Table("task", "metric", "value", "n", title="Scores")
-    for row in metrics_table(result.metrics):
-        table.add_row(*row)
-    Console().print(table)
+    for title, metrics in (("Scores", result.metrics), ("Scores without prompts, k = 0", result.without_prompts)):
+        table = Table("task", "metric", "value", "n", title=title)
+        for row in metrics_table(metrics):
+            table.add_row(*row)
+        if metrics:
+            Console().print(table)
 
 
 def main() -> None:
@@ -95,14 +97,15 @@ def main() -> None:
         dataset = tag_rows(dataset, load_recogniser(arguments.cascade, arguments.batch_size)(dataset))
     evaluate = partial(evaluate_model, model, processor, dataset, **options)
     result = evaluate(num_prompts=arguments.num_prompts)
+    if arguments.sweep is not None:
+        sweep = sweep_num_prompts(evaluate, arguments.sweep or default_counts(processor.num_prompts))
+        result.without_prompts = sweep.without_prompts
+        if state.is_main_process:
+            sweep.save(arguments.output / "sweep")
     if state.is_main_process:
         folder = result.save(arguments.output)
         print_metrics(result)
         print(f"report: {folder / 'report.html'}")
-    if arguments.sweep is not None:
-        sweep = sweep_num_prompts(evaluate, arguments.sweep or default_counts(processor.num_prompts))
-        if state.is_main_process:
-            sweep.save(arguments.output / "sweep")
 
 
 if __name__ == "__main__":

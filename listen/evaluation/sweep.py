@@ -44,6 +44,11 @@ class Sweep:
         """Its interval; the value twice where there is none."""
         return self.intervals[k].get(task, (self.scores[k][task],) * 2)
 
+    @property
+    def without_prompts(self) -> dict[str, dict[str, float]]:
+        """The scores at k = 0 as `EvaluationResult.without_prompts`."""
+        return {task: {name: self.scores[0][task]} for task, name in self.metrics.items()}
+
     def add(self, k: int, result: EvaluationResult) -> None:
         """Add the leading metrics of an evaluation at k."""
         self.metrics = {task: next(iter(scores)) for task, scores in result.metrics.items()}
@@ -80,18 +85,18 @@ def _nulls(scores: dict[str, float]) -> dict[str, float | None]:
 
 
 def default_counts(num_prompts: int) -> list[int]:
-    """2, 4, 8, ... below `num_prompts`, then `num_prompts` itself."""
+    """0, 2, 4, 8, ... below `num_prompts`, then `num_prompts` itself."""
     powers = [2**power for power in range(1, 16) if 2**power < num_prompts]
-    return [*powers, num_prompts]
+    return sorted({0, *powers, num_prompts})
 
 
 def sweep_num_prompts(evaluate: Callable[..., EvaluationResult], counts: Sequence[int], **options: Any) -> Sweep:
-    """Evaluate once for each k.
+    """Evaluate once for each k, and without prompts, which shows what they contribute.
 
     Args:
         evaluate: called as `evaluate(num_prompts=k, **options)`, such as `functools.partial(evaluate_model, model,
             processor, dataset)`.
-        counts: values of k.
+        counts: values of k; 0 is added.
         **options: passed on to `evaluate`.
 
     Raises:
@@ -100,7 +105,7 @@ def sweep_num_prompts(evaluate: Callable[..., EvaluationResult], counts: Sequenc
     if not counts or min(counts) < 0:
         raise ValueError(f"counts={list(counts)} must hold at least one k, none below 0")
     sweep = Sweep()
-    for k in sorted(set(counts)):
+    for k in sorted({0, *counts}):
         sweep.add(k, evaluate(num_prompts=k, **options))
     return sweep
 
@@ -123,8 +128,7 @@ def _plot_curve(axes: Axes, sweep: Sweep, task: str) -> None:
     low, high = np.array([sweep.interval(task, k) for k in counts]).T  # (counts,) each
     axes.fill_between(counts, low, high, color=COLOURS[0], alpha=0.15, linewidth=0)
     axes.plot(counts, [sweep.value(task, k) for k in counts], color=COLOURS[0], marker="o", markersize=4)
-    if min(counts) > 0:
-        axes.set_xscale("log", base=2)
+    axes.set_xscale("symlog", base=2, linthresh=1)  # logarithmic, with a place for 0
     axes.set_xticks(counts, [str(k) for k in counts])
     axes.minorticks_off()
     axes.set_title(f"{task}: {sweep.metrics[task]}", loc="left", fontsize=10)

@@ -253,7 +253,14 @@ class ListenTrainingArguments(TrainingArguments):
         Raises:
             ArgumentError: a value out of range.
         """
+        if self.metric_for_best_model in ("loss", "eval_loss"):
+            raise ArgumentError(
+                f"training.metric_for_best_model={self.metric_for_best_model} holds the key loss too; choose lm_loss, "
+                "or a task's score such as asr_wer"
+            )
         super().__post_init__()
+        if self.metric_for_best_model == "loss":  # the default of transformers, where one is needed
+            self.metric_for_best_model = "lm_loss"
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise ArgumentError(f"training.{name}={getattr(self, name)} must be at least {least}")

@@ -81,6 +81,12 @@ class PoolMonitor:
         self.pool = pool
         self.reset()
 
+    @property
+    def key_loss_is_sum(self) -> bool:
+        """Whether a row's key loss is a sum over its picked prompts, as in the paper, and not a mean or one norm."""
+        config = self.pool.config
+        return config.strategy == "similarity" and config.key_loss_type in ("distance", "similarity")
+
     def reset(self) -> None:
         """Start a new window."""
         size, width = self.pool.values.shape

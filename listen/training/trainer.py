@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,15 @@ GenerationEvaluator = Callable[[torch.nn.Module], dict[str, float]]
 _SIGNS_BEFORE_WARNING = 3  # consecutive windows: the first steps of a run are not typical
 
 
+@dataclass
+class _EvalSums:
+    """Losses summed over the labels of the evaluation data, and the number of these labels."""
+
+    lm_loss: float = 0.0
+    key_loss: float = 0.0
+    targets: float = 0.0
+
+
 class ListenTrainer(Trainer):
     """Trains a `ListenForConditionalGeneration`.
 
@@ -40,7 +50,7 @@ class ListenTrainer(Trainer):
     """
 
     loss_parts = ("lm_loss", "key_loss")
-    """Parts of the loss that are logged too."""
+    """Parts of the loss, logged before it. `key_loss` is a mean over the picked prompts, before its weight."""
 
     def __init__(
         self,
@@ -56,6 +66,7 @@ class ListenTrainer(Trainer):
         self._epochs = EpochCallback(data_collator)
         self.add_callback(self._epochs)
         self._parts = dict.fromkeys(self.loss_parts, 0.0)
+        self._eval_sums = _EvalSums()
         self._window_start: int | None = None  # step before the window's first batch; none yet
         self._monitor = _monitor(self.model)
         self._signs: dict[str, int] = {}
@@ -84,14 +95,16 @@ class ListenTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
             self._remember(outputs)
+        else:
+            self._add_eval_batch(outputs, inputs["labels"], num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def _remember(self, outputs: Any) -> None:
         if self._window_start is None:
             self._window_start = self.state.global_step
-        for name in self.loss_parts:
-            if getattr(outputs, name, None) is not None:
-                self.add_part(name, getattr(outputs, name))
+        self.add_part("lm_loss", outputs.lm_loss)
+        if outputs.key_loss is not None:
+            self.add_part("key_loss", outputs.key_loss / self._key_terms(outputs))
         if self._monitor is not None and outputs.prompt_indices is not None:
             self._monitor.add(outputs.prompt_indices, outputs.query)
 
@@ -99,10 +112,38 @@ class ListenTrainer(Trainer):
         """Add a batch's value of one of `loss_parts`."""
         self._parts[name] += value.detach().float()
 
+    def _key_terms(self, outputs: Any) -> torch.Tensor | float:
+        """Terms that a row's key loss is the sum of: prompts picked for it, or 1 where the loss is not such a sum."""
+        if self._monitor is None or not self._monitor.key_loss_is_sum:
+            return 1.0
+        picked = (outputs.prompt_indices >= 0).sum(-1)  # (batch,)
+        return picked.float().mean().clamp_min(1.0)
+
+    def _add_eval_batch(self, outputs: Any, labels: torch.Tensor, num_items: torch.Tensor | int | None) -> None:
+        """Add the losses of a batch of the evaluation data, each as a sum over its labels."""
+        targets = (labels[:, 1:] != -100).sum()
+        divisor = targets if num_items is None else num_items
+        self._eval_sums.targets += float(targets)
+        self._eval_sums.lm_loss += float(outputs.lm_loss * divisor)
+        if outputs.key_loss is not None:
+            self._eval_sums.key_loss += float(outputs.key_loss * divisor / self._key_terms(outputs))
+
+    def _eval_parts(self, prefix: str) -> dict[str, float]:
+        """Parts of the loss, each a mean over all labels of the evaluation data."""
+        sums = [self._eval_sums.lm_loss, self._eval_sums.key_loss, self._eval_sums.targets]
+        sums = self.accelerator.reduce(torch.tensor(sums, device=self.args.device), reduction="sum").tolist()
+        self._eval_sums = _EvalSums()
+        parts = {f"{prefix}_lm_loss": sums[0] / max(sums[2], 1.0), f"{prefix}_key_loss": sums[1] / max(sums[2], 1.0)}
+        if self._monitor is None:
+            parts.pop(f"{prefix}_key_loss")
+        return parts
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As upstream; training logs also get the parts of the loss and the pool's health."""
+        """As upstream; training logs start with the parts of the loss and end with the pool's health."""
         if "loss" in logs:
-            logs.update(self._window())
+            window = self._window()
+            parts = {name: window.pop(name) for name in self.loss_parts if name in window}
+            logs = {**parts, **logs, **window}
         super().log(logs, start_time)
 
     def _window(self) -> dict[str, float]:
@@ -158,10 +199,13 @@ class ListenTrainer(Trainer):
             self.data_collator = train_collator
 
     def evaluation_loop(self, dataloader: DataLoader, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """As upstream; scores of generated answers are added to the metrics, so that they can select the best model."""
+        """As upstream; the metrics start with the parts of the loss and end with scores of generated answers, so that
+        each can select the best model. Parts are means over labels; `eval_loss` is transformers' mean over batches."""
+        self._eval_sums = _EvalSums()
         output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output = output._replace(metrics={**self._eval_parts(prefix), **output.metrics})
         if self.generation_evaluator is not None and description == "Evaluation":
-            prefix = kwargs.get("metric_key_prefix", "eval")
             figures = self.generation_evaluator(self.accelerator.unwrap_model(self.model))
             output.metrics.update({f"{prefix}_{name}": value for name, value in figures.items()})
         return output
