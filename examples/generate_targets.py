@@ -48,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--endpoint", help="OpenAI-compatible endpoint, up to /v1; the key comes from OPENAI_API_KEY")
     parser.add_argument("--concurrency", type=int, default=16, help="requests to the endpoint at a time")
     parser.add_argument("--max-retries", type=int, default=5, help="max retries of a request")
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds without an answer that end an attempt")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds within which an attempt is answered")
     parser.add_argument("--batch-size", type=int, default=32, help="conversations at once, in each process")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="max new tokens of an answer")
     parser.add_argument(
@@ -110,7 +110,7 @@ def print_summary(summary: TargetSummary, folder: Path) -> None:
     for error, count in summary.errors.items():
         print(f"{count} x {error}")
     if any(summary.failed.values()):
-        print("Run the same command again to retry what failed.")
+        print(f"Reasons are in {folder}/failed-*.jsonl. Run the same command again to retry what failed.")
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 
 @dataclass
@@ -16,12 +17,13 @@ class ChatServer:
 
     Attributes:
         reply: from the request's body to `(status, text of the answer)`; other statuses than 200 send it as an error.
+            Bytes are sent as the whole content, and a function gets the handler and sends everything itself.
         requests: bodies in order of arrival.
         headers: their headers.
         most_at_once: requests that were under way together.
     """
 
-    reply: Callable[[dict], tuple[int, str]]
+    reply: Callable[[dict], tuple[int, Any]]
     url: str = ""
     requests: list[dict] = field(default_factory=list)
     headers: list[dict] = field(default_factory=list)
@@ -39,7 +41,7 @@ def completion(body: dict, text: str) -> dict:
 
 
 @contextmanager
-def serve_chat(reply: Callable[[dict], tuple[int, str]]) -> Iterator[ChatServer]:
+def serve_chat(reply: Callable[[dict], tuple[int, Any]]) -> Iterator[ChatServer]:
     """Serve on a free port until the block ends."""
     state = ChatServer(reply)
 
@@ -53,9 +55,12 @@ def serve_chat(reply: Callable[[dict], tuple[int, str]]) -> Iterator[ChatServer]
                 state.most_at_once = max(state.most_at_once, state.under_way)
             known = self.path == "/v1/chat/completions"
             status, text = state.reply(body) if known else (404, "no such path")
-            content = json.dumps(completion(body, text) if status == 200 else {"error": text}).encode()
             with state.lock:
                 state.under_way -= 1
+            if callable(text):
+                return text(self)
+            content = completion(body, text) if status == 200 and isinstance(text, str) else {"error": text}
+            content = text if isinstance(text, bytes) else json.dumps(content).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(content)))

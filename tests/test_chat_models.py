@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 import time
+from collections.abc import Callable
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -11,6 +16,7 @@ from conftest import tiny_model
 from fixtures_endpoint import serve_chat
 from fixtures_training import CHAT_TEMPLATE, save_tiny_llm, tiny_processor
 
+from listen.data import posting
 from listen.data.chat_models import ChatModelError, EndpointChatModel, LocalChatModel
 
 PROMPTS = ["hello", "how are you today, then?", "a"]
@@ -164,3 +170,111 @@ def test_nobody_listening_is_a_failed_request() -> None:
 def test_numbers_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match="concurrency=0"):
         EndpointChatModel("http://localhost/v1", "m", concurrency=0)
+
+
+def one_choice(content: object, reason: object = "stop") -> bytes:
+    return json.dumps({"choices": [{"message": {"content": content}, "finish_reason": reason}]}).encode()
+
+
+ODD = {
+    "surrogate": (one_choice("bad \ud800"), "not valid Unicode"),
+    "deep": (b"[" * 100_000, "not a chat completion"),
+    "garbage": (b"\xff\xfe<html>", "not a chat completion"),
+    "empty": (b"", "not a chat completion"),
+    "large number": (b'{"choices": ' + b"9" * 5000 + b"}", "not a chat completion"),
+    "list": (b"[]", "not a chat completion"),
+    "no choice": (b'{"choices": []}', "not a chat completion"),
+    "null": (one_choice(None, "tool_calls"), "NoneType.*tool_calls"),
+    "parts": (one_choice([{"type": "text"}]), "list, not text"),
+    "filtered": (one_choice("I was goi", "content_filter"), "finish_reason='content_filter'"),
+    "odd reason": (one_choice("yes", {"a": 1}), "finish_reason="),
+    "oversized": (b" " * (posting.MAX_RESPONSE_BYTES + 1), "larger than"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_an_odd_response_is_one_failed_answer(name: str) -> None:
+    content, message = ODD[name]
+    with serve_chat(lambda body: (200, content if body["messages"][-1]["content"] == "a" else "Fine.")) as server:
+        *others, odd = EndpointChatModel(server.url, "m", max_retries=0).answer(chats(PROMPTS))
+    assert [answer.text for answer in others] == ["Fine.", "Fine."]
+    assert odd.text is None and re.search(message, odd.error) and len(odd.error) < 500
+
+
+@pytest.mark.parametrize(("reason", "finished"), [("stop", True), ("eos_token", True), (None, True), ("length", False)])
+def test_a_finish_reason_tells_complete_from_truncated_answers(reason: str | None, finished: bool) -> None:
+    with serve_chat(lambda body: (200, one_choice("yes", reason))) as server:
+        (answer,) = EndpointChatModel(server.url, "m").answer(chats(["a"]))
+    assert (answer.text, answer.finished) == ("yes", finished)
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_refused_prompt_is_not_a_refused_model(status: int) -> None:
+    """A content filter refuses one prompt of a batch, or the only one of a later batch."""
+    with serve_chat(
+        lambda body: (status, "no") if body["messages"][-1]["content"] == "a" else (200, "Fine.")
+    ) as server:
+        model = EndpointChatModel(server.url, "m")
+        answers = [*model.answer(chats(PROMPTS)), *model.answer(chats(["a"]))]
+        assert [answer.text for answer in answers] == ["Fine.", "Fine.", None, None]
+        assert str(status) in answers[3].error and len(server.requests) == 4
+
+
+def drip(headers: bool) -> Callable[[BaseHTTPRequestHandler], None]:
+    """A byte every 50 ms, without an end: of the content, or of a header already."""
+
+    def send(handler: BaseHTTPRequestHandler) -> None:
+        handler.close_connection = True
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: " + (b"" if headers else b"1\r\n\r\n"))
+        with suppress(OSError):
+            for _ in range(200):
+                handler.wfile.write(b" ")
+                handler.wfile.flush()
+                time.sleep(0.05)
+
+    return send
+
+
+@pytest.mark.parametrize("headers", [True, False])
+def test_the_timeout_bounds_the_whole_of_an_attempt(headers: bool) -> None:
+    started = time.monotonic()
+    with serve_chat(lambda body: (200, drip(headers))) as server:
+        model = EndpointChatModel(server.url, "m", timeout=0.4, max_retries=1, backoff_seconds=0.0)
+        (answer,) = model.answer(chats(["a"]))
+        assert answer.text is None and "not complete after 0.4 s" in answer.error
+        assert time.monotonic() - started < 2.0
+
+
+def refusal(status: int, retry_after: str) -> Callable[[BaseHTTPRequestHandler], None]:
+    def send(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(status)
+        handler.send_header("Retry-After", retry_after)
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    return send
+
+
+@pytest.mark.parametrize("retry_after", ["100000", "soon", "9" * 5000, "Fri, 31 Dec 9999 23:59:59 GMT"])
+def test_a_server_cannot_make_a_request_wait_for_long(monkeypatch: pytest.MonkeyPatch, retry_after: str) -> None:
+    monkeypatch.setattr(posting, "MAX_WAIT_SECONDS", 0.1)
+    started = time.monotonic()
+    with serve_chat(lambda body: (0, refusal(503, retry_after))) as server:
+        (answer,) = EndpointChatModel(server.url, "m", max_retries=2, backoff_seconds=0.01).answer(chats(["a"]))
+        assert answer.text is None and len(server.requests) == 3
+    assert time.monotonic() - started < 3.0
+
+
+@pytest.mark.parametrize("status", [400, 401, 402, 403, 404, 405, 410, 413, 422])
+def test_a_request_that_cannot_succeed_is_sent_once(status: int) -> None:
+    with serve_chat(
+        lambda body: (0, refusal(status, "0")) if body["messages"][-1]["content"] == "a" else (200, "Fine.")
+    ) as server:
+        answers = EndpointChatModel(server.url, "m", backoff_seconds=0.01).answer(chats(PROMPTS))
+        assert answers[2].text is None and str(status) in answers[2].error and len(server.requests) == 3
+
+
+def test_a_timeout_out_of_range_is_refused() -> None:
+    for timeout in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"timeout={timeout} must be"):
+            EndpointChatModel("http://localhost/v1", "m", timeout=timeout)

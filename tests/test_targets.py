@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import resource
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from fixtures_training import save_tiny_llm, tiny_processor, write_clip, write_m
 
 from listen.data import ListenCollator, load_manifest
 from listen.data.chat_models import Answer, EndpointChatModel, LocalChatModel
+from listen.data.files import FolderInUseError, hold_folder
 from listen.data.manifest import ManifestError, extra_fields
 from listen.data.targets import KINDS, TargetError, generate_targets
 from listen.data.tasks import get_task
@@ -304,6 +308,96 @@ def test_an_endpoint_that_answers_nothing_ends_the_run(utterances: list[Utteranc
         with pytest.raises(TargetError, match="every request of a batch failed.*400"):
             make(utterances, tmp_path, EndpointChatModel(server.url, "m"))
         assert len(server.requests) == 4  # not the whole data
+
+
+SURROGATE = json.dumps({"choices": [{"message": {"content": "\ud800"}, "finish_reason": "stop"}]}).encode()
+
+
+@pytest.mark.parametrize("odd", [(200, SURROGATE), (200, b"[" * 100_000), (403, "filtered"), (404, "no"), (200, b"no")])
+def test_an_odd_answer_is_set_aside_with_its_reason_and_costs_no_other(
+    utterances: list[Utterance], tmp_path: Path, odd: tuple
+) -> None:
+    is_odd = True
+
+    def reply(body: dict) -> tuple[int, Any]:
+        return odd if is_odd and "<sad>" in body["messages"][0]["content"] else (200, "Yes.")
+
+    with serve_chat(reply) as server:
+        for asked in (6, 7):  # the second run repeats the failed prompt alone
+            llm = EndpointChatModel(server.url, "m", max_retries=0)
+            summary = make(utterances, tmp_path, llm, kinds=["response"])
+            assert (summary.rows, summary.failed) == ({"response": 5}, {"response": 1})
+            (line,) = (tmp_path / "failed-000.jsonl").read_text().splitlines()
+            assert "<sad>" in json.loads(line)["prompt"] and json.loads(line)["reason"] in summary.errors
+            assert len(server.requests) == asked
+        is_odd = False
+        assert make(utterances, tmp_path, llm, kinds=["response"]).rows == {"response": 6}
+    assert not list(tmp_path.glob("failed-*"))
+
+
+def test_an_answer_that_no_file_can_hold_has_failed(utterances: list[Utterance], tmp_path: Path) -> None:
+    class Odd:
+        def answer(self, conversations: Sequence[Any], seed: int = 0) -> list[Answer]:
+            return [Answer("\udcff" if "<sad>" in c[0]["content"] else "Yes.") for c in conversations]
+
+        def describe(self) -> dict[str, Any]:
+            return {"model": "odd \ud800"}
+
+    summary = make(utterances, tmp_path, Odd(), kinds=["response"])
+    assert (summary.rows, summary.failed) == ({"response": 5}, {"response": 1})
+    make(utterances, tmp_path, Odd(), kinds=["response"])  # its settings are equal
+    broken = Utterance(**{**vars(utterances[0]), "transcript": "\ud800"})
+    with pytest.raises(TargetError, match="'u0'.*not valid Unicode"):
+        make([broken], tmp_path, Odd(), kinds=["response"])
+
+
+@pytest.mark.parametrize("room", [0, 60, 200, 400, 1000, 2000])
+def test_a_full_disk_blocks_no_later_run(utterances: list[Utterance], tmp_path: Path, room: int) -> None:
+    def with_little_room(server_url: str) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))  # no file grows beyond it
+        make(utterances, tmp_path, EndpointChatModel(server_url, "m"), kinds=["response", "repeat"])
+
+    with serve_chat(lambda body: (200, "Fine.")) as server:
+        process = multiprocessing.get_context("fork").Process(target=with_little_room, args=(server.url,))
+        process.start()
+        process.join()
+        assert process.exitcode == 1
+        assert all(path.stat().st_size for path in tmp_path.glob("*.json"))
+        asked = len(server.requests)
+        summary = make(utterances, tmp_path, EndpointChatModel(server.url, "m"), kinds=["response", "repeat"])
+        assert summary.rows == {"response": 6, "repeat": 6} and len(server.requests) <= asked + 6
+    assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob(".*.tmp"))
+
+
+def test_damaged_settings_are_written_again_only_where_there_are_no_answers(
+    utterances: list[Utterance], llm: LocalChatModel, tmp_path: Path
+) -> None:
+    (tmp_path / "settings.json").write_text("")
+    make(utterances[:1], tmp_path, llm, kinds=["response"])
+    (tmp_path / "settings.json").write_text("{")
+    with pytest.raises(TargetError, match="settings.json is damaged.*another folder"):
+        make(utterances[:1], tmp_path, llm, kinds=["response"])
+
+
+def test_a_folder_that_another_run_writes_to_is_refused_until_that_run_is_gone(
+    utterances: list[Utterance], tmp_path: Path
+) -> None:
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+
+    def hold() -> None:
+        with hold_folder(tmp_path, "target-generation"):
+            ready.set()
+            time.sleep(60)
+
+    process = context.Process(target=hold)
+    process.start()
+    assert ready.wait(30)
+    with pytest.raises(FolderInUseError, match=f"target-generation by process {process.pid} on .*another folder"):
+        make(utterances, tmp_path, kinds=["repeat"], llm=None)
+    process.kill()
+    process.join()
+    assert make(utterances, tmp_path, kinds=["repeat"], llm=None).rows == {"repeat": 6}
 
 
 @pytest.mark.slow

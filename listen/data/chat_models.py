@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,16 +17,17 @@ from typing import Any, Protocol
 
 import requests
 import torch
-from requests.adapters import HTTPAdapter, Retry
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..chat_listen import DEFAULT_CHAT_TEMPLATE, fit_template
 from ..checkpoint_listen import fingerprint
 from ..placeholders_listen import prepare_padding
 from .collator import end_of_turn
+from .posting import post_json, posting_session
 
 Conversation = Sequence[Mapping[str, str]]
-_RETRIED = (408, 409, 429, 500, 502, 503, 504)
+_UNUSABLE = (401, 403, 404)  # of all requests: a wrong key or URL; of some: a content filter, say
+_FINISHED = ("stop", "eos_token", "stop_sequence", None)  # the protocol's, those of TGI, and servers that say nothing
 
 
 class ChatModelError(RuntimeError):
@@ -39,11 +42,13 @@ class Answer:
         text: the answer without special tokens, stripped; `None` if the request failed after all retries.
         finished: whether it is complete, not truncated at the maximum length.
         error: why the request failed.
+        status: HTTP status of a request that the server refused.
     """
 
     text: str | None
     finished: bool = True
     error: str | None = None
+    status: int | None = None
 
 
 class ChatModel(Protocol):
@@ -158,8 +163,9 @@ class LocalChatModel:
 class EndpointChatModel:
     """An LLM behind an OpenAI-compatible endpoint (`POST {base_url}/chat/completions`): vLLM, TGI, llama.cpp, ...
 
-    Requests to a busy or failing server are retried, after waits that double or that the server sets. Requests that
-    fail after all retries become answers without a text, so that one bad request does not end a long run.
+    Requests to a busy or failing server are retried, after waits that double or that the server sets, of a minute at
+    most. Requests that fail after all retries, and responses that are no finished or truncated chat completion, become
+    answers without a text, so that one bad request does not end a long run.
 
     Args:
         base_url: up to and including the version, such as `http://localhost:8000/v1`.
@@ -168,7 +174,7 @@ class EndpointChatModel:
         concurrency: max requests at a time.
         max_retries: max retries of a request.
         backoff_seconds: wait before the second retry; it doubles with each further one.
-        timeout: seconds without an answer after which an attempt fails.
+        timeout: seconds after which an attempt without a complete answer fails.
         max_new_tokens: max new tokens of an answer.
         **decoding: further fields of the request; temperature 0 by default.
 
@@ -190,16 +196,13 @@ class EndpointChatModel:
     ) -> None:
         if concurrency < 1 or max_retries < 0:
             raise ValueError(f"concurrency={concurrency} must be at least 1 and max_retries={max_retries} at least 0")
+        if not 0 < timeout < math.inf:
+            raise ValueError(f"timeout={timeout} must be a number of seconds above 0")
         self.base_url, self.name = base_url.rstrip("/"), model
         self.concurrency, self.timeout = concurrency, timeout
         self.decoding = {"max_tokens": max_new_tokens, "temperature": 0.0, **decoding}
-        retry = Retry(
-            total=max_retries, backoff_factor=backoff_seconds, status_forcelist=_RETRIED, allowed_methods={"POST"}
-        )
-        adapter = HTTPAdapter(pool_maxsize=concurrency, max_retries=retry)
-        self._session = requests.Session()
-        self._session.mount("http://", adapter)
-        self._session.mount("https://", adapter)
+        self._has_answered = False
+        self._session = posting_session(concurrency, max_retries, backoff_seconds)
         if api_key:
             self._session.headers["Authorization"] = f"Bearer {api_key}"
 
@@ -214,30 +217,48 @@ class EndpointChatModel:
             One answer per conversation, in order; without a text where the request failed.
 
         Raises:
-            ChatModelError: the endpoint rejects the key, or has no such model or path.
+            ChatModelError: the endpoint, which has not answered yet, rejects all requests for the key, the model's name
+                or the path.
         """
         with ThreadPoolExecutor(self.concurrency) as pool:
-            return list(pool.map(self._ask, conversations, range(seed, seed + len(conversations))))
+            answers = list(pool.map(self._ask, conversations, range(seed, seed + len(conversations))))
+        self._has_answered |= any(answer.text is not None for answer in answers)
+        if not self._has_answered and answers and all(answer.status in _UNUSABLE for answer in answers):
+            raise ChatModelError(
+                f"{self.base_url} answers {answers[0].status} for model {self.name!r}: {answers[0].error}; check the "
+                "URL (up to /v1), the key and the model's name"
+            )
+        return answers
 
     def _ask(self, conversation: Conversation, seed: int) -> Answer:
         body = {"model": self.name, "messages": [dict(message) for message in conversation], "seed": seed}
+        url = f"{self.base_url}/chat/completions"
         try:
-            response = self._session.post(
-                f"{self.base_url}/chat/completions", json={**body, **self.decoding}, timeout=self.timeout
-            )
-            if response.status_code in (401, 403, 404):
-                raise ChatModelError(
-                    f"{self.base_url} answers {response.status_code} for model {self.name!r}: {response.text:.200}; "
-                    "check the URL (up to /v1), the key and the model's name"
-                )
-            response.raise_for_status()
-            choice = response.json()["choices"][0]
-            return Answer(choice["message"]["content"].strip(), finished=choice.get("finish_reason") != "length")
+            status, content = post_json(self._session, url, {**body, **self.decoding}, self.timeout)
+            if not 200 <= status < 300:
+                detail = content[:200].decode("utf-8", "replace")
+                return Answer(None, error=f"HTTPError: {status} for url {url}: {detail}", status=status)
+            return _read_completion(json.loads(content))
         except requests.RequestException as error:
             return Answer(None, error=f"{type(error).__name__}: {error}")
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
-            return Answer(None, error=f"the response is not a chat completion ({type(error).__name__}: {error})")
+        except Exception as error:  # whatever one response holds, it must not cost the others
+            return Answer(None, error=f"the response is not a chat completion ({type(error).__name__}: {error!s:.200})")
 
     def describe(self) -> dict[str, Any]:
         """Endpoint and name of the model, and how answers are decoded."""
         return {"model": self.name, "endpoint": self.base_url, "decoding": self.decoding}
+
+
+def _read_completion(completion: Any) -> Answer:
+    """The answer of a chat completion; without a text where it is neither finished nor truncated."""
+    choice = completion["choices"][0]
+    text, reason = choice["message"]["content"], choice.get("finish_reason")
+    if not isinstance(text, str):
+        return Answer(None, error=f"the answer is {type(text).__name__}, not text (finish_reason={reason!r:.80})")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return Answer(None, error=f"the answer is not valid Unicode ({error.reason})")
+    if reason not in (*_FINISHED, "length"):
+        return Answer(None, error=f"the answer ended with finish_reason={reason!r:.80}, not 'stop'")
+    return Answer(text.strip(), finished=reason != "length")

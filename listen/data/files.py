@@ -31,7 +31,7 @@ def json_text(value: Any, indent: int | None = None) -> str:
     return text
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     """Write a file beside its place and rename it: readers and later runs find the old content or the whole new one.
 
     Raises:
@@ -40,10 +40,15 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     path = Path(os.path.realpath(path))
     partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content)
         rename_complete(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write text in UTF-8 by `write_bytes`; lone surrogates become question marks."""
+    write_bytes(path, text.encode("utf-8", "replace"))
 
 
 def rename_complete(partial: Path, path: Path) -> None:

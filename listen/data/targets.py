@@ -5,6 +5,7 @@ recording (SpeechEmotionLlama, arXiv 2410.01162, section 2). A folder of targets
 
 - `settings.json`: the LLM, how it decodes, the seed, the instructions, the versions;
 - `answers-*.jsonl`: every answer as soon as it exists, so that an interrupted run resumes without repeated requests;
+- `failed-*.jsonl`: the prompts that the last run got no answer for, each with the reason; the next run repeats them;
 - `<kind>.jsonl`: manifests for training, one for each of `KINDS`;
 - `dataset`: the same rows as a `datasets.DatasetDict`, a split for each kind that has rows, for
   `datasets.load_from_disk`;
@@ -19,6 +20,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from io import BytesIO
@@ -30,7 +32,8 @@ from datasets import DatasetDict
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .chat_models import Answer, ChatModel
+from .chat_models import Answer, ChatModel, ChatModelError
+from .files import hold_folder, json_text, write_bytes, write_json, write_json_lines
 from .manifest import load_manifest
 from .processes import launched_processes
 from .tasks import get_task, tagged_text
@@ -42,6 +45,7 @@ SETTINGS_FILE = "settings.json"
 SUMMARY_FILE = "summary.json"
 DATASET_FOLDER = "dataset"
 _MAX_FAILURES = 4
+_MAX_ERRORS = 20  # different ones in a summary; failed-*.jsonl has all
 
 
 class TargetError(ValueError):
@@ -82,7 +86,7 @@ class TargetSummary:
         failed: utterances without a row because the request failed; the next run repeats it.
         empty: utterances without a row because the answer was empty.
         unfinished: utterances without a row because the answer was truncated.
-        errors: count of each error in this run of this process.
+        errors: count of each of the most common errors in this run of this process.
     """
 
     rows: dict[str, int] = field(default_factory=dict)
@@ -134,29 +138,33 @@ def generate_targets(
     Raises:
         TargetError: an unknown kind, an utterance without the emotion that a kind needs, a folder of another LLM or
             other settings, or an LLM that fails for whole batches of four or more new requests.
+        FolderInUseError: another run writes to the folder.
     """
     folder, state = Path(folder), launched_processes()
     _check(utterances, kinds, llm, options)
     settings = _settings(llm, seed, share_answers)
-    if state.is_main_process:
-        _check_settings(folder, settings)
-    state.wait_for_everyone()
-    requests = _requests(utterances, kinds, share_answers)
-    done = _read_answers(folder)
-    state.wait_for_everyone()  # no process may write before all have read
-    errors: Counter[str] = Counter()
-    if llm is not None:
-        errors = _ask(llm, _batches(requests, batch_size), done, folder, seed, progress)
-    state.wait_for_everyone()
-    summary = TargetSummary(errors=dict(errors))
-    answers = _read_answers(folder)
-    for kind in kinds:
-        rows = _rows(utterances, kind, answers, folder, options, share_answers, keep_unfinished, summary)
+    with hold_folder(folder, "target-generation") if state.is_main_process else nullcontext():
         if state.is_main_process:
-            _write_lines(folder / f"{kind}.jsonl", rows)
-    if state.is_main_process:
-        _finish(folder, summary)
-    state.wait_for_everyone()
+            _check_settings(folder, settings)
+            for path in folder.glob("failed-*.jsonl"):  # the last run's, which are repeated now
+                path.unlink()
+        state.wait_for_everyone()
+        requests = _requests(utterances, kinds, share_answers)
+        done = _read_answers(folder)
+        state.wait_for_everyone()  # no process may write before all have read
+        errors: Counter[str] = Counter()
+        if llm is not None:
+            errors = _ask(llm, _batches(requests, batch_size), done, folder, seed, progress)
+        state.wait_for_everyone()
+        summary = TargetSummary(errors=dict(errors.most_common(_MAX_ERRORS)))
+        answers = _read_answers(folder)
+        for kind in kinds:
+            rows = _rows(utterances, kind, answers, folder, options, share_answers, keep_unfinished, summary)
+            if state.is_main_process:
+                write_json_lines(folder / f"{kind}.jsonl", rows)
+        if state.is_main_process:
+            _finish(folder, summary)
+        state.wait_for_everyone()
     return summary
 
 
@@ -175,6 +183,11 @@ def _check(
     tagged = [kind for kind in kinds if KINDS[kind].tagged]
     allowed = set(options or get_task("ser").labels)
     for utterance in utterances:
+        if not _is_unicode(utterance.transcript) or not _is_unicode(utterance.emotion or ""):
+            raise TargetError(
+                f"utterance {utterance.id!a}: the transcript {utterance.transcript!a:.80} or emotion is not valid "
+                "Unicode (a lone surrogate); correct it or leave the utterance out"
+            )
         if tagged and not utterance.emotion:
             raise TargetError(
                 f"utterance {utterance.id!r} has no emotion, which {', '.join(tagged)} need; name the field of the "
@@ -185,6 +198,14 @@ def _check(
                 f"utterance {utterance.id!r}: the emotion {utterance.emotion!r} is not among the options "
                 f"{', '.join(sorted(allowed))}; pass other options, or rename the emotion"
             )
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 # ---------------------------------------------------------------------- the folder
@@ -201,15 +222,16 @@ def _settings(llm: ChatModel | None, seed: int, share_answers: bool) -> dict[str
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Write the settings, or compare them with those of the folder: it never mixes answers of two LLMs."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / SETTINGS_FILE
     if not settings:
         return
-    if not path.is_file():
+    known, wanted = _read_json(path), json.loads(json_text(settings))
+    if known is None and path.is_file() and any(folder.glob("answers-*.jsonl")):
+        raise TargetError(f"{path} is damaged, so its answers may be of another LLM; restore it, or use another folder")
+    if known is None:
         versions = {name: metadata.version(name) for name in ("torch", "transformers")}
-        path.write_text(json.dumps({**settings, "versions": versions}, indent=2) + "\n", encoding="utf-8")
+        write_json(path, {**settings, "versions": versions})
         return
-    known, wanted = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(settings))
     for name, value in wanted.items():
         if known.get(name) != value:
             raise TargetError(
@@ -218,36 +240,42 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
             )
 
 
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object; `None` where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def _read_answers(folder: Path) -> dict[str, dict[str, Any]]:
     """Answers of all runs and processes by key, without lines that an interruption truncated."""
     answers: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("answers-*.jsonl")):
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
-            try:
+            with suppress(ValueError, KeyError, TypeError):  # truncated, with later lines after it
                 record = json.loads(line)
-            except json.JSONDecodeError:  # truncated, with later lines after it
-                continue
-            answers[record["key"]] = record
+                answers[record["key"]] = record
     return answers
-
-
-def _write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    path.write_text(text, encoding="utf-8")
 
 
 def _finish(folder: Path, summary: TargetSummary) -> None:
     """Write the summary, and all manifests of the folder as one data set."""
     manifests = {kind: folder / f"{kind}.jsonl" for kind in KINDS}
     filled = {kind: path for kind, path in manifests.items() if path.is_file() and path.stat().st_size}
-    shutil.rmtree(folder / DATASET_FOLDER, ignore_errors=True)
+    new = folder / f".{DATASET_FOLDER}.tmp"
+    shutil.rmtree(new, ignore_errors=True)
     if filled:  # datasets cannot load empty splits
         splits = DatasetDict({kind: load_manifest(path, check_files=False) for kind, path in filled.items()})
-        splits.save_to_disk(folder / DATASET_FOLDER)
+        splits.save_to_disk(new)
+    shutil.rmtree(folder / DATASET_FOLDER, ignore_errors=True)
+    if filled:
+        new.rename(folder / DATASET_FOLDER)
     path = folder / SUMMARY_FILE
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known = _read_json(path) or {}
     counts = {name: {**known.get(name, {}), **value} for name, value in vars(summary).items() if name != "errors"}
-    path.write_text(json.dumps({**counts, "errors": summary.errors}, indent=2) + "\n", encoding="utf-8")
+    write_json(path, {**counts, "errors": summary.errors})
     for reason in ("failed", "empty", "unfinished"):
         missing = {kind: count for kind, count in getattr(summary, reason).items() if count}
         if missing:
@@ -298,18 +326,13 @@ def _ask(
     errors: Counter[str] = Counter()
     failures = 0  # consecutive failed requests
     bar = tqdm(total=sum(map(len, mine)), desc="targets", disable=not (progress and state.is_main_process))
-    with bar, (folder / f"answers-{state.process_index:03d}.jsonl").open("a", encoding="utf-8") as file:
-        if file.tell():
-            file.write("\n")  # a truncated line must not absorb the next one
+    store = _AnswerFiles(folder, state.process_index)
+    with bar, store:
         for batch in mine:
             pending = [request for request in batch if request.key not in done]
             if pending:
-                answers = llm.answer(
-                    [[{"role": "user", "content": request.prompt}] for request in pending],
-                    seed=_batch_seed(seed, batch),
-                )
-                file.write("".join(_as_line(r, a) for r, a in zip(pending, answers, strict=True) if a.text is not None))
-                file.flush()
+                answers = _answers(llm, pending, _batch_seed(seed, batch))
+                store.add(pending, answers)
                 errors.update(answer.error for answer in answers if answer.text is None)
                 all_failed = all(answer.text is None for answer in answers)
                 # the rest of a partly answered batch failed before: the requests are at fault, not the LLM
@@ -320,6 +343,43 @@ def _ask(
     return errors
 
 
+def _answers(llm: ChatModel, pending: Sequence[_Request], seed: int) -> list[Answer]:
+    """One answer for each request; those that cannot be stored have failed."""
+    try:
+        answers = llm.answer([[{"role": "user", "content": request.prompt}] for request in pending], seed=seed)
+    except ChatModelError as error:
+        return [Answer(None, error=str(error))] * len(pending)
+    known = [answer.text is None or (isinstance(answer.text, str) and _is_unicode(answer.text)) for answer in answers]
+    odd = Answer(None, error="the answer is not valid Unicode text")
+    return [answer if is_text else odd for answer, is_text in zip(answers, known, strict=True)]
+
+
+class _AnswerFiles:
+    """The files that a process appends its answers and failures to, as they come."""
+
+    def __init__(self, folder: Path, process: int) -> None:
+        self._answers = (folder / f"answers-{process:03d}.jsonl").open("a", encoding="utf-8")
+        self._failed = folder / f"failed-{process:03d}.jsonl"
+
+    def __enter__(self) -> _AnswerFiles:
+        if self._answers.tell():
+            self._answers.write("\n")  # a truncated line must not absorb the next one
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._answers.close()
+
+    def add(self, requests: Sequence[_Request], answers: Sequence[Answer]) -> None:
+        """Store the answers of requests, and set aside those without one."""
+        pairs = list(zip(requests, answers, strict=True))
+        self._answers.write("".join(_as_line(r, a) for r, a in pairs if a.text is not None))
+        self._answers.flush()
+        failed = [{"key": r.key, "reason": a.error, "prompt": r.prompt} for r, a in pairs if a.text is None]
+        if failed:
+            with self._failed.open("a", encoding="utf-8") as file:
+                file.write("".join(json_text(record) + "\n" for record in failed))
+
+
 def _batch_seed(seed: int, batch: Sequence[_Request]) -> int:
     """Depends on the seed and the batch alone, not on the process or the order of batches."""
     return int(hashlib.sha256(f"{seed}|{batch[0].key}".encode()).hexdigest()[:7], 16)
@@ -327,7 +387,7 @@ def _batch_seed(seed: int, batch: Sequence[_Request]) -> int:
 
 def _as_line(request: _Request, answer: Answer) -> str:
     record = {"key": request.key, "text": answer.text, "finished": answer.finished, "prompt": request.prompt}
-    return json.dumps(record, ensure_ascii=False) + "\n"
+    return json_text(record) + "\n"
 
 
 # ---------------------------------------------------------------------- rows
@@ -387,5 +447,5 @@ def _place(clip: Mapping[str, Any], folder: Path) -> str:
     path = Path("audio") / f"{hashlib.sha256(clip['bytes']).hexdigest()[:24]}.{ending}"
     if not (folder / path).is_file():
         (folder / "audio").mkdir(exist_ok=True)
-        (folder / path).write_bytes(clip["bytes"])
+        write_bytes(folder / path, clip["bytes"])
     return path.as_posix()
