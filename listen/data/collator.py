@@ -119,10 +119,10 @@ class ListenCollator:
         """
         ids = [str(row["id"]) for row in rows]
         rng = random.Random("|".join([str(self.seed), str(int(self._epoch)), *ids]))
-        num_prompts = self.num_prompts
-        if self.train and self.min_prompts is not None:
-            num_prompts = rng.randint(self.min_prompts, self.num_prompts)
         examples = [self.word(row, rng) for row in rows]
+        num_prompts = self.num_prompts
+        if self.train and self.min_prompts is not None:  # drawn last: a fixed k gets the same wordings
+            num_prompts = rng.randint(self.min_prompts, self.num_prompts)
         inputs = self._prompt_inputs(rows, examples, num_prompts)
         if self.for_generation:
             return {**inputs, "rows": [_describe(row, item) for row, item in zip(rows, examples, strict=True)]}
