@@ -58,7 +58,7 @@ _UNTAGGED = ("repeat", "response_untagged")
 _ALL = ("repeat", "response", "speech_caption", "ser")
 _POOL = (
     "--model.trainable", "[adapter]",
-    "--model.prompt_pool", "{pool_size: 24, num_prompts: 10, key_loss_weight: 0.01, center_query: true}",
+    "--model.prompt_pool", "{pool_size: 24, num_prompts: 10, key_loss_weight: 1.0, center_query: true}",
     "--training.keys_from_rows", "256", "--training.layerwise_lr_decay", "1",
 )  # fmt: skip
 SYSTEMS = (

@@ -278,7 +278,6 @@ class AdapterMixin(FrozenBackbonesMixin):
             self.delete_adapter(adapter_name)
             raise ValueError(f"{source!r} lacks the adapter weights {missing[:5]}; it is no complete LiSTEN adapter")
         adapter.load_state_dict(state)
-        adapter.train(self.training)
         self.freeze()
         return None
 
@@ -351,6 +350,7 @@ class AdapterMixin(FrozenBackbonesMixin):
             raise ValueError(f"adapter {name!r} exists already; choose another name or delete it first")
         check_padding(connector, self.config.pad_to_30s)
         module = ListenAdapter(self.config, connector, pool)
+        module.train(self.training)
         self.adapters[name] = module.to(self.adapters["default"].connector.projection.weight.device)
         described = {"connector_config": connector.to_dict(), "prompt_pool_config": pool.to_dict() if pool else None}
         self.config.extra_adapters = {**(self.config.extra_adapters or {}), name: described}

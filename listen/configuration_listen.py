@@ -14,7 +14,7 @@ from .geometry_listen import audio_step, speech_geometry, speech_width
 
 STRATEGIES = ("similarity", "attention", "residual", "fixed", "random", "task")
 QUERY_STRATEGIES = ("similarity", "attention", "residual")
-KEY_LOSSES = ("distance", "similarity")
+KEY_LOSSES = ("relative", "distance", "similarity")
 CONNECTORS = ("window_qformer", "conv_rotary")
 BACKBONES = {"speech_encoder": "speech_config", "audio_encoder": "audio_config", "language_model": "text_config"}
 TRAINABLE = ("adapter", "connector", "prompt_pool", "speech_encoder", "audio_encoder")
@@ -211,14 +211,17 @@ class ListenPromptPoolConfig(_StrictConfig):
 
     Args:
         pool_size: P, the number of key-value pairs.
-        num_prompts: K, the prompts selected at inference, and the largest k drawn in training.
+        num_prompts: K, the prompts selected at inference.
+        train_prompts: Largest k drawn in training, with `stochastic`; `num_prompts` by default.
         strategy: How prompts are selected: `"similarity"`, `"attention"`, `"residual"`, or the controls `"fixed"`
             (a classic soft prompt), `"random"` and `"task"`.
-        key_loss_type: `"distance"`, the sum of ||q - k_i|| (the paper), or `"similarity"`, minus the sum of the
-            selected softmax similarities (the authors' code).
+        key_loss_type: `"relative"`, the mean of ||q - k_i|| / ||q|| over the selected keys, with q detached: it moves
+            the keys alone, and its size does not depend on k or on the LLM's width. `"distance"`, the sum of
+            ||q - k_i|| (the paper), or `"similarity"`, minus the sum of the selected softmax similarities (the authors'
+            code): both move queries too, hence the connector.
         key_loss_weight: alpha, the weight of the key loss beside the next-token loss.
-        stochastic: Whether training draws k uniformly from 1..`num_prompts` for each batch.
-        score_dropout: Dropout on the selection scores while training.
+        stochastic: Whether training draws k uniformly from 1..`train_prompts` for each batch.
+        score_dropout: Share of the keys, drawn at random, that a training batch cannot select.
         center_query: Whether a running mean is subtracted from the query before it is compared with the keys; off in
             the paper. It keeps all keys in use when the queries of all tasks are similar.
         query_momentum: Momentum of that running mean, with `center_query`.
@@ -233,11 +236,12 @@ class ListenPromptPoolConfig(_StrictConfig):
 
     pool_size: int = 400
     num_prompts: int = 160
+    train_prompts: int | None = None
     strategy: str = "similarity"
-    key_loss_type: str = "distance"
+    key_loss_type: str = "relative"
     key_loss_weight: float = 1.0
     stochastic: bool = True
-    score_dropout: float = 0.1
+    score_dropout: float = 0.0
     center_query: bool = False
     query_momentum: float = 0.99
     tasks: list[str] | None = None
@@ -257,11 +261,18 @@ class ListenPromptPoolConfig(_StrictConfig):
                 raise ValueError(f"prompt pool {name}={getattr(self, name)} must lie in [0, 1)")
         if self.strategy == "task":
             self._check_tasks()
+        if self.train_prompts is not None:
+            self._check_train_prompts(self.train_prompts)
 
     @property
     def uses_query(self) -> bool:
         """Whether the strategy compares a query with keys."""
         return self.strategy in QUERY_STRATEGIES
+
+    @property
+    def most_prompts(self) -> int:
+        """Largest k that a row can ask for."""
+        return self.num_per_task + self.num_shared if self.strategy == "task" else self.pool_size
 
     @property
     def num_shared(self) -> int:
@@ -276,12 +287,17 @@ class ListenPromptPoolConfig(_StrictConfig):
     def _check_tasks(self) -> None:
         if not self.tasks:
             raise ValueError("strategy='task' needs `tasks`, the names of the tasks that own a part of the pool")
-        reachable = self.num_per_task + self.num_shared
-        if self.num_per_task < 1 or self.num_prompts > reachable:
+        if self.num_per_task < 1 or self.num_prompts > self.most_prompts:
             raise ValueError(
-                f"num_prompts={self.num_prompts}, but each of {len(self.tasks)} tasks reaches {reachable} of "
+                f"num_prompts={self.num_prompts}, but each of {len(self.tasks)} tasks reaches {self.most_prompts} of "
                 f"pool_size={self.pool_size} prompts ({self.num_per_task} of its own); lower num_prompts"
             )
+
+    def _check_train_prompts(self, train_prompts: int) -> None:
+        if not self.stochastic:
+            raise ValueError(f"train_prompts={train_prompts} has no effect with stochastic=False; leave it out")
+        if not 1 <= train_prompts <= self.most_prompts:
+            raise ValueError(f"train_prompts={train_prompts} must lie in 1..{self.most_prompts}, the pool's prompts")
 
 
 class ListenConfig(BackbonesConfigMixin, PreTrainedConfig):

@@ -59,6 +59,18 @@ class SelectionStrategy(nn.Module):
         """Choose `request.k` prompts for each query."""
         raise NotImplementedError
 
+    def dropped_keys(self, request: PromptRequest) -> torch.Tensor:
+        """`(pool,)`, true for keys that this training batch cannot choose: a random `score_dropout` of them.
+
+        They leave the ranking; a score of zero would rank above every negative cosine. Nothing is dropped where fewer
+        than k keys would be left.
+        """
+        size, device = len(request.keys), request.keys.device
+        if not self.training or not self.dropout:
+            return torch.zeros(size, dtype=torch.bool, device=device)
+        dropped = torch.rand(size, device=device) < self.dropout
+        return dropped & (size - dropped.sum() >= request.k)
+
 
 class SimilaritySelection(SelectionStrategy):
     """The k keys of highest cosine similarity to the query; their values as they are (LiSTEN, sec. 2)."""
@@ -71,12 +83,15 @@ class SimilaritySelection(SelectionStrategy):
         """`scores` are cosines; the norms are safe at zero, as in Learning to Prompt (arXiv 2112.08654)."""
         query, keys = request.query, request.keys
         scores = F.normalize(query, dim=-1, eps=1e-6) @ F.normalize(keys, dim=-1, eps=1e-6).T  # (batch, pool)
-        indices = F.dropout(scores, self.dropout, self.training).topk(request.k, dim=-1).indices  # (batch, k)
-        if self.loss_type == "distance":
-            # a norm has no gradient at zero; the floor keeps it finite without moving any other value
-            losses = (query[:, None] - keys[indices]).square().sum(-1).clamp_min(1e-12).sqrt()  # (batch, k)
-        else:
+        ranked = scores.masked_fill(self.dropped_keys(request), -torch.inf)  # (batch, pool)
+        indices = ranked.topk(request.k, dim=-1).indices  # (batch, k)
+        if self.loss_type == "similarity":
             losses = -scores.softmax(-1).gather(1, indices)  # (batch, k)
+        elif self.loss_type == "distance":
+            losses = _norm(query[:, None] - keys[indices])  # (batch, k)
+        else:  # the keys move to the query; the query is left to the next-token loss
+            target, count = query.detach(), request.valid.sum(-1, keepdim=True).clamp_min(1)  # (batch, 1)
+            losses = _norm(target[:, None] - keys[indices]) / (_norm(target)[:, None] * count)  # (batch, k)
         return PromptSelection(indices, scores.gather(1, indices), None, (losses * request.valid).sum(-1))
 
 
@@ -91,11 +106,10 @@ class AttentionSelection(SelectionStrategy):
         """`scores` are attention weights over the whole pool."""
         query, keys, valid = request.query, request.keys, request.valid
         logits = query @ keys.T / keys.shape[1] ** 0.5  # (batch, pool)
-        attention = F.dropout(logits.softmax(-1), self.dropout, self.training)
-        scores, indices = attention.topk(request.k, dim=-1)  # (batch, k)
+        logits = logits.masked_fill(self.dropped_keys(request), -torch.inf)
+        scores, indices = logits.softmax(-1).topk(request.k, dim=-1)  # (batch, k)
         chosen = scores * valid
-        # dropout may zero every chosen score of a row that asks for few prompts
-        total = chosen.sum(-1, keepdim=True).clamp_min(1e-12)
+        total = chosen.sum(-1, keepdim=True).clamp_min(1e-12)  # zero for a row that asks for no prompts
         weights = chosen / total * valid.sum(-1, keepdim=True)  # (batch, k)
         return PromptSelection(indices, scores, weights, query.new_zeros(len(query)))
 
@@ -103,16 +117,20 @@ class AttentionSelection(SelectionStrategy):
 class ResidualSelection(SelectionStrategy):
     """Greedy residual quantisation of the query: each pick is the unused key nearest to what is left of it.
 
-    `r_0 = q`, `r_{j+1} = r_j - k_i`; the key loss is `||q - sum of the picked keys||`.
+    `r_0 = q`, `r_{j+1} = r_j - k_i`; the key loss is `||q - sum of the picked keys||`, or with `key_loss_type="relative"`
+    its ratio to `||q||`, with `q` detached.
     """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.is_relative = config.key_loss_type == "relative"
 
     def forward(self, request: PromptRequest) -> PromptSelection:
         """`scores` are minus the distance of each pick to the residual it was chosen for."""
         query, keys, valid = request.query, request.keys, request.valid
-        used = torch.zeros(len(query), len(keys), dtype=torch.bool, device=query.device)  # (batch, pool)
-        if self.training:  # dropped keys cannot be picked by this batch, unless too few would be left
-            dropped = torch.rand(len(keys), device=query.device) < self.dropout
-            used |= dropped & (len(keys) - dropped.sum() >= request.k)
+        if self.is_relative:
+            query = query.detach()  # nothing else here passes a gradient to it
+        used = self.dropped_keys(request).expand(len(query), -1)  # (batch, pool)
         residual, indices, scores = query, [], []
         for step in range(request.k):
             distances = torch.cdist(residual[:, None], keys[None])[:, 0]  # (batch, pool)
@@ -121,7 +139,7 @@ class ResidualSelection(SelectionStrategy):
             scores.append(-distances.gather(1, index))
             used = used.scatter(1, index, True)
             residual = residual - keys[index[:, 0]] * valid[:, step : step + 1]  # (batch, dim)
-        key_loss = residual.square().sum(-1).clamp_min(1e-12).sqrt() * valid.any(-1)
+        key_loss = _norm(residual) * valid.any(-1) / (_norm(query) if self.is_relative else 1.0)
         return PromptSelection(torch.cat(indices, 1), torch.cat(scores, 1), None, key_loss)
 
 
@@ -209,8 +227,6 @@ class ListenPromptPool(nn.Module):
         self.keys = nn.Parameter(torch.empty(config.pool_size, width)) if config.uses_query else None
         if config.center_query:
             self.register_buffer("query_mean", torch.zeros(width))
-        by_task = config.strategy == "task"
-        self.most_prompts = config.num_per_task + config.num_shared if by_task else config.pool_size
         self.strategy = STRATEGIES[config.strategy](config)
 
     def forward(
@@ -230,9 +246,9 @@ class ListenPromptPool(nn.Module):
             ValueError: a row asks for more prompts than it can reach.
         """
         k = int(counts.max())
-        if k > self.most_prompts:
+        if k > self.config.most_prompts:
             raise ValueError(
-                f"the input asks for {k} prompts but the pool can give {self.most_prompts}; lower num_prompts"
+                f"the input asks for {k} prompts but the pool can give {self.config.most_prompts}; lower num_prompts"
             )
         valid = torch.arange(k, device=query.device) < counts[:, None]  # (batch, k)
         with torch.autocast(query.device.type, enabled=False):  # the ranking must not depend on mixed precision
@@ -273,6 +289,11 @@ class ListenPromptPool(nn.Module):
             queries = queries - self.query_mean
         drawn = queries[torch.randint(len(queries), (len(self.keys),), device=queries.device)]  # (pool, width)
         self.keys.copy_(drawn + 0.1 * drawn.std() * torch.randn_like(drawn))
+
+
+def _norm(vectors: torch.Tensor) -> torch.Tensor:
+    """Norm over the last axis. It has no gradient at zero; the floor keeps that finite and changes no other value."""
+    return vectors.square().sum(-1).clamp_min(1e-12).sqrt()
 
 
 def _without_scores(indices: torch.Tensor, query: torch.Tensor) -> PromptSelection:

@@ -39,6 +39,7 @@ _WAV2VEC2_BERT = {
     "apply_spec_augment": False,
     "layerdrop": 0.0,
 }
+_KEY_LOSS = {"key_loss_type": "relative", "key_loss_weight": 1.0}  # moves the keys alone, no query and no connector
 _LLAMA3_RESERVED = {"audio_token_id": 128002, "prompt_token_id": 128003}  # <|reserved_special_token_0|>, <|..._1|>
 
 
@@ -48,7 +49,7 @@ def _listen_llama3_8b() -> dict[str, Any]:
         "speech_config": dict(_WHISPER_LARGE_V2),
         "audio_config": {},
         "connector_config": {},
-        "prompt_pool_config": {"pool_size": 400, "num_prompts": 160},
+        "prompt_pool_config": {"pool_size": 400, "num_prompts": 160, **_KEY_LOSS},
         "text_config": dict(_LLAMA3_8B),
         **_LLAMA3_RESERVED,
     }
@@ -56,7 +57,7 @@ def _listen_llama3_8b() -> dict[str, Any]:
 
 def _listen_0_4m() -> dict[str, Any]:
     """As `listen-llama3-8b` with a pool of 50 pairs, 0.41 M parameters, over a connector that does not learn."""
-    pool = {"pool_size": 50, "num_prompts": 20}
+    pool = {"pool_size": 50, "num_prompts": 20, **_KEY_LOSS}
     return {**_listen_llama3_8b(), "prompt_pool_config": pool, "trainable": ["prompt_pool"]}
 
 
@@ -86,7 +87,7 @@ def _listen_tiny() -> dict[str, Any]:
             "max_distance": 256,
         },
         "connector_config": {"hidden_size": 192, "num_attention_heads": 4, "intermediate_size": 768},
-        "prompt_pool_config": {"pool_size": 24, "num_prompts": 10},
+        "prompt_pool_config": {"pool_size": 24, "num_prompts": 10, **_KEY_LOSS},
         "text_config": {
             "model_type": "llama",
             "vocab_size": 864,

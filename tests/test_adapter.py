@@ -334,6 +334,13 @@ def test_a_new_adapter_can_be_added_and_learns(backbones: Path) -> None:
     assert logits(model).isfinite().all()
 
 
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_new_adapter_is_in_the_mode_of_the_model(mode: bool) -> None:
+    model = tiny_model().train(mode)
+    model.add_adapter(adapter_name="new")
+    assert {module.training for module in model.adapters["new"].modules()} == {mode}
+
+
 # ---------------------------------------------------------------------- LoRA
 
 

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_config
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from listen import ListenConfig, ListenConnectorConfig, ListenForConditionalGeneration, ListenPromptPoolConfig
 from listen.configuration_listen import BACKBONES
 from listen.presets_listen import PRESETS
+
+CARDS = Path(__file__).parents[1] / "model_cards"
 
 
 def test_a_config_needs_no_arguments() -> None:
@@ -29,6 +31,25 @@ def test_configs_round_trip(preset: str, tmp_path: object) -> None:
     loaded = AutoConfig.from_pretrained(tmp_path)
     loaded.name_or_path = config.name_or_path
     assert loaded.to_json_string(use_diff=False) == config.to_json_string(use_diff=False)
+
+
+def test_saved_configs_name_every_field_of_the_pool(tmp_path: Path) -> None:
+    """So new defaults change new models alone."""
+    pool = ListenPromptPoolConfig()
+    tiny_config(prompt_pool_config=pool, extra_adapters=None).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())["prompt_pool_config"]
+    assert set(ListenPromptPoolConfig.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__) <= set(saved)
+
+
+@pytest.mark.parametrize("card", sorted(path.name for path in CARDS.iterdir() if (path / "config.json").exists()))
+def test_published_pools_keep_the_settings_they_were_trained_with(card: str) -> None:
+    saved = json.loads((CARDS / card / "config.json").read_text())["prompt_pool_config"]
+    pool = ListenConfig.from_pretrained(CARDS / card).prompt_pool_config
+    assert (saved is None) == (pool is None)
+    if saved is not None:
+        assert {"key_loss_type", "score_dropout"} <= set(saved)
+        del saved["dtype"]
+        assert {name: getattr(pool, name) for name in saved} == saved
 
 
 def test_an_absent_encoder_and_pool_stay_absent(tmp_path: object) -> None:
@@ -70,6 +91,8 @@ def test_the_tiny_preset_describes_the_model_in_the_repository() -> None:
         (lambda: ListenPromptPoolConfig(pool_size=10, num_prompts=9, strategy="task", tasks=["a", "b"]), "reaches 7"),
         (lambda: ListenPromptPoolConfig(score_dropout=1.5), "score_dropout=1.5"),
         (lambda: ListenPromptPoolConfig(promt_length=3), "no field 'promt_length'"),
+        (lambda: ListenPromptPoolConfig(train_prompts=401), "train_prompts=401 must lie in 1..400"),
+        (lambda: ListenPromptPoolConfig(train_prompts=9, stochastic=False), "train_prompts=9 has no effect"),
         (lambda: ListenPromptPoolConfig(pool_sise=3), "did you mean 'pool_size'"),
         (lambda: ListenConnectorConfig(type="mlp"), "type='mlp' is unknown; choose one of window_qformer"),
         (lambda: ListenConnectorConfig(hidden_size=10, num_attention_heads=3), "hidden_size=10 is not a multiple"),

@@ -111,7 +111,9 @@ def test_k_is_drawn_per_batch_over_its_whole_range_in_training_only(rows: list[d
     fixed = ListenCollator(processor, min_prompts=1)
     assert count_prompts(fixed(rows), processor) == 4
     assert count_prompts(ListenCollator(processor, num_prompts=2)(rows), processor) == 2
-    with pytest.raises(ValueError, match="min_prompts=5 must lie in 1..num_prompts=4"):
+    wider = ListenCollator(processor, train=True, min_prompts=5, max_prompts=6)
+    assert count_prompts(wider(rows[:2]), processor) in (5, 6)
+    with pytest.raises(ValueError, match="min_prompts=5 must lie in 1..4, the largest k of training"):
         ListenCollator(processor, train=True, min_prompts=5)
 
 

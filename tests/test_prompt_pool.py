@@ -33,7 +33,7 @@ def full(k: int) -> torch.Tensor:
 
 
 def test_similarity_takes_the_nearest_keys_by_cosine_best_first(query: torch.Tensor) -> None:
-    pool = make_pool("similarity")
+    pool = make_pool("similarity", key_loss_type="distance")
     prompts, selection = pool(query, full(4))
     for row in range(BATCH):
         cosines = [float(torch.cosine_similarity(query[row], key, dim=0)) for key in pool.keys.detach()]
@@ -52,6 +52,36 @@ def test_similarity_key_loss_of_the_authors_code(query: torch.Tensor) -> None:
         cosines = torch.stack([torch.cosine_similarity(query[row], key, dim=0) for key in pool.keys])
         expected = -cosines.softmax(0)[selection.indices[row]].sum()
         torch.testing.assert_close(selection.key_loss[row], expected)
+
+
+def test_the_relative_key_loss_is_a_mean_over_k_and_moves_the_keys_alone(query: torch.Tensor) -> None:
+    pool, query = make_pool("similarity"), query.clone().requires_grad_()
+    counts = torch.tensor([4, 1, 0, 2, 4])
+    _, selection = pool(query, counts)
+    for row, count in enumerate(counts.tolist()):
+        distances = (query[row] - pool.keys[selection.indices[row, :count]]).norm(dim=-1) / query[row].norm()
+        expected = distances.mean().item() if count else 0.0
+        assert selection.key_loss[row].item() == pytest.approx(expected, rel=1e-5)
+    selection.key_loss.sum().backward()
+    assert query.grad is None or not query.grad.any()
+    assert pool.keys.grad.abs().max() > 0
+
+
+def test_the_relative_key_loss_does_not_grow_with_k_or_scale() -> None:
+    config = ListenPromptPoolConfig(pool_size=400, num_prompts=160)
+    pool = ListenPromptPool(config, 256).eval()
+    for parameter in pool.parameters():
+        parameter.data.normal_(std=0.01)
+    for scale in (0.1, 1.0, 100.0):
+        query = scale * torch.randn(2, 256, generator=torch.Generator().manual_seed(0))
+        assert pool(query, torch.tensor([1, 160]))[1].key_loss.max() < 1.1
+
+
+def test_the_distance_and_similarity_key_losses_move_queries_too(query: torch.Tensor) -> None:
+    for key_loss_type in ("distance", "similarity"):
+        query = query.detach().clone().requires_grad_()
+        make_pool("similarity", key_loss_type=key_loss_type)(query, full(3))[1].key_loss.sum().backward()
+        assert query.grad.abs().min() > 0
 
 
 def test_attention_scales_values_by_renormalised_weights(query: torch.Tensor) -> None:
@@ -81,8 +111,10 @@ def test_attention_teaches_the_keys(query: torch.Tensor) -> None:
 
 
 def test_residual_picks_greedily_from_what_is_left(query: torch.Tensor) -> None:
-    pool = make_pool("residual")
+    pool = make_pool("residual", key_loss_type="distance")
     _, selection = pool(query, full(4))
+    _, relative = make_pool("residual")(query, full(4))
+    torch.testing.assert_close(relative.key_loss, selection.key_loss / query.norm(dim=-1))
     for row in range(BATCH):
         residual, used = query[row].clone(), []
         for _ in range(4):
@@ -146,7 +178,7 @@ def test_fewer_prompts_are_a_prefix_of_more(query: torch.Tensor) -> None:
 
 
 def test_key_loss_pulls_keys_and_queries_together(query: torch.Tensor) -> None:
-    pool = make_pool("similarity", score_dropout=0.0).train()
+    pool = make_pool("similarity", key_loss_type="distance").train()
     optimizer = torch.optim.SGD(pool.parameters(), lr=0.05)
     losses = []
     for _ in range(100):
@@ -175,6 +207,30 @@ def test_score_dropout_acts_in_training_alone(strategy: str, query: torch.Tensor
     noisy = [pool(query, full(4))[1].indices for _ in range(4)]
     assert any(not torch.equal(steady[0], other) for other in noisy)
     assert all(len(set(row)) == 4 for selection in noisy for row in selection.tolist())
+
+
+@pytest.mark.parametrize("strategy", ["similarity", "attention", "residual"])
+def test_dropped_keys_are_never_picked_though_all_scores_are_negative(strategy: str) -> None:
+    pool = make_pool(strategy, score_dropout=0.3)
+    pool.keys.data.copy_(-torch.ones(POOL, WIDTH) - 0.01 * torch.arange(POOL)[:, None] * torch.eye(WIDTH)[0])
+    query = torch.ones(1, WIDTH)
+    best = pool(query, torch.tensor([1]))[1].indices.item()
+    pool.train()
+    for seed in range(30):
+        torch.manual_seed(seed)
+        kept = [i for i, draw in enumerate(torch.rand(POOL).tolist()) if draw >= 0.3]
+        torch.manual_seed(seed)
+        picked = pool(query, torch.tensor([3]))[1].indices[0].tolist()
+        assert set(picked) <= set(kept)
+        if best in kept:
+            assert picked[0] == best
+
+
+def test_nothing_is_dropped_where_fewer_than_k_would_be_left(query: torch.Tensor) -> None:
+    for strategy in ("similarity", "attention", "residual"):
+        pool = make_pool(strategy, score_dropout=0.9)
+        steady = pool(query, full(POOL))[1].indices
+        assert torch.equal(pool.train()(query, full(POOL))[1].indices, steady)
 
 
 def test_centred_queries_spread_over_keys_that_alike_queries_would_leave(query: torch.Tensor) -> None:

@@ -40,6 +40,34 @@ def settings_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
     return dict(held)
 
 
+def test_the_pool_has_its_own_rate_and_no_weight_decay(tmp_path: Path) -> None:
+    model = tiny_model()
+    trainer = trainer_of(model, tmp_path, layerwise_lr_decay=1.0, pool_lr_factor=30.0, decay_pool=False)
+    held = settings_of(model, trainer.create_optimizer())
+    assert trainer.optimizer.param_groups[0]["lr"] == RATE  # what is logged
+    pool = {name for name in held if "prompt_pool" in name}
+    assert len(pool) == 2
+    for name, group in held.items():
+        assert group["lr"] == pytest.approx(RATE * (30.0 if name in pool else 1.0))
+    assert {held[name]["weight_decay"] for name in pool} == {0.0}
+    assert {group["weight_decay"] for name, group in held.items() if name not in pool} == {0.0, 0.05}
+
+
+def test_the_rates_of_pool_and_layers_combine(tmp_path: Path) -> None:
+    model = tiny_model(trainable=TRAINABLE)
+    held = settings_of(model, trainer_of(model, tmp_path, pool_lr_factor=4.0).create_optimizer())
+    for name, share in layer_rates(model, DECAY).items():
+        assert held[name]["lr"] == pytest.approx(RATE * share * (4.0 if "prompt_pool" in name else 1.0))
+
+
+def test_a_rate_for_a_pool_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    without = tiny_model(prompt_pool_config=None)
+    with pytest.raises(ArgumentError, match="pool_lr_factor=2.0 has no effect"):
+        trainer_of(without, tmp_path, layerwise_lr_decay=1.0, pool_lr_factor=2.0).create_optimizer()
+    with pytest.raises(ArgumentError, match="pool_lr_factor=0.0 must be above 0"):
+        ListenTrainingArguments(output_dir=str(tmp_path), pool_lr_factor=0.0, use_cpu=True)
+
+
 def test_rates_fall_from_the_connector_to_the_features() -> None:
     model = tiny_model(trainable=TRAINABLE)
     rates = layer_rates(model, DECAY)

@@ -205,12 +205,14 @@ class ListenTrainingArguments(TrainingArguments):
     Attributes:
         layerwise_lr_decay: factor between the learning rates of neighbouring layers of a trainable encoder, from the
             connector's rate at its output down to its input; 1 gives all layers the same rate.
+        pool_lr_factor: learning rate of the prompt pool as a multiple of the connector's.
+        decay_pool: whether `weight_decay` acts on the prompt pool too.
         alignment: target of training: `lm`, the next token; or `distill`, the next-token distribution of the frozen LLM
             that reads the words instead of the recording, for rows with a `transcript` or `text_input`.
         distill_temperature: temperature of both distributions.
         distill_lm_weight: weight of the next-token loss that is added to the distillation loss.
-        min_prompts: minimum k that training draws for a batch; the maximum is the pool's `num_prompts`. Used only if
-            the pool is `stochastic`.
+        min_prompts: minimum k that training draws for a batch; the maximum is the pool's `train_prompts`. Used only
+            if the pool is `stochastic`.
         generation_eval_rows: max examples per task that every evaluation generates answers for and scores; 0 for none.
         generation_max_new_tokens: max new tokens of these answers.
         generation_num_beams: beams for these answers.
@@ -234,6 +236,8 @@ class ListenTrainingArguments(TrainingArguments):
     label_names: list[str] | None = field(default_factory=lambda: ["labels"])
     ddp_find_unused_parameters: bool | None = field(default=False)
     layerwise_lr_decay: float = field(default=1.0)
+    pool_lr_factor: float = field(default=1.0)
+    decay_pool: bool = field(default=True)
     alignment: str = field(default="lm")
     distill_temperature: float = field(default=1.0)
     distill_lm_weight: float = field(default=0.0)
@@ -266,6 +270,8 @@ class ListenTrainingArguments(TrainingArguments):
                 raise ArgumentError(f"training.{name}={getattr(self, name)} must be at least {least}")
         if not 0.0 < self.layerwise_lr_decay <= 1.0:
             raise ArgumentError(f"training.layerwise_lr_decay={self.layerwise_lr_decay} must lie in (0, 1]")
+        if self.pool_lr_factor <= 0.0:
+            raise ArgumentError(f"training.pool_lr_factor={self.pool_lr_factor} must be above 0")
         self._check_alignment()
         if self.label_smoothing_factor:
             raise ArgumentError("training.label_smoothing_factor would replace the model's own loss; leave it at 0")

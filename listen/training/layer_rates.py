@@ -1,4 +1,4 @@
-"""Layer-wise learning-rate decay: layers of a trainable encoder get lower rates the nearer they are to its input."""
+"""Learning rates of their own: lower ones for the lower layers of a trainable encoder, and one for the prompt pool."""
 
 from __future__ import annotations
 
@@ -37,17 +37,41 @@ def layer_rates(model: nn.Module, decay: float) -> dict[str, float]:
     return {name: decay ** steps.get(p, 0) for name, p in model.named_parameters() if p.requires_grad}
 
 
+def pool_rates(model: nn.Module, factor: float) -> dict[str, float]:
+    """Share of the learning rate that each trainable parameter gets: `factor` for prompt pools, 1 for all others.
+
+    Args:
+        model: a `ListenModel`, or a wrapper of one.
+        factor: learning rate of the pool as a multiple of the usual one.
+
+    Raises:
+        ArgumentError: no pool is trainable, so the factor would have no effect.
+    """
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    rates = {name: factor if is_pool(name) else 1.0 for name in names}
+    if factor != 1.0 and not any(map(is_pool, names)):
+        raise ArgumentError(
+            f"training.pool_lr_factor={factor} has no effect: no prompt pool is trainable; leave it out"
+        )
+    return rates
+
+
+def is_pool(name: str) -> bool:
+    """Whether this is the name of a parameter of a prompt pool."""
+    return "prompt_pool" in name.split(".")
+
+
 def split_by_rate(optimizer: torch.optim.Optimizer, model: nn.Module, rates: dict[str, float]) -> None:
     """Split every parameter group of a fresh optimiser into one group for each learning rate.
 
     Args:
-        optimizer: one that has not made a step; the groups of the full rate come first, as the first is what is logged.
+        optimizer: one that has not made a step; the groups of the usual rate come first, as the first is what is logged.
         model: the model whose parameters it holds.
         rates: share of the learning rate of each parameter, see `layer_rates`.
     """
     share = {parameter: rates[name] for name, parameter in model.named_parameters() if name in rates}
     groups, optimizer.param_groups = optimizer.param_groups, []
-    for rate in sorted(set(rates.values()), reverse=True):
+    for rate in sorted(set(rates.values()), key=lambda rate: (rate != 1.0, -rate)):
         for group in groups:
             chosen = [parameter for parameter in group["params"] if share[parameter] == rate]
             if chosen:

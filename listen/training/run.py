@@ -138,7 +138,7 @@ def build_trainer(
             processor,
             train=True,
             teacher=training_arguments.alignment == "distill",
-            min_prompts=_min_prompts(model, training_arguments),
+            **_drawn_prompts(model, training_arguments),
             seed=seed,
             **common,
         ),
@@ -280,10 +280,12 @@ def _open_features(
     return store
 
 
-def _min_prompts(model: ListenForConditionalGeneration, arguments: ListenTrainingArguments) -> int | None:
-    """Minimum k in training; `None` where k is fixed."""
+def _drawn_prompts(model: ListenForConditionalGeneration, arguments: ListenTrainingArguments) -> dict[str, int | None]:
+    """The collator's range of k in training; nothing where k is fixed."""
     pool = model.config.prompt_pool_config
-    return arguments.min_prompts if pool is not None and pool.stochastic else None
+    if pool is None or not pool.stochastic:
+        return {}
+    return {"min_prompts": arguments.min_prompts, "max_prompts": pool.train_prompts}
 
 
 def _take_keys_from_data(

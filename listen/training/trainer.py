@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..data.collator import ListenCollator
 from .callbacks import EpochCallback, EpochLengthGroupedSampler
-from .layer_rates import layer_rates, split_by_rate
+from .layer_rates import is_pool, layer_rates, pool_rates, split_by_rate
 from .pool_health import PoolMonitor
 
 logger = logging.get_logger(__name__)
@@ -36,8 +36,8 @@ class _EvalSums:
 class ListenTrainer(Trainer):
     """Trains a `ListenForConditionalGeneration`.
 
-    The optimisation is that of `Trainer`, unless `layerwise_lr_decay` is set: the model's losses
-    are exact under accumulation and over processes, and only parameters that require gradients reach the optimiser.
+    The optimisation is that of `Trainer`, unless `layerwise_lr_decay`, `pool_lr_factor` or `decay_pool` is set: the
+    model's losses are exact under accumulation and over processes, and only parameters that require gradients reach the optimiser.
 
     Args:
         model: the model.
@@ -72,17 +72,27 @@ class ListenTrainer(Trainer):
         self._signs: dict[str, int] = {}
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """As upstream; with `layerwise_lr_decay` the layers of trainable encoders get their own learning rates.
+        """As upstream; layers of trainable encoders (`layerwise_lr_decay`) and the prompt pool (`pool_lr_factor`) get their
+        own learning rates.
 
         Raises:
-            ArgumentError: no encoder is trainable, or it has no list of layers.
+            ArgumentError: no encoder or no pool is trainable, or the encoder has no list of layers.
         """
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        if fresh and self.args.layerwise_lr_decay < 1.0:
+        decay, factor = self.args.layerwise_lr_decay, self.args.pool_lr_factor
+        if fresh and (decay < 1.0 or factor != 1.0):
             model = self.model if model is None else model
-            split_by_rate(optimizer, model, layer_rates(model, self.args.layerwise_lr_decay))
+            rates = pool_rates(model, factor)
+            if decay < 1.0:
+                rates = {name: share * rates[name] for name, share in layer_rates(model, decay).items()}
+            split_by_rate(optimizer, model, rates)
         return optimizer
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """As upstream; without the prompt pool unless `decay_pool` is set."""
+        names = super().get_decay_parameter_names(model)
+        return names if self.args.decay_pool else [name for name in names if not is_pool(name)]
 
     def compute_loss(
         self,
