@@ -117,8 +117,8 @@ class AttentionSelection(SelectionStrategy):
 class ResidualSelection(SelectionStrategy):
     """Greedy residual quantisation of the query: each pick is the unused key nearest to what is left of it.
 
-    `r_0 = q`, `r_{j+1} = r_j - k_i`; the key loss is `||q - sum of the picked keys||`, or with `key_loss_type="relative"`
-    its ratio to `||q||`, with `q` detached.
+    `r_0 = q`, `r_{j+1} = r_j - k_i`; the key loss is `||q - sum of the picked keys||`, or, with
+    `key_loss_type="relative"`, its ratio to `||q||` with `q` detached.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:

@@ -187,7 +187,7 @@ FROM_BASELINE = {
     "model.language_model": None,
 }
 POOL = {
-    "model.prompt_pool": {"pool_size": 100, "num_prompts": 20},
+    "model.prompt_pool": {"pool_size": 100, "num_prompts": 20, "key_loss_type": "relative", "key_loss_weight": 1.0},
     "model.trainable": ["adapter"],
     "training.layerwise_lr_decay": 1.0,
     "training.ddp_find_unused_parameters": False,

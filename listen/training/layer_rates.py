@@ -65,7 +65,7 @@ def split_by_rate(optimizer: torch.optim.Optimizer, model: nn.Module, rates: dic
     """Split every parameter group of a fresh optimiser into one group for each learning rate.
 
     Args:
-        optimizer: one that has not made a step; the groups of the usual rate come first, as the first is what is logged.
+        optimizer: one that has not made a step; the groups of share 1 come first, as the rate of the first is logged.
         model: the model whose parameters it holds.
         rates: share of the learning rate of each parameter, see `layer_rates`.
     """

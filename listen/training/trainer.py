@@ -37,7 +37,8 @@ class ListenTrainer(Trainer):
     """Trains a `ListenForConditionalGeneration`.
 
     The optimisation is that of `Trainer`, unless `layerwise_lr_decay`, `pool_lr_factor` or `decay_pool` is set: the
-    model's losses are exact under accumulation and over processes, and only parameters that require gradients reach the optimiser.
+    model's losses are exact under accumulation and over processes, and only parameters that require gradients reach the
+    optimiser.
 
     Args:
         model: the model.
@@ -72,8 +73,7 @@ class ListenTrainer(Trainer):
         self._signs: dict[str, int] = {}
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """As upstream; layers of trainable encoders (`layerwise_lr_decay`) and the prompt pool (`pool_lr_factor`) get their
-        own learning rates.
+        """As upstream; `layerwise_lr_decay` and `pool_lr_factor` give encoder layers and the pool their own learning rates.
 
         Raises:
             ArgumentError: no encoder or no pool is trainable, or the encoder has no list of layers.
