@@ -164,13 +164,14 @@ def differences(one: object, other: object, name: str = "") -> dict[str, object]
 
 LORA = {"r": 8, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]}
 SOFT_PROMPT = {"strategy": "fixed", "pool_size": 20, "num_prompts": 20, "stochastic": False}
+SOFT_PROMPT = {f"prompt_pool.{name}": value for name, value in SOFT_PROMPT.items()}
 
 
 @pytest.mark.parametrize(
     ("name", "model"),
     [
-        ("soft-prompt-baseline", {"prompt_pool": SOFT_PROMPT}),
-        ("lora-baseline", {"prompt_pool": {"pool_size": 0}, "lora": LORA}),
+        ("soft-prompt-baseline", SOFT_PROMPT),
+        ("lora-baseline", {"prompt_pool.pool_size": 0, "lora": LORA}),
         ("listen-0.4m", {"preset": "listen-0.4m", "connector_from": "runs/listen-llama3-8b/model"}),
     ],
 )

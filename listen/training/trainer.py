@@ -73,7 +73,7 @@ class ListenTrainer(Trainer):
         self._signs: dict[str, int] = {}
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """As upstream; `layerwise_lr_decay` and `pool_lr_factor` give encoder layers and the pool their own learning rates.
+        """As upstream; `layerwise_lr_decay` and `pool_lr_factor` give encoder layers and the pool their own rates.
 
         Raises:
             ArgumentError: no encoder or no pool is trainable, or the encoder has no list of layers.
