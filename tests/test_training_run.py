@@ -72,7 +72,8 @@ def run(settings: dict) -> Any:
     return train(arguments.model, arguments.data, arguments.training, raw=arguments.raw)
 
 
-EXACT = {"prompt_pool": {"pool_size": 12, "num_prompts": 4, "stochastic": False, "score_dropout": 0.0}}
+# the paper's key loss, a sum that moves the connector too
+EXACT = {"prompt_pool": {"pool_size": 12, "num_prompts": 4, "stochastic": False, "key_loss_type": "distance"}}
 # plain gradient descent: the step is the gradient itself, which Adam would rescale
 ONE_STEP = {
     "max_steps": 1,
@@ -336,6 +337,13 @@ def test_evaluation_reports_the_lm_loss_of_all_labels_first(backbones: dict, man
 def test_the_logged_key_loss_is_a_mean_over_the_picked_prompts(one_batch: Path) -> None:
     log = first_log(one_batch)
     assert log["loss"] == pytest.approx(log["lm_loss"] + 4 * log["key_loss"], rel=1e-5)
+
+
+def test_the_relative_key_loss_is_logged_as_it_is(backbones: dict, manifest: Path, tmp_path: Path) -> None:
+    run(sections(backbones, manifest, tmp_path, NOISY, **ONE_STEP, **batches(4, 1)))
+    log = first_log(tmp_path)
+    assert log["loss"] == pytest.approx(log["lm_loss"] + log["key_loss"], rel=1e-5)
+    assert 0 < log["key_loss"] < 2
 
 
 def test_the_best_model_is_not_chosen_by_a_loss_that_holds_the_key_loss(
