@@ -59,7 +59,7 @@ def test_later_files_win(config: Path, tmp_path: Path) -> None:
             ["--data.train", "{path: a.jsonl, formt: manifest}"],
             r"unknown argument data.train: formt; did you mean format\?",
         ),
-        (["--data.train", "{path: a.jsonl, format: csv}"], "format='csv' is unknown; choose one of manifest"),
+        (["--data.train", "{path: a.jsonl, format: xml}"], "format='xml' is unknown; choose one of manifest"),
         (["--data.train", "{path: a.jsonl, task: er}"], "a.jsonl: task='er' has no meaning for format='manifest'"),
         (["--training.min_prompts", "0"], "training.min_prompts=0 must be at least 1"),
         (["--training.label_smoothing_factor", "0.1"], "label_smoothing_factor"),

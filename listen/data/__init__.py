@@ -7,11 +7,13 @@ from .features import FeatureStore, FeatureStoreError
 from .manifest import ManifestError, from_datasets, load_manifest, load_salmonn, load_source
 from .mixing import mix_datasets, mixing_weights, split_by_task
 from .precompute import precompute_features
+from .sources import DataSource, load_rows
 from .targets import TargetError, generate_targets
 from .tasks import Task, UnknownTaskError, get_task, list_tasks, register_task
 from .utterances import Utterance, read_utterances
 
 __all__ = [
+    "DataSource",
     "FeatureStore",
     "FeatureStoreError",
     "ListenCollator",
@@ -25,6 +27,7 @@ __all__ = [
     "get_task",
     "list_tasks",
     "load_manifest",
+    "load_rows",
     "load_salmonn",
     "load_source",
     "mix_datasets",

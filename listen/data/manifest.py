@@ -15,14 +15,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import soundfile
-from datasets import Audio, Dataset, Features, IterableDataset, List, Value, load_dataset
+from datasets import (
+    Audio,
+    ClassLabel,
+    Dataset,
+    Features,
+    IterableDataset,
+    List,
+    Value,
+    load_dataset,
+    load_from_disk,
+)
 
 from .tasks import UnknownTaskError, extra_fields, get_task
 
@@ -41,6 +51,9 @@ FEATURES = Features(
 _KNOWN = tuple(name for name in FEATURES if name != "extra")
 _REQUIRED = ("audio", "task", "response")
 JOINS = (None, "concatenate")
+Columns = Mapping[str, str | list[str]]
+"""Our column -> column of a source, or several columns that make a list."""
+_NAMED_FILES = 3  # further missing files that an error names
 
 SALMONN_TASKS = {
     "asr": "asr",
@@ -75,7 +88,7 @@ def load_manifest(path: str | os.PathLike[str], check_files: bool = True) -> Dat
         FileNotFoundError: there is no such manifest.
     """
     path = Path(path)
-    return _build(read_json_lines(path), path.parent.resolve(), check_files)
+    return to_dataset(read_json_lines(path), path.parent.resolve(), check_files)
 
 
 def load_salmonn(
@@ -98,18 +111,24 @@ def load_salmonn(
         FileNotFoundError: there is no such file.
     """
     path = Path(path)
+    return to_dataset(read_salmonn(path, task_names), path.parent, check_files)
+
+
+def read_salmonn(path: Path, task_names: Mapping[str, str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of an annotation file, each with its file and number; see `load_salmonn`."""
     names = {**SALMONN_TASKS, **(task_names or {})}
     try:
         annotation = list(json.loads(path.read_text(encoding="utf-8-sig"))["annotation"])
     except (ValueError, KeyError, TypeError) as error:
         raise ManifestError(f'{path}: expected {{"annotation": [...]}}, SALMONN\'s format, in UTF-8') from error
-    numbered = ((f"{path}: annotation {number}", entry) for number, entry in enumerate(annotation))
-    return _build(((where, _from_salmonn(where, entry, names)) for where, entry in numbered), path.parent, check_files)
+    for number, entry in enumerate(annotation):
+        where = f"{path}: annotation {number}"
+        yield where, _from_salmonn(where, entry, names)
 
 
 def load_source(
     path: str,
-    columns: Mapping[str, str] | None = None,
+    columns: Columns | None = None,
     task: str | None = None,
     name: str | None = None,
     split: str = "train",
@@ -121,7 +140,8 @@ def load_source(
 
     Args:
         path: what `datasets.load_dataset` takes first.
-        columns: our column -> column of the source, e.g. `{"response": "text"}`; other columns keep their names.
+        columns: our column -> column of the source, e.g. `{"response": "text"}`, or several columns that make a list;
+            other columns keep their names.
         task: task of all rows, if the source has no column for it.
         name: configuration of the data set.
         split: split of the data set, also sliced (`"train[:1%]"`).
@@ -135,15 +155,38 @@ def load_source(
     Raises:
         ManifestError: a required column is missing, or a row cannot be used.
     """
-    source = load_dataset(path, name, split=split, revision=revision, data_files=data_files, streaming=streaming)
+    source = open_dataset(path, name, split, revision, data_files, streaming)
     return from_datasets(source, columns=columns, task=task, origin=f"{path}:{split}")
+
+
+def open_dataset(
+    path: str,
+    name: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    data_files: str | list[str] | None = None,
+    streaming: bool = False,
+) -> Dataset | IterableDataset:
+    """The data set itself, with its own columns; also a folder of `save_to_disk`. Arguments as in `load_source`."""
+    if is_saved_dataset(Path(path)):
+        saved = load_from_disk(path)
+        saved = saved if isinstance(saved, Dataset) else saved[split]
+        return saved.to_iterable_dataset() if streaming else saved
+    return load_dataset(path, name, split=split, revision=revision, data_files=data_files, streaming=streaming)
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote this folder."""
+    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
 def from_datasets(
     source: Dataset | IterableDataset,
-    columns: Mapping[str, str] | None = None,
+    columns: Columns | None = None,
     task: str | None = None,
     origin: str = "dataset",
+    folder: Path | None = None,
+    check_files: bool = False,
 ) -> Dataset | IterableDataset:
     """Convert a loaded data set to our schema.
 
@@ -151,9 +194,11 @@ def from_datasets(
 
     Args:
         source: the data set.
-        columns: our column -> column of the source.
+        columns: our column -> column of the source, or several columns that make a list.
         task: task of all rows, if the source has no column for it.
         origin: name of the source, for ids and errors.
+        folder: relative audio paths start from it; the working directory by default.
+        check_files: whether to raise for missing audio files; streams are not checked.
 
     Returns:
         The same kind of data set with the columns of `FEATURES`.
@@ -162,19 +207,72 @@ def from_datasets(
         ManifestError: see `load_source`.
     """
     features = source.features or {}
-    mapping = {name: (columns or {}).get(name, name) for name in _KNOWN}
-    _check_columns(mapping, columns or {}, features, task, origin)
-    for name, feature in features.items():
-        if isinstance(feature, Audio):
-            source = source.cast_column(name, Audio(decode=False))  # the collator decodes, once
+    if features:  # the columns of a stream may be unknown before it is read
+        _check_columns(columns or {}, features, task, origin)
+    place = folder or Path.cwd()
+    source, labels = _undecoded(source)
 
     def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
-        record = {key: value for key, value in row.items() if key not in mapping.values()}
-        record.update({name: row[column] for name, column in mapping.items() if row.get(column) is not None})
-        record["task"] = record.get("task") or task
-        return to_row(f"{origin}: row {index}", record, Path.cwd(), check_files=False)
+        where = f"{origin}: row {index}"
+        record = renamed(where, _with_label_names(row, labels), columns or {}, task)
+        return to_row(where, record, place, check_files=False)
 
-    return source.map(convert, with_indices=True, remove_columns=list(features) or None, features=FEATURES)
+    rows = source.map(convert, with_indices=True, remove_columns=list(features) or None, features=FEATURES)
+    if check_files and isinstance(rows, Dataset):
+        refuse_missing_files(rows, [f"{origin}: row {index}" for index in range(len(rows))])
+    return rows
+
+
+def rows_of(
+    source: Dataset | IterableDataset, columns: Columns, task: str | None, origin: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a data set under our names, each with its place; see `from_datasets`."""
+    source, labels = _undecoded(source)
+    for index, row in enumerate(source):
+        where = f"{origin}: row {index}"
+        yield where, renamed(where, _with_label_names(row, labels), columns, task)
+
+
+def _undecoded(source: Dataset | IterableDataset) -> tuple[Dataset | IterableDataset, dict[str, ClassLabel]]:
+    """The data set with its audio as it is stored, for the collator to decode once, and its columns of labels."""
+    features = source.features or {}
+    for name, feature in features.items():
+        if isinstance(feature, Audio):
+            source = source.cast_column(name, Audio(decode=False))
+    return source, {name: feature for name, feature in features.items() if isinstance(feature, ClassLabel)}
+
+
+def _with_label_names(row: Mapping[str, Any], labels: Mapping[str, ClassLabel]) -> dict[str, Any]:
+    named = {name: kind.int2str(row[name]) for name, kind in labels.items() if row[name] is not None}
+    return {**row, **named}
+
+
+def renamed(where: str, record: Any, columns: Columns, task: str | None) -> Any:
+    """A record with the fields of a manifest from the columns of another source.
+
+    Args:
+        where: file and line, for errors.
+        record: column -> value; empty cells are left out.
+        columns: our field -> its column, or several columns that make a list.
+        task: task of the record where it names none.
+
+    Raises:
+        ManifestError: a required column is missing.
+    """
+    if not isinstance(record, Mapping):
+        return record
+    _check_columns(columns, record, task, where)
+    mapping = {name: _as_list(columns.get(name, name)) for name in _KNOWN}
+    taken = {column for asked in mapping.values() for column in asked}
+    filled = {
+        name: value for name, value in record.items() if not (value is None or isinstance(value, str) and not value)
+    }
+    found = {name: value for name, value in filled.items() if name not in taken and name not in _KNOWN}
+    for name, asked in mapping.items():
+        values = [filled[column] for column in asked if column in filled]
+        if values:
+            found[name] = values if len(asked) > 1 else values[0]
+    return {**found, "task": found.get("task") or task}
 
 
 def to_row(where: str, record: Mapping[str, Any], folder: Path, check_files: bool = True) -> dict[str, Any]:
@@ -237,9 +335,57 @@ def _parse_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
         yield where, record
 
 
-def _build(records: Iterable[tuple[str, Any]], folder: Path, check_files: bool) -> Dataset:
-    rows = [to_row(where, record, folder, check_files) for where, record in records]
-    return Dataset.from_dict({name: [row[name] for row in rows] for name in FEATURES}, features=FEATURES)
+def to_dataset(records: Iterable[tuple[str, Any]], folder: Path, check_files: bool = True) -> Dataset:
+    """Records with their file and line as a data set of the schema.
+
+    Raises:
+        ManifestError: a record that cannot be used, or missing files; see `refuse_missing_files`.
+    """
+    places, rows = [], []
+    for where, record in records:
+        places.append(where)
+        rows.append(to_row(where, record, folder, check_files=False))
+    dataset = Dataset.from_dict({name: [row[name] for row in rows] for name in FEATURES}, features=FEATURES)
+    if check_files:
+        refuse_missing_files(dataset, places)
+    return dataset
+
+
+def refuse_missing_files(dataset: Dataset, places: Sequence[str]) -> None:
+    """Look for the local audio files of all rows.
+
+    Args:
+        dataset: rows of the schema, not filtered.
+        places: file and line of each row.
+
+    Raises:
+        ManifestError: files that are not there: the first ones with their rows, and the number of all.
+    """
+    missing: dict[str, str] = {}
+    known: set[str] = set()
+    for row, path in _local_paths(dataset):
+        if path not in known and not os.path.isfile(path):
+            missing[path] = places[row]
+        known.add(path)
+    if missing:
+        (first, where), *others = missing.items()
+        further = "".join(f", {place}: {path}" for path, place in others[:_NAMED_FILES])
+        total = f"; {len(missing)} of {len(known)} files are missing: also{further[1:]}" if others else ""
+        total += ", ..." if len(others) > _NAMED_FILES else ""
+        raise ManifestError(f"{where}: there is no audio file {first}{total}")
+
+
+def _local_paths(dataset: Dataset) -> Iterator[tuple[int, str]]:
+    """Row and path of each clip that is a local file. Only paths are read, not the bytes beside them."""
+    start = 0
+    for chunk in dataset.data.column("audio").chunks:
+        clips = chunk.flatten()
+        rows = [row for row, count in enumerate(chunk.value_lengths().to_pylist()) for _ in range(count)]
+        paths = clips.field("path").to_pylist()
+        for row, path, is_file in zip(rows, paths, clips.field("bytes").is_null().to_pylist(), strict=True):
+            if is_file and path is not None and "://" not in path:
+                yield start + row, path
+        start += len(chunk)
 
 
 def _from_salmonn(where: str, entry: Any, names: Mapping[str, str]) -> dict[str, Any]:
@@ -254,19 +400,16 @@ def _from_salmonn(where: str, entry: Any, names: Mapping[str, str]) -> dict[str,
     return record
 
 
-def _check_columns(
-    mapping: Mapping[str, str], asked: Mapping[str, str], features: Mapping[str, Any], task: str | None, origin: str
-) -> None:
+def _check_columns(asked: Columns, present: Mapping[str, Any], task: str | None, origin: str) -> None:
     unknown = set(asked) - set(_KNOWN)
     if unknown:
         raise ManifestError(f"{origin}: columns names {sorted(unknown)}, but ours are {', '.join(_KNOWN)}")
-    if not features:  # the columns of a stream may be unknown before it is read
-        return
-    for name, column in mapping.items():
-        needed = name in asked or (name in _REQUIRED and not (name == "task" and task))
-        if needed and column not in features:
+    needed = {name: name for name in _REQUIRED if not (name == "task" and task)} | dict(asked)
+    for name, columns in needed.items():
+        absent = [column for column in _as_list(columns) if column not in present]
+        if absent:
             raise ManifestError(
-                f"{origin}: no column {column!r} for {name!r}; it has {sorted(features)}. "
+                f"{origin}: no column {absent[0]!r} for {name!r}; it has {sorted(present)}. "
                 f"Map one with columns={{{name!r}: ...}}" + (" or give task=..." if name == "task" else "")
             )
 
@@ -336,24 +479,23 @@ def _is_json(value: Any) -> bool:
     return True
 
 
-LOADERS: dict[str, Callable[..., Dataset | IterableDataset]] = {
-    "manifest": load_manifest,
-    "salmonn": load_salmonn,
-    "datasets": load_source,
-}
-"""Reader of each format."""
-
 __all__ = [
     "FEATURES",
     "JOINS",
-    "LOADERS",
     "SALMONN_TASKS",
     "ManifestError",
     "extra_fields",
     "from_datasets",
+    "is_saved_dataset",
     "load_manifest",
     "load_salmonn",
     "load_source",
+    "open_dataset",
     "read_json_lines",
+    "read_salmonn",
+    "refuse_missing_files",
+    "renamed",
+    "rows_of",
+    "to_dataset",
     "to_row",
 ]

@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from datasets import Dataset, IterableDataset
 from transformers import TrainingArguments
 
-from ..data.manifest import LOADERS
 from ..data.mixing import STRATEGIES
+from ..data.sources import DataSource
 from ..data.tasks import UnknownTaskError, get_task
 from .values import ArgumentError, check_values, field_names, refuse_unknown
 
@@ -81,63 +81,6 @@ class ModelArguments:
             raise ArgumentError(f"model.revisions names {unknown}; the backbones are {', '.join(sources[1:])}")
         if self.trainable is not None and not self.trainable:
             raise ArgumentError("model.trainable=[] names no part; leave it out, or name the trainable parts")
-
-
-@dataclass
-class DataSource:
-    """One source of rows.
-
-    Attributes:
-        path: a manifest, a SALMONN annotation file, or a name for `datasets.load_dataset`.
-        format: `manifest`, `salmonn` or `datasets`; null decides by the suffix (`.jsonl`, `.json`, anything else).
-        task: task of all rows, for `datasets`; manifests and annotations name the task of each row.
-        tasks: keep only rows of these tasks.
-        columns: our column -> column of the source, for `datasets`.
-        task_names: names of tasks in a SALMONN file -> our names.
-        name: configuration of a Hub data set.
-        split: its split.
-        revision: its commit or tag.
-        data_files: files for a builder of `datasets`.
-        streaming: whether its rows are streamed.
-        max_rows: max rows, drawn at random.
-    """
-
-    path: str
-    format: str | None = None
-    task: str | None = None
-    tasks: list[str] | None = None
-    columns: dict[str, str] = field(default_factory=dict)
-    task_names: dict[str, str] = field(default_factory=dict)
-    name: str | None = None
-    split: str = "train"
-    revision: str | None = None
-    data_files: str | list[str] | None = None
-    streaming: bool = False
-    max_rows: int | None = None
-
-    def __post_init__(self) -> None:
-        """Set the format.
-
-        Raises:
-            ArgumentError: an unknown format or task, or a field that this format does not read.
-        """
-        endings = {".jsonl": "manifest", ".json": "salmonn"}
-        self.format = self.format or endings.get(Path(self.path).suffix, "datasets")
-        if self.format not in LOADERS:
-            raise ArgumentError(f"{self.path}: format={self.format!r} is unknown; choose one of {', '.join(LOADERS)}")
-        for name, formats in _FORMATS_OF_FIELDS.items():
-            if getattr(self, name) not in (None, False, {}, "train") and self.format not in formats:
-                raise ArgumentError(
-                    f"{self.path}: {name}={getattr(self, name)!r} has no meaning for format={self.format!r}, only for "
-                    f"{' and '.join(formats)}; leave it out"
-                )
-        check_tasks(f"{self.path}: tasks", self.tasks)
-
-
-_FORMATS_OF_FIELDS = {
-    **dict.fromkeys(("task", "columns", "name", "split", "revision", "data_files", "streaming"), ("datasets",)),
-    "task_names": ("salmonn",),
-}
 
 
 @dataclass
@@ -311,8 +254,10 @@ def check_tasks(where: str, names: Sequence[str] | None) -> None:
 def parse_sources(where: str, value: Any) -> list[DataSource]:
     """Sources as a recipe gives them: a path, a mapping with the fields of `DataSource`, or a list of these.
 
+    In Python, a data set of the `datasets` library may stand for a path.
+
     Raises:
-        ArgumentError: neither, or an unknown field.
+        ArgumentError: neither, an unknown field, or fields that do not fit each other.
     """
     return [_source(where, item) for item in (value if isinstance(value, (list, tuple)) else [value])]
 
@@ -321,11 +266,17 @@ def _source(where: str, item: Any) -> DataSource:
     if isinstance(item, DataSource):
         return item
     if isinstance(item, (str, os.PathLike)):
-        return DataSource(path=os.fspath(item))
+        item = {"path": os.fspath(item)}
+    elif isinstance(item, (Dataset, IterableDataset)):
+        item = {"path": item}
     if not isinstance(item, Mapping) or "path" not in item:
         raise ArgumentError(f"{where}: a source is a path or a mapping with 'path', found {item!r}")
     refuse_unknown(item, field_names(DataSource), f"{where}: ")
-    return DataSource(**check_values(f"{where}: ", DataSource, item))
+    values = check_values(f"{where}: ", DataSource, item)
+    try:
+        return DataSource(**values)
+    except ValueError as error:
+        raise ArgumentError(str(error)) from error
 
 
 SECTIONS: dict[str, type] = {"model": ModelArguments, "data": DataArguments, "training": ListenTrainingArguments}

@@ -10,9 +10,10 @@ from datasets import Dataset, Features, IterableDataset, Value, concatenate_data
 from transformers.utils import logging
 
 from ..data.audio import row_seconds
-from ..data.manifest import FEATURES, ManifestError, load_manifest, load_salmonn, load_source
+from ..data.manifest import FEATURES, ManifestError
 from ..data.mixing import mix_datasets, split_by_task, subset_per_task
-from .arguments import DataArguments, DataSource
+from ..data.sources import DataSource, load_rows
+from .arguments import DataArguments
 from .values import ArgumentError
 
 logger = logging.get_logger(__name__)
@@ -88,13 +89,7 @@ def load(source: DataSource, arguments: DataArguments, seed: int = 0) -> Dataset
         ArgumentError: it has no row left.
         ManifestError: a row that cannot be used.
     """
-    if source.format == "manifest":
-        dataset = load_manifest(source.path, check_files=arguments.check_files)
-    elif source.format == "salmonn":
-        dataset = load_salmonn(source.path, check_files=arguments.check_files, task_names=source.task_names)
-    else:
-        fields = ("columns", "task", "name", "split", "revision", "data_files", "streaming")
-        dataset = load_source(source.path, **{name: getattr(source, name) for name in fields})
+    dataset = load_rows(source, arguments.check_files)
     if source.tasks:
         wanted = set(source.tasks)
         dataset = dataset.filter(lambda task: task in wanted, input_columns="task")
@@ -102,7 +97,7 @@ def load(source: DataSource, arguments: DataArguments, seed: int = 0) -> Dataset
         dataset = _first(dataset.shuffle(seed=seed), source.max_rows)
     if isinstance(dataset, Dataset) and not len(dataset):
         limits = f" with tasks={source.tasks} and max_rows={source.max_rows}" if source.tasks or source.max_rows else ""
-        raise ArgumentError(f"{source.path} gives no row{limits}; fill it, or remove it")
+        raise ArgumentError(f"{source.label} gives no row{limits}; fill it, or remove it")
     return join_clips(dataset, arguments.join_tasks)
 
 
@@ -147,7 +142,7 @@ def _answered(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
 def _tasks_of(dataset: Dataset | IterableDataset, source: DataSource) -> dict[str, Dataset | IterableDataset]:
     if isinstance(dataset, Dataset):
         return split_by_task(dataset)
-    return {source.task or source.path: dataset}
+    return {source.task or source.label: dataset}
 
 
 def _concatenate(task: str, parts: list[Dataset | IterableDataset]) -> Dataset | IterableDataset:

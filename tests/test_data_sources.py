@@ -1,0 +1,183 @@
+"""Every format of rows gives the same rows, and names what is wrong with its place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, List, Value
+from fixtures_training import write_clip, write_manifest
+
+from listen.data.manifest import FEATURES, ManifestError
+from listen.data.sources import FORMATS, DataSource, checked_rows, load_rows
+from listen.training.arguments import ArgumentError, DataArguments
+from listen.training.datasets import build_eval_dataset, load
+
+ROWS = [
+    {"id": "a", "audio": "clips/0.wav", "task": "asr", "response": 'hello, "you"', "speaker": "0093"},
+    {"id": "b", "audio": "clips/1.wav", "task": "er", "response": "sad", "speaker": "0007"},
+]
+
+
+@pytest.fixture()
+def folder(tmp_path: Path) -> Path:
+    for number in range(2):
+        write_clip(tmp_path / "clips" / f"{number}.wav", 0.1, seed=number)
+    return tmp_path
+
+
+def write_table(path: Path, rows: list[dict], delimiter: str = ",") -> Path:
+    cells = [list(rows[0]), *([str(row[name]) for name in rows[0]] for row in rows)]
+    quoted = [['"' + cell.replace('"', '""') + '"' for cell in line] for line in cells]
+    path.write_text("".join(delimiter.join(line) + "\n" for line in quoted), encoding="utf-8")
+    return path
+
+
+def source_of(form: str, folder: Path, rows: list[dict]) -> dict:
+    """The same rows in one format."""
+    if form == "manifest":
+        return {"path": str(write_manifest(folder / "m.jsonl", rows))}
+    if form in ("csv", "tsv"):
+        return {"path": str(write_table(folder / f"m.{form}", rows, {"csv": ",", "tsv": "\t"}[form]))}
+    if form == "parquet":
+        Dataset.from_list(rows).to_parquet(folder / "m.parquet")
+        return {"path": str(folder / "m.parquet")}
+    if form == "audiofolder":
+        named = [{**{k: v for k, v in row.items() if k != "audio"}, "file_name": row["audio"]} for row in rows]
+        write_table(folder / "metadata.csv", named)
+        return {"path": str(folder)}
+    if form == "salmonn":
+        names = {"audio": "path", "response": "text"}
+        annotation = [{names.get(name, name): value for name, value in row.items()} for row in rows]
+        (folder / "m.json").write_text(json.dumps({"annotation": annotation}))
+        return {"path": str(folder / "m.json")}
+    if form == "disk":
+        DatasetDict({"train": Dataset.from_list(rows)}).save_to_disk(folder / "saved")
+        return {"path": str(folder / "saved")}
+    whole = [{**row, "audio": str(folder / row["audio"])} for row in rows]
+    if form == "object":
+        return {"path": Dataset.from_list(whole)}
+    return {"path": "json", "format": "datasets", "data_files": str(write_manifest(folder / "rows.jsonl", rows))}
+
+
+KINDS = ("manifest", "csv", "tsv", "parquet", "audiofolder", "salmonn", "object", "builder")
+
+
+@pytest.mark.parametrize("form", KINDS)
+def test_a_format_does_not_change_the_rows(folder: Path, form: str) -> None:
+    expected = [{"path": str(folder / row["audio"]), "bytes": None} for row in ROWS]
+    source = source_of(form, folder, ROWS)
+    dataset = load_rows(DataSource(**source))
+    assert dataset.features == FEATURES
+    assert [row["audio"] for row in dataset] == [[clip] for clip in expected]
+    assert dataset["task"][:] == ["asr", "er"] and dataset["response"][:] == [['hello, "you"'], ["sad"]]
+    assert dataset["id"][:] == ["a", "b"]
+    assert [json.loads(extra) for extra in dataset["extra"]] == [{"speaker": "0093"}, {"speaker": "0007"}]
+    stream = load_rows(DataSource(**source, streaming=True))
+    assert isinstance(stream, IterableDataset)
+    assert list(stream) == list(dataset)
+
+
+@pytest.mark.parametrize("form", KINDS)
+def test_missing_files_are_named_before_the_run(folder: Path, form: str) -> None:
+    rows = [*ROWS, *({**ROWS[0], "audio": f"clips/{number}.wav", "id": str(number)} for number in range(5, 12))]
+    source = source_of(form, folder, rows)
+    with pytest.raises(
+        ManifestError, match=r"no audio file .*5.wav; 7 of 9 files are missing: also .*6.wav.*8.wav, ...$"
+    ):
+        load_rows(DataSource(**source))
+    assert len(load_rows(DataSource(**source), check_files=False)) == 9
+
+
+@pytest.mark.parametrize(
+    ("form", "where"),
+    [
+        ("manifest", r"m.jsonl:2"),
+        ("csv", r"m.csv:3"),
+        ("tsv", r"m.tsv:3"),
+        ("audiofolder", r"metadata.csv:3"),
+        ("salmonn", r"m.json: annotation 1"),
+        ("parquet", r"m.parquet: row 1"),
+        ("object", r"dataset: row 1"),
+        ("builder", r"json:train: row 1"),
+    ],
+)
+def test_a_broken_row_is_named_with_its_place(folder: Path, form: str, where: str) -> None:
+    source = DataSource(**source_of(form, folder, [ROWS[0], {**ROWS[1], "task": "singing"}, ROWS[0]]))
+    with pytest.raises(ManifestError, match=f"{where}: unknown task 'singing'"):
+        load_rows(source)
+    first, broken, last = (row for _, row in checked_rows(source))
+    assert isinstance(broken, ManifestError) and first["task"] == last["task"] == "asr"
+
+
+def test_a_row_of_another_length_and_an_empty_table_are_named(folder: Path) -> None:
+    (folder / "m.csv").write_text("audio,task,response\nclips/0.wav,asr,well, then\n")
+    with pytest.raises(ManifestError, match=r"m.csv:2: expected 3 cells \(audio, task, response\), found 4; quote"):
+        load_rows(DataSource(str(folder / "m.csv")))
+    (folder / "m.csv").write_text("")
+    with pytest.raises(ManifestError, match="m.csv: the file is empty"):
+        load_rows(DataSource(str(folder / "m.csv")))
+
+
+def test_columns_get_our_names_and_several_make_a_list(folder: Path) -> None:
+    table = write_table(
+        folder / "pairs.csv",
+        [{"left": "clips/0.wav", "right": "clips/1.wav", "one": "yes", "two": "", "note": "x"}],
+    )
+    columns = {"audio": ["left", "right"], "response": ["one", "two"]}
+    (row,) = load_rows(DataSource(str(table), task="sv", columns=columns))
+    assert len(row["audio"]) == 2 and row["response"] == ["yes"] and json.loads(row["extra"]) == {"note": "x"}
+    with pytest.raises(ManifestError, match=r"pairs.csv:2: no column 'answer' for 'response'.*columns={'response'"):
+        load_rows(DataSource(str(table), task="sv", columns={**columns, "response": "answer"}))
+    with pytest.raises(ManifestError, match=r"pairs.csv:2: no column 'task' for 'task'.*give task="):
+        load_rows(DataSource(str(table), columns=columns))
+
+
+def test_folders_of_classes_name_the_answer(tmp_path: Path) -> None:
+    for place in ("train/dog/0.wav", "train/dog/1.wav", "train/cat/0.wav", "test/cat/2.wav"):
+        write_clip(tmp_path / place, 0.1)
+    rows = load_rows(DataSource(str(tmp_path), task="acap"))
+    assert rows["response"][:] == [["cat"], ["dog"], ["dog"]] and rows["id"][0] == "cat/0.wav"
+    assert load_rows(DataSource(str(tmp_path), task="acap", split="test"))["response"][:] == [["cat"]]
+    with pytest.raises(FileNotFoundError, match="of the split 'dev'"):
+        load_rows(DataSource(str(tmp_path), task="acap", split="dev"))
+
+
+def test_labels_of_a_data_set_are_named(folder: Path) -> None:
+    features = Features({"audio": Value("string"), "response": ClassLabel(names=["sad", "happy"])})
+    rows = {"audio": [str(folder / "clips" / "0.wav")], "response": [1]}
+    assert load_rows(DataSource(Dataset.from_dict(rows, features=features), task="er"))["response"][0] == ["happy"]
+
+
+def test_bytes_need_no_file(folder: Path) -> None:
+    clip = {"path": "elsewhere.wav", "bytes": (folder / "clips" / "0.wav").read_bytes()}
+    features = Features(
+        {"audio": List({"path": Value("string"), "bytes": Value("binary")}), "response": Value("string")}
+    )
+    dataset = Dataset.from_dict({"audio": [[clip]], "response": ["x"]}, features=features)
+    assert load_rows(DataSource(dataset, task="asr"))[0]["audio"] == [clip]
+
+
+def test_a_saved_data_set_is_read(folder: Path) -> None:
+    rows = [{**row, "audio": str(folder / row["audio"])} for row in ROWS]
+    assert load_rows(DataSource(**source_of("disk", folder, rows)))["id"][:] == ["a", "b"]
+
+
+def test_a_source_says_what_it_cannot_read(tmp_path: Path) -> None:
+    for fields, message in (
+        ({"path": "a.csv", "split": "dev"}, "a.csv: split='dev' has no meaning for format='csv'"),
+        ({"path": "a", "format": "mp3"}, "format='mp3' is unknown; choose one of manifest"),
+        ({"path": "a", "format": "clotho", "split": "tets"}, "has no split 'tets'; choose among development"),
+        ({"path": "a.jsonl", "options": {"clips": "x"}}, "options=.* has no meaning for format='manifest'"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            DataArguments(train=[fields])
+    with pytest.raises(FileNotFoundError, match=r"no folder .*none with Clotho"):
+        load_rows(DataSource(str(tmp_path / "none"), format="clotho"))
+    assert len(FORMATS) == len(set(FORMATS)) == 18
+
+
+def test_data_sets_stand_for_paths_in_training_and_evaluation(folder: Path) -> None:
+    data = DataArguments(train=source_of("object", folder, ROWS)["path"], eval=[source_of("csv", folder, ROWS)])
+    assert len(load(data.train[0], data)) == len(build_eval_dataset(data, 0)) == 2
