@@ -71,9 +71,9 @@ def read_expresso(root: Path, split: str) -> Records:
     words = {name: text.strip() for _, line in lines for name, _, text in [line.partition("\t")]}
     for where, line in read_lines(existing(root / "splits" / f"{split}.txt", "the names of a split")):
         name = line.split("\t")[0].strip()
-        speaker, style, *kind = name.split("_")
-        if name.startswith("#") or "-" in speaker or kind[0] == "longform":
+        if name.startswith("#") or "_longform_" in name or "-" in name.split("_")[0]:
             continue
+        speaker, style = name.split("_")[:2]
         if name not in words:
             raise ManifestError(f"{where}: {name!r} has no line in read_transcriptions.txt")
         audio = root / "audio_48khz" / "read" / speaker / style / "base" / f"{name}.wav"
