@@ -12,21 +12,16 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
-from .checkpoint_listen import HUB_KWARGS, FrozenBackbonesMixin, check_backbone
+from .checkpoint_listen import HUB_KWARGS, check_backbone, check_weights, weight_files
 from .configuration_listen import BACKBONES, ListenConnectorConfig, ListenPromptPoolConfig, check_padding
 from .language_models_listen import mean_embedding
+from .lora_listen import LoraMixin
 from .modeling_connector import ConvRotary, WindowQFormer
 from .modeling_prompt_pool import ListenPromptPool
 from .outputs_listen import EncodedAudio, PromptOutput
 
 BASE_ADAPTER = "__base__"  # names no adapter: a row of text alone
 _CONNECTORS = {"window_qformer": WindowQFormer, "conv_rotary": ConvRotary}
-WEIGHTS_FILE = "model.safetensors"
-# LoRA fields that the config always holds, fields that do not affect a trained adapter, fields that train the LLM
-_LORA_FIELDS = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora")
-_LORA_ORIGIN = ("task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version")
-_WITHOUT_EFFECT = (*_LORA_ORIGIN, "inference_mode", "init_lora_weights")
-_BEYOND_LORA = ("modules_to_save", "trainable_token_indices")
 
 
 class ListenAdapter(nn.Module):
@@ -198,7 +193,7 @@ def chunk_rows(lengths: torch.Tensor, is_audio: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(row_ends, chunk_ends)
 
 
-class AdapterMixin(FrozenBackbonesMixin):
+class AdapterMixin(LoraMixin):
     """Several adapters over the same backbones, LoRA on the LLM, trainable parameters and their counts."""
 
     def _start_fresh(self) -> None:
@@ -207,11 +202,6 @@ class AdapterMixin(FrozenBackbonesMixin):
         for adapter in self.adapters.values():
             if adapter.prompt_pool is not None:
                 adapter.prompt_pool.initialize_values(embedding)
-
-    def _load_further(self, source: str, hub: dict[str, Any]) -> None:
-        if self.config.lora_config:
-            self._attach_lora(self.config.lora_config)
-            self._load_lora(source, hub)
 
     # ------------------------------------------------------------------ several adapters
 
@@ -252,12 +242,12 @@ class AdapterMixin(FrozenBackbonesMixin):
         Args:
             peft_model_id: Folder or Hub id.
             adapter_name: Name it gets here.
-            **kwargs: Hub arguments, or PEFT's for a PEFT checkpoint.
+            **kwargs: Hub arguments and `variant`, or PEFT's for a PEFT checkpoint.
 
         Raises:
-            ValueError: the name is taken, a weight is missing, the adapter was trained on other backbones or with
-                another LoRA, an encoder was trained together with an adapter, its own or this model's, or PEFT's is
-                more than a LoRA.
+            ValueError: the name is taken, a weight is missing or not finite, the adapter was trained on other backbones
+                or with another LoRA, an encoder was trained together with an adapter, its own or this model's, or
+                PEFT's is more than a LoRA.
         """
         source = os.fspath(peft_model_id)
         hub = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
@@ -267,7 +257,8 @@ class AdapterMixin(FrozenBackbonesMixin):
         _refuse_learned(f"adapter {source!r}", "this model", self.config)
         _refuse_learned("this model", f"adapter {source!r}", config)
         self.check_same_backbones(source, config)
-        weights = load_file(cached_file(source, WEIGHTS_FILE, **hub))
+        files = weight_files(source, kwargs.get("variant"), **hub)
+        weights = {key: value for file in files for key, value in load_file(file).items()}
         self._check_same_lora(source, config, weights)
         prefix = "adapters.default."
         state = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
@@ -277,7 +268,12 @@ class AdapterMixin(FrozenBackbonesMixin):
         if missing:
             self.delete_adapter(adapter_name)
             raise ValueError(f"{source!r} lacks the adapter weights {missing[:5]}; it is no complete LiSTEN adapter")
-        adapter.load_state_dict(state)
+        try:
+            adapter.load_state_dict(state)
+            check_weights(source, {f"{prefix}{key}": value for key, value in adapter.state_dict().items()}, files)
+        except (ValueError, RuntimeError) as error:
+            self.delete_adapter(adapter_name)
+            raise ValueError(f"adapter {source!r} does not load: {error}") from error
         self.freeze()
         return None
 
@@ -329,19 +325,63 @@ class AdapterMixin(FrozenBackbonesMixin):
         if self.active_adapter == adapter_name:
             self.active_adapter = "default"
 
+    @property
+    def active_adapter(self) -> str | None:
+        """Name of the active adapter; `None` where adapters are disabled."""
+        return self._of_thread.name(self._active_adapter)
+
+    @active_adapter.setter
+    def active_adapter(self, name: str | None) -> None:
+        if not self._of_thread.rename(name):
+            self._active_adapter = name
+
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters, LiSTEN's and the LLM's LoRA; empty where they are disabled."""
+        loras = [] if self.active_adapter is None or not self._lora_layers() else self.language_model.active_adapters()
+        return list(dict.fromkeys([*([self.active_adapter] if self.active_adapter else []), *loras]))
+
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within it the model is its base LLM: text alone, no prompts, no LoRA. Audio raises an error."""
-        active, self.active_adapter = self.active_adapter, None
-        on_llm = bool(getattr(self.language_model, "_hf_peft_config_loaded", False))
-        if on_llm:
-            self.language_model.disable_adapters()
-        try:
+        """Within it the model is its base LLM: text alone, no prompts, no LoRA. Audio raises an error.
+
+        For the current thread only: others may use the adapters at the same time.
+        """
+        for layer in self._lora_layers():
+            layer._disable_adapters = self._of_thread  # PEFT asks for its truth in each call
+        with self._of_thread.disabled():
             yield
-        finally:
-            self.active_adapter = active
-            if on_llm:
-                self.language_model.enable_adapters()
+
+    def disable_adapters(self) -> None:
+        """As `disable_adapter`, for all threads and until `enable_adapters`."""
+        if self._active_adapter is not None:
+            self._enabled_adapter, self._active_adapter = self._active_adapter, None
+        if self._lora_layers():
+            self.language_model.disable_adapters()
+
+    def enable_adapters(self) -> None:
+        """Make the adapter active that was so before `disable_adapters`, and the LoRA."""
+        if self._active_adapter is None:
+            self._active_adapter = getattr(self, "_enabled_adapter", "default")
+        if self._lora_layers():
+            self.language_model.enable_adapters()
+            self.freeze()
+
+    def get_adapter_state_dict(
+        self, adapter_name: str | None = None, state_dict: dict[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Weights of an adapter, and those of a LoRA on the LLM, by their names in a checkpoint.
+
+        Args:
+            adapter_name: Which; the active one by default.
+            state_dict: Weights of the whole model, to take them from.
+
+        Raises:
+            ValueError: it is unknown, or none is active.
+        """
+        name = adapter_name or self.active_adapter
+        self.adapters.named(name)
+        state = self.state_dict() if state_dict is None else state_dict
+        return {key: value for key, value in state.items() if key.startswith(f"adapters.{name}.") or "lora_" in key}
 
     def _add_listen_adapter(self, name: str, connector: PreTrainedConfig, pool: PreTrainedConfig | None) -> None:
         if name == BASE_ADAPTER:
@@ -350,8 +390,8 @@ class AdapterMixin(FrozenBackbonesMixin):
             raise ValueError(f"adapter {name!r} exists already; choose another name or delete it first")
         check_padding(connector, self.config.pad_to_30s)
         module = ListenAdapter(self.config, connector, pool)
-        module.train(self.training)
-        self.adapters[name] = module.to(self.adapters["default"].connector.projection.weight.device)
+        module.to(self.adapters["default"].connector.projection.weight.device).train(self.training)
+        self.adapters[name] = module
         described = {"connector_config": connector.to_dict(), "prompt_pool_config": pool.to_dict() if pool else None}
         self.config.extra_adapters = {**(self.config.extra_adapters or {}), name: described}
 
@@ -372,61 +412,6 @@ class AdapterMixin(FrozenBackbonesMixin):
             if mine is not None:
                 spec = (config.base_models or {}).get(name, {})
                 check_backbone(name, getattr(self, name), theirs, spec, f"adapter {source!r}", "this model")
-
-    # ------------------------------------------------------------------ LoRA on the LLM
-
-    def _attach_lora(self, lora_config: Any, adapter_name: str = "default") -> None:
-        from peft import LoraConfig
-
-        if isinstance(lora_config, dict):
-            lora_config = LoraConfig(**lora_config)
-        _check_lora(lora_config, adapter_name)
-        self.language_model.add_adapter(lora_config)
-        self._carry_lora(lora_config)
-
-    def _load_peft(self, source: str, adapter_name: str, hub: dict[str, Any], **kwargs: Any) -> Any:
-        from peft import PeftConfig
-
-        lora_config = PeftConfig.from_pretrained(source, **hub)
-        _check_lora(lora_config, adapter_name)
-        loaded = self.language_model.load_adapter(source, **kwargs)
-        self._carry_lora(lora_config)
-        return loaded
-
-    def _carry_lora(self, lora_config: Any) -> None:
-        """Record the LLM's LoRA in the config and in checkpoints."""
-        self.train(self.training)  # PEFT's layers start in training mode: a loaded model would apply dropout
-        usual = type(lora_config)().to_dict()
-        self.config.lora_config = {
-            name: sorted(value) if isinstance(value, set) else value
-            for name, value in lora_config.to_dict().items()
-            if name in _LORA_FIELDS or (value != usual.get(name) and name not in _WITHOUT_EFFECT)
-        }
-        if self.config.base_models:
-            # the adapted layers have new names
-            self._keys_to_ignore_on_save = self._frozen_keys()
-
-    def _check_same_lora(self, source: str, config: PreTrainedConfig, weights: dict[str, torch.Tensor]) -> None:
-        """Refuse an adapter that was trained with another LoRA: the LLM has one, and outputs would differ."""
-        theirs = {key: value for key, value in weights.items() if "lora_" in key}
-        if not theirs:
-            return
-        mine = self.state_dict()
-        same = all(key in mine and torch.equal(mine[key].cpu(), value) for key, value in theirs.items())
-        if not same or config.lora_config != self.config.lora_config:
-            raise ValueError(
-                f"adapter {source!r} was trained with a LoRA that this model's LLM does not have; load it as a "
-                "model of its own with from_pretrained"
-            )
-
-    def _load_lora(self, source: str, hub: dict[str, Any]) -> None:
-        weights = load_file(cached_file(source, WEIGHTS_FILE, **hub))
-        state = {key: value for key, value in weights.items() if "lora_" in key}
-        wanted = {key for key in self.state_dict() if "lora_" in key}
-        if wanted != set(state):
-            odd = sorted(wanted ^ set(state))[:5]
-            raise ValueError(f"{source!r} holds other LoRA weights than config.lora_config describes: {odd}")
-        self.load_state_dict(state, strict=False)
 
     # ------------------------------------------------------------------ trainable parameters
 
@@ -503,19 +488,6 @@ class AdapterMixin(FrozenBackbonesMixin):
         for name, (trainable, total) in counts.items():
             lines.append(f"{name:<28}{trainable:>16,}{total:>18,}{100 * trainable / max(total, 1):>9.3f}")
         sys.stdout.write("\n".join(lines) + "\n")
-
-
-def _check_lora(lora_config: Any, adapter_name: str) -> None:
-    """Refuse what checkpoints cannot hold: other PEFT methods, weights of the LLM itself, a second name."""
-    from peft import LoraConfig
-
-    if not isinstance(lora_config, LoraConfig):
-        raise ValueError(f"{type(lora_config).__name__} is no LoraConfig, the only PEFT method that checkpoints hold")
-    for name in _BEYOND_LORA:
-        if getattr(lora_config, name, None):
-            raise ValueError(f"{name}={getattr(lora_config, name)}: the LLM itself stays frozen; take it out")
-    if adapter_name != "default":
-        raise ValueError(f"adapter_name={adapter_name!r}: checkpoints hold one LoRA, 'default'; leave the name out")
 
 
 def _refuse_learned(guest: str, owner: str, config: PreTrainedConfig) -> None:

@@ -1,20 +1,29 @@
 """Checkpoints of models over frozen backbones: trainable weights alone, or everything; loading, saving and checks."""
 
 import copy
-import hashlib
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.fsdp import is_fsdp_managed_module
+from transformers.utils import cached_file, logging
+from transformers.utils.hub import extract_commit_hash, get_checkpoint_shard_files
 
 from .attention_listen import additive_attention
-from .configuration_listen import BACKBONES
+from .configuration_listen import BACKBONES, is_local_path
+from .fingerprint_listen import Sketch, changed_weights, differing_weights, encode_sketches, sketches
+from .model_card_listen import ModelCardMixin, write_model_card
 from .modeling_beats import BeatsModel
 from .modeling_speech_encoder import load_speech_encoder
+
+logger = logging.get_logger(__name__)
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 _OUTDATED_KWARGS = {"safe_serialization"}  # scripts still give it; all is saved so
@@ -24,11 +33,11 @@ _LOADERS: dict[str, Callable[..., nn.Module]] = {
     "audio_encoder": lambda source, **options: _load_whole(BeatsModel, source, **options),
     "language_model": lambda source, **options: _load_whole(AutoModelForCausalLM, source, **options),
 }
-_PLAIN = {nn.Parameter, torch.Tensor}
+_FLOATS = {"F64", "F32", "F16", "BF16"}
 _SHAPE_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 
 
-class FrozenBackbonesMixin:
+class FrozenBackbonesMixin(ModelCardMixin):
     """Loading and saving for a `PreTrainedModel` whose frozen backbones have checkpoints of their own.
 
     With `config.base_models`, checkpoints hold the trainable weights and the names, revisions and fingerprints of the
@@ -60,12 +69,14 @@ class FrozenBackbonesMixin:
                 fp32. Only the LLM is quantised, unless `quantization_config` is a dict of configs by backbone.
 
         Raises:
-            ValueError: a trainable weight is missing, a backbone is missing or not the one that the adapter was
-                trained on, or `quantization_config` is given for a checkpoint that holds everything.
+            ValueError: a trainable weight is missing, no float or not finite, a backbone is missing or not the one that
+                the adapter was trained on, or `quantization_config` is given for a checkpoint that holds everything.
+            OSError: a backbone is neither on this machine nor reached on the Hub.
         """
         source = os.fspath(pretrained_model_name_or_path)
         _rename_dtype(kwargs)
         hub = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+        weights = {**hub, "variant": kwargs.get("variant")}
         if not isinstance(config, PreTrainedConfig):
             fields = {name: kwargs.pop(name) for name in _config_fields(cls.config_class) & kwargs.keys()}
             config = cls.config_class.from_pretrained(config or source, **hub, **fields)
@@ -81,7 +92,8 @@ class FrozenBackbonesMixin:
         else:
             model, info = super().from_pretrained(source, *args, config=config, output_loading_info=True, **kwargs)
         _refuse_missing(source, info)
-        model._load_further(source, hub)
+        model._load_further(source, weights)
+        check_weights(source, model.state_dict(), weight_files(source, **weights))
         model.freeze()
         return (model, info) if wants_info else model
 
@@ -124,8 +136,8 @@ class FrozenBackbonesMixin:
     def _start_fresh(self) -> None:
         """Initialise trainable weights that depend on the backbones; none by default."""
 
-    def _load_further(self, source: str, hub: dict[str, Any]) -> None:
-        """Load weights of modules that the constructor does not make; none by default."""
+    def _load_further(self, source: str, weights: dict[str, Any]) -> None:
+        """Load weights of modules that the constructor does not make; `weights` are options of `weight_files`."""
 
     def load_backbones(
         self, dtype: Any = None, device_map: Any = None, quantization_config: Any = None, **kwargs: Any
@@ -146,14 +158,24 @@ class FrozenBackbonesMixin:
                 continue
             chosen = _options_of(name, options, device_map, learned=name in _learned(self.config))
             place, location = self.config.backbone_place(name)
-            backbone = _LOADERS[name](place, **chosen, **location)
             source = f"{spec['base_model_name_or_path']!r} at revision {spec.get('revision') or 'main'!r}"
-            expected = getattr(self.config, BACKBONES[name])
-            check_backbone(name, backbone, expected, spec, "the checkpoint", source)
-            backbone.config.name_or_path = ""  # only base_models says where it is
-            setattr(self, name, backbone)
-            setattr(self.config, BACKBONES[name], backbone.config)
+            try:
+                backbone = _LOADERS[name](place, **chosen, **location)
+            except OSError as error:
+                fix = f"download it, or give its folder: from_pretrained(..., backbones={{{name!r}: ...}})"
+                raise OSError(f"the {name} could not be loaded from {source}; {fix}. {error}") from error
+            self._attach(name, backbone, source)
+            spec["revision"] = _commit(place, {**location, **kwargs}) or spec.get("revision") or "main"
         self._after_attaching(device_map)
+
+    def _attach(self, name: str, backbone: nn.Module, source: str) -> None:
+        expected, found = getattr(self.config, BACKBONES[name]), sketches(backbone)
+        check_backbone(name, backbone, expected, self.config.base_models[name], "the checkpoint", source, found)
+        backbone.config.name_or_path = ""  # only base_models says where it is
+        setattr(self, name, backbone)
+        setattr(self.config, BACKBONES[name], backbone.config)
+        # by which `save_pretrained` sees whether it was changed
+        self._attached = {**getattr(self, "_attached", {}), name: (found, backbone.dtype)}
 
     def _after_attaching(self, device_map: Any) -> None:
         language_model = getattr(self, "language_model", None)
@@ -181,9 +203,39 @@ class FrozenBackbonesMixin:
 
     # ------------------------------------------------------------------ saving
 
+    def push_to_hub(
+        self, repo_id: str, *args: Any, backbones: dict[str, str | dict[str, str]] | None = None, **kwargs: Any
+    ) -> Any:
+        """As upstream, with a model card, and never with folders of this machine.
+
+        Args:
+            repo_id: Repository to push to.
+            *args: Passed to `PreTrainedModel.push_to_hub`.
+            backbones: Hub ids of backbones by name, in place of the folders that they were loaded from.
+            **kwargs: Passed to `PreTrainedModel.push_to_hub`.
+
+        Raises:
+            ValueError: a backbone is in a folder of this machine, or unknown.
+        """
+        with self.published(backbones):
+            return super().push_to_hub(repo_id, *args, **kwargs)
+
+    @contextmanager
+    def published(self, backbones: dict[str, str | dict[str, str]] | None = None) -> Iterator[None]:
+        """Within it the config names backbones by Hub ids; see `push_to_hub`."""
+        before = self.config.base_models
+        specs = {name: dict(spec) for name, spec in (before or {}).items()}
+        _move(specs, {name: {"revision": "main", **_as_spec(place)} for name, place in (backbones or {}).items()})
+        self.config.base_models = specs or None
+        try:
+            self.config.check_publishable()
+            yield
+        finally:
+            self.config.base_models = before
+
     def save_pretrained(
         self, save_directory: str | os.PathLike, *args: Any, save_full: bool = False, **kwargs: Any
-    ) -> Any:
+    ) -> None:
         """Write a checkpoint that `from_pretrained` and all Auto classes load.
 
         Args:
@@ -192,34 +244,70 @@ class FrozenBackbonesMixin:
             save_full: Whether to write the frozen backbones too, for a self-contained folder.
             **kwargs: Passed to `PreTrainedModel.save_pretrained`.
 
+        A frozen backbone that was changed (a LoRA merged into it, weights edited) is written too, with a warning. With
+        the backbones, an unmerged LoRA is written as a LoRA, and a merged one as part of the LLM.
+
         Raises:
             TypeError: an unknown keyword; with `push_to_hub`, unknown ones are passed to the Hub.
-            ValueError: `save_full` with an unmerged LoRA, whose base weights have other names, or with a quantised
-                backbone.
+            ValueError: `save_full` with a quantised backbone, weights of an adapter that checkpoints cannot hold, or
+                `push_to_hub` with backbones in folders of this machine.
         """
-        unknown = kwargs.keys() - inspect.signature(PreTrainedModel.save_pretrained).parameters - _OUTDATED_KWARGS
+        names = list(inspect.signature(PreTrainedModel.save_pretrained).parameters)[2:]
+        kwargs |= zip(names, args, strict=False)
+        unknown = kwargs.keys() - set(names) - _OUTDATED_KWARGS
         if unknown and not kwargs.get("push_to_hub"):
             raise TypeError(f"save_pretrained() got unknown arguments {sorted(unknown)}; take them out")
-        bases, ignored = self.config.base_models, self._keys_to_ignore_on_save
-        if save_full and getattr(self.config, "lora_config", None):
-            raise ValueError("save_full=True with a LoRA: merge it into the LLM, or save the adapter only")
+        config, ignored = self.config, self._keys_to_ignore_on_save
+        before = {name: getattr(config, name, None) for name in ("base_models", "lora_config")}
+        self._check_adapters_on_save()
+        if save_full or not config.base_models:
+            state = self._whole_state(kwargs.get("state_dict"))
+            self._keys_to_ignore_on_save, config.base_models = (ignored or set()) - self._frozen_keys(), None
+        else:
+            if kwargs.get("push_to_hub"):
+                config.check_publishable()
+            state, writes = kwargs.get("state_dict"), kwargs.get("is_main_process", True)
+            config.base_models = {name: self._described(name, save_directory, writes) for name in config.base_models}
+        held = self._hide_quantization()
+        try:
+            with self.kept_card(save_directory):
+                super().save_pretrained(save_directory, **{**kwargs, "state_dict": state})
+            if kwargs.get("is_main_process", True):
+                write_model_card(save_directory, self)
+        finally:
+            self._keys_to_ignore_on_save = ignored
+            for name, value in before.items():
+                if hasattr(config, name):
+                    setattr(config, name, value)
+            for held_config, quantization in held:
+                held_config.quantization_config = quantization
+
+    def _check_adapters_on_save(self) -> None:
+        """Refuse weights of PEFT adapters that would be lost."""
+        lost = [name for name, _ in self.named_parameters() if "lora_" in name and not self._holds_lora(name)]
+        if lost:
+            raise ValueError(
+                f"{lost[:2]} ({len(lost)} in all) are weights of a LoRA that checkpoints of this model do not hold; "
+                "merge it (PEFT's merge_and_unload), or add it to the LLM with model.add_adapter(LoraConfig(...))"
+            )
+
+    def _holds_lora(self, name: str) -> bool:
+        """Whether a checkpoint keeps the LoRA weight of that name."""
+        return False
+
+    def _whole_state(self, state_dict: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor] | None:
+        """The weights of a checkpoint that holds everything; `None` for all of this model.
+
+        Raises:
+            ValueError: a backbone is quantised.
+        """
         quantised = [name for name in BACKBONES if getattr(getattr(self, name, None), "hf_quantizer", None)]
-        if save_full and quantised:
+        if quantised:
             raise ValueError(
                 f"save_full=True with a quantised {quantised[0]}: load the model without quantization_config, or save "
                 "the adapter only"
             )
-        if save_full:
-            self.config.base_models, self._keys_to_ignore_on_save = None, (ignored or set()) - self._frozen_keys()
-        elif bases:
-            self.config.base_models = {name: self._described(name, save_directory) for name in bases}
-        held = self._hide_quantization()
-        try:
-            return super().save_pretrained(save_directory, *args, **kwargs)
-        finally:
-            self.config.base_models, self._keys_to_ignore_on_save = bases, ignored
-            for config, quantization in held:
-                config.quantization_config = quantization
+        return state_dict
 
     def _hide_quantization(self) -> list[tuple[PreTrainedConfig, Any]]:
         """Remove quantisation from the configs, since on loading it would apply to the whole model.
@@ -233,40 +321,103 @@ class FrozenBackbonesMixin:
                 del backbone.config.quantization_config
         return held
 
-    def _described(self, name: str, save_directory: str | os.PathLike) -> dict[str, Any]:
-        """The entry of a backbone in `base_models`: its path, relative inside the checkpoint, and its fingerprint."""
+    def _described(self, name: str, save_directory: str | os.PathLike, writes: bool) -> dict[str, Any]:
+        """The entry of a backbone in `base_models`: its path, relative inside the checkpoint, and its fingerprint.
+
+        A backbone that is not the one that this path names any more is written into the checkpoint.
+        """
         spec = dict(self.config.base_models[name])
         path, folder = spec["base_model_name_or_path"], os.path.abspath(save_directory)
         if os.path.isdir(path):
             path = os.path.abspath(path)
             inside = path.startswith(folder + os.sep)
-            spec["base_model_name_or_path"] = f"./{os.path.relpath(path, folder)}" if inside else path
-        if name in dict(self.frozen_backbones()):
-            spec.setdefault("fingerprint", fingerprint(getattr(self, name)))
-        else:
+            path = f"./{os.path.relpath(path, folder)}" if inside else path
+            spec["base_model_name_or_path"] = Path(path).as_posix() if not inside else path.replace(os.sep, "/")
+        backbone = dict(self.frozen_backbones()).get(name)
+        if backbone is None:
             spec.pop("fingerprint", None)  # trainable: the checkpoint holds its weights
+        elif not is_fsdp_managed_module(backbone):  # whose weights are elsewhere
+            found = sketches(backbone)
+            changed = self._changed(name, backbone, found)
+            if changed:
+                logger.warning(
+                    f"the frozen {name} is not the one in {path!r} any more ({len(changed)} weights differ, "
+                    f"{changed[0]!r} among them); the checkpoint holds the whole {name}, in the folder {name}"
+                )
+                if writes:
+                    self._write_backbone(name, os.path.join(folder, name))
+                return {
+                    "base_model_name_or_path": f"./{name}",
+                    "revision": "main",
+                    "fingerprint": encode_sketches(found),
+                }
+            if not str(spec.get("fingerprint", "")).startswith("v2:"):
+                spec["fingerprint"] = encode_sketches(getattr(self, "_attached", {}).get(name, (found,))[0])
         return spec
 
+    def _changed(self, name: str, backbone: nn.Module, found: tuple[Sketch, Sketch]) -> list[str]:
+        """Names of the weights that are not those that were loaded, or that the checkpoint was trained on."""
+        known, dtype = getattr(self, "_attached", {}).get(name, (None, None))
+        try:
+            if known is not None:
+                return changed_weights(known, found, exact=dtype == backbone.dtype)
+            recorded = self.config.base_models[name].get("fingerprint")
+            return differing_weights(recorded, backbone, found) if recorded else []
+        except ValueError as error:
+            raise ValueError(
+                f"the frozen {name} cannot be saved: {error}; checkpoints hold plain backbones and a LoRA that was "
+                "added with model.add_adapter(LoraConfig(...)), so merge other adapters into it first"
+            ) from error
 
-def fingerprint(module: nn.Module) -> str:
-    """A short digest of a backbone's weights, rounded to bfloat16 so that it does not depend on the dtype.
+    def _write_backbone(self, name: str, folder: str) -> None:
+        getattr(self, name).save_pretrained(folder)
 
-    It has two parts, `vectors-matrices`: one-dimensional weights, which are never quantised, and the first 64 values of
-    all other weights. The second part is empty for a quantised module, and both are for an offloaded one.
+
+def check_weights(source: str, state: dict[str, torch.Tensor], files: list[str]) -> None:
+    """Refuse weights that are no floats in a checkpoint's files, or not finite once they are loaded.
+
+    Args:
+        source: The checkpoint.
+        state: Weights of the model, of which those in the files are read.
+        files: Its weight files.
+
+    Raises:
+        ValueError: such a weight; the message names it.
     """
-    parts: dict[bool, Any] = {True: hashlib.sha256(), False: hashlib.sha256()}
-    for name, parameter in sorted(module.named_parameters()):
-        if "lora_" in name:
-            continue
-        is_vector = parameter.dim() == 1
-        if parameter.device.type == "meta":
-            return "-"
-        if not parameter.is_floating_point() or {type(parameter), type(parameter.data)} != _PLAIN:  # quantised
-            parts[False] = None
-        elif parts[is_vector] is not None:
-            head = parameter.detach().flatten()[: None if is_vector else 64].to("cpu", torch.bfloat16)
-            parts[is_vector].update(name.replace(".base_layer", "").encode() + head.view(torch.int16).numpy().tobytes())
-    return "-".join(part.hexdigest()[:12] if part is not None else "" for part in parts.values())
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118 (no mapping)
+                weight = state.get(key)
+                if weight is None or not weight.is_floating_point() or weight.element_size() == 1:
+                    continue
+                dtype = opened.get_slice(key).get_dtype()
+                if dtype not in _FLOATS:
+                    raise ValueError(f"{source!r}: the weight {key} is of type {dtype}, not a float; save it again")
+                if weight.device.type != "meta" and not weight.isfinite().all():
+                    raise ValueError(
+                        f"{source!r}: the weight {key} holds values that are not finite (in {weight.dtype}); take an "
+                        "earlier checkpoint, or load it in a wider dtype"
+                    )
+
+
+def weight_files(source: str, variant: str | None = None, **hub: Any) -> list[str]:
+    """Paths of a checkpoint's safetensors files: one, or its shards.
+
+    Args:
+        source: Folder or Hub id.
+        variant: As of `from_pretrained`: the files are named `model.<variant>.safetensors`.
+        **hub: As of `cached_file`.
+
+    Raises:
+        ValueError: there are none.
+    """
+    middle = f".{variant}" if variant else ""
+    single, index = f"model{middle}.safetensors", f"model.safetensors.index{middle}.json"
+    for name in (single, index):
+        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
+        if found is not None:
+            return [found] if name == single else get_checkpoint_shard_files(source, found, **hub)[0]
+    raise ValueError(f"{source!r} holds neither {single} nor {index}; name a checkpoint, or the variant that it has")
 
 
 def _rename_dtype(options: dict[str, Any]) -> None:
@@ -305,24 +456,43 @@ def _locate(
         if spec["base_model_name_or_path"].startswith("./"):
             path, options = config.backbone_place(name, source, hub.get("revision"))
             spec.update(base_model_name_or_path=path, **options)
+    _move(specs, moved)
+    for name, spec in specs.items():
+        path = spec["base_model_name_or_path"]
+        if os.path.isdir(path):  # the working directory may change before the model is saved
+            path = spec["base_model_name_or_path"] = os.path.abspath(path)
+        if is_local_path(path) and not os.path.exists(path) and name not in _learned(config):
+            raise ValueError(
+                f"{source!r} needs the {name} in {path!r}, which does not exist; give its folder or Hub id: "
+                f"from_pretrained(..., backbones={{{name!r}: ...}})"
+            )
+    config.base_models = specs or None
+
+
+def _move(specs: dict[str, dict[str, Any]], moved: dict[str, str | dict[str, str]] | None) -> None:
+    """Replace the places of backbones, in place."""
     for name, place in (moved or {}).items():
         if name not in specs:
             raise ValueError(
                 f"backbones names {name!r}, but this checkpoint's backbones are {sorted(specs) or 'inside it'}"
             )
         specs[name].pop("subfolder", None)
-        specs[name].update(place if isinstance(place, dict) else {"base_model_name_or_path": str(place)})
+        specs[name].update(_as_spec(place))
         if specs[name]["base_model_name_or_path"].startswith("./"):  # of the working directory, not of the checkpoint
             specs[name]["base_model_name_or_path"] = os.path.abspath(specs[name]["base_model_name_or_path"])
-    for name, spec in specs.items():
-        path = spec["base_model_name_or_path"]
-        is_local = os.path.isabs(path) or path.startswith(os.path.join(os.path.normpath(source), ""))
-        if is_local and not os.path.exists(path) and name not in _learned(config):
-            raise ValueError(
-                f"{source!r} needs the {name} in {path!r}, which does not exist; give its folder or Hub id: "
-                f"from_pretrained(..., backbones={{{name!r}: ...}})"
-            )
-    config.base_models = specs or None
+
+
+def _as_spec(place: str | dict[str, str]) -> dict[str, str]:
+    return place if isinstance(place, dict) else {"base_model_name_or_path": str(place)}
+
+
+def _commit(place: str, options: dict[str, Any]) -> str | None:
+    """The commit of a backbone in the Hub's cache; `None` for a folder."""
+    if os.path.isdir(place):
+        return None
+    hub = {name: options[name] for name in HUB_KWARGS if name in options} | {"local_files_only": True}
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    return extract_commit_hash(cached_file(place, "config.json", **hub, **quiet), None)
 
 
 def _learned(config: PreTrainedConfig) -> list[str]:
@@ -349,7 +519,13 @@ def _options_of(name: str, options: dict[str, Any], device_map: Any, learned: bo
 
 
 def check_backbone(
-    name: str, backbone: PreTrainedModel, config: PreTrainedConfig, spec: dict[str, Any], whose: str, source: str
+    name: str,
+    backbone: PreTrainedModel,
+    config: PreTrainedConfig,
+    spec: dict[str, Any],
+    whose: str,
+    source: str,
+    found: tuple[Sketch, Sketch] | None = None,
 ) -> None:
     """Refuse a backbone other than the one that a checkpoint was trained on.
 
@@ -360,12 +536,24 @@ def check_backbone(
         spec: Its entry in `base_models`, which may hold a fingerprint.
         whose: Name of the checkpoint in errors.
         source: Name of the backbone in errors.
+        found: Sketches of its weights, where they are there already.
 
     Raises:
         ValueError: sizes or fingerprints differ, or the fingerprint is malformed.
     """
     _check_shape(name, whose, config, source, backbone.config)
-    _check_fingerprint(name, whose, spec, source, backbone)
+    recorded = spec.get("fingerprint")
+    override = "drop the fingerprint from base_models in config.json to override"
+    try:
+        differing = differing_weights(str(recorded), backbone, found) if recorded else []
+    except ValueError as error:
+        raise ValueError(f"{name}: {whose} names a {error}; restore it, or {override}") from error
+    if differing:
+        raise ValueError(
+            f"{name}: {whose} was trained on weights of another fingerprint than those of {source}: {len(differing)} "
+            f"differ ({', '.join(differing[:3])}); give the weights that it was trained on (revision "
+            f"{spec.get('revision') or 'main'!r}), or {override}"
+        )
 
 
 def _check_shape(name: str, whose: str, expected: PreTrainedConfig, other: str, found: PreTrainedConfig) -> None:
@@ -378,22 +566,6 @@ def _check_shape(name: str, whose: str, expected: PreTrainedConfig, other: str, 
                 f"{name}: {whose} was made for {field}={want}, but {other} has {field}={have}; "
                 "give the backbone that it was trained on"
             )
-
-
-def _check_fingerprint(name: str, whose: str, spec: dict[str, Any], other: str, backbone: nn.Module) -> None:
-    want = spec.get("fingerprint") or "-"
-    if not isinstance(want, str) or want.count("-") != 1:
-        raise ValueError(
-            f"{name}: {whose} names fingerprint={want!r}, which is not of the form 'vectors-matrices' that "
-            "save_pretrained writes; restore it, or drop the fingerprint from base_models in config.json"
-        )
-    have = fingerprint(backbone) if want != "-" else "-"
-    if any(mine and theirs and mine != theirs for mine, theirs in zip(want.split("-"), have.split("-"), strict=True)):
-        raise ValueError(
-            f"{name}: {whose} was trained over weights with fingerprint {want} "
-            f"(revision {spec.get('revision') or 'main'!r}), but {other} holds {have}; give the weights that it was "
-            "trained on, or drop the fingerprint from base_models in config.json to override"
-        )
 
 
 def _load_whole(model_class: Any, source: str, **options: Any) -> nn.Module:
@@ -437,6 +609,7 @@ __all__ = [
     "HUB_KWARGS",
     "FrozenBackbonesMixin",
     "check_backbone",
-    "fingerprint",
+    "check_weights",
+    "weight_files",
     "whole_map",
 ]

@@ -3,6 +3,7 @@
 import difflib
 import os
 from fractions import Fraction
+from pathlib import PureWindowsPath
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -41,6 +42,34 @@ _CUSTOM_PIPELINES = {"audio-llm": {"impl": "pipeline_listen.ListenPipeline", "pt
 
 class BackbonesConfigMixin:
     """For configs with `base_models`, which name the checkpoints of backbones."""
+
+    def check_publishable(self) -> None:
+        """Refuse a config that names folders of this machine: nobody else could load it, and the folders would be seen.
+
+        Raises:
+            ValueError: a backbone is in such a folder.
+        """
+        specs = self.base_models or {}
+        local = {name: spec["base_model_name_or_path"] for name, spec in specs.items()}
+        local = {name: path for name, path in local.items() if is_local_path(path)}
+        if local:
+            ids = ", ".join(f"{name!r}: 'owner/name'" for name in local)
+            raise ValueError(
+                f"backbones in folders of this machine ({local}) are not published: nobody else could load the model. "
+                f"Name them on the Hub, model.push_to_hub(repo_id, backbones={{{ids}}}), or publish everything: "
+                "model.save_pretrained(folder, save_full=True, push_to_hub=True, repo_id=repo_id)"
+            )
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As upstream, but a config that names folders of this machine is refused."""
+        self.check_publishable()
+        return super().push_to_hub(*args, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As upstream, but a config that names folders of this machine is not pushed."""
+        if push_to_hub:
+            self.check_publishable()
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def backbone_place(
         self, name: str, checkpoint: str | None = None, revision: str | None = None
@@ -411,7 +440,8 @@ class ListenConfig(BackbonesConfigMixin, PreTrainedConfig):
             revision = (revisions or {}).get(backbone, "main")
             read = _beats_config if backbone == "audio_encoder" else AutoConfig.from_pretrained
             configs[BACKBONES[backbone]] = read(source, revision=revision)
-            base_models[backbone] = {"base_model_name_or_path": str(source), "revision": revision}
+            place = str(source).replace(os.sep, "/")  # files hold POSIX paths
+            base_models[backbone] = {"base_model_name_or_path": place, "revision": revision}
         return cls(**configs, base_models=base_models, **kwargs)
 
     @classmethod
@@ -516,6 +546,13 @@ class ListenConfig(BackbonesConfigMixin, PreTrainedConfig):
                 )
 
 
+def is_local_path(path: str) -> bool:
+    """Whether it names a folder of some machine and no repository of the Hub or folder inside a checkpoint."""
+    if path.startswith("./") or PureWindowsPath(path).is_absolute():
+        return not path.startswith("./")
+    return path.startswith(("/", "~", "../")) or path.count("/") > 1 or os.path.isdir(path)
+
+
 def _beats_config(source: str, revision: str) -> BeatsConfig:
     """The config of a converted BEATs."""
     fields = {} if os.path.isfile(source) else BeatsConfig.get_config_dict(source, revision=revision)[0]
@@ -547,4 +584,4 @@ def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
 
 ListenConfig.register_for_auto_class()
 
-__all__ = ["BackbonesConfigMixin", "ListenConfig", "ListenConnectorConfig", "ListenPromptPoolConfig"]
+__all__ = ["BackbonesConfigMixin", "is_local_path", "ListenConfig", "ListenConnectorConfig", "ListenPromptPoolConfig"]

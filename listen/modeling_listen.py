@@ -29,6 +29,7 @@ from .language_models_listen import (
     check_not_packed,
     embedded_inputs,
 )
+from .lora_listen import ThreadAdapter
 from .modeling_beats import BeatsModel
 from .modeling_connector import resample_frames
 from .modeling_speech_encoder import build_speech_encoder
@@ -74,7 +75,8 @@ class ListenModel(ListenPreTrainedModel):
         self.adapters = Adapters()
         for name, (connector, pool) in self.adapter_configs().items():
             self.adapters[name] = ListenAdapter(config, connector, pool)
-        self.active_adapter: str | None = "default"
+        self._active_adapter: str | None = "default"
+        self._of_thread = ThreadAdapter()
         self.post_init()
         self.freeze()
 

@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import os
 from collections.abc import Iterator, Sized
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers.utils.chat_template_utils import Chat, is_valid_message
 
 from .audio_listen import ROW_KEYS, is_one_clip
 from .chat_listen import conversation_clips, place_audio
+from .model_card_listen import write_model_card
 from .processing_listen import ListenProcessor
 
 _INPUT_KEYS = ("audio", "sampling_rate", "text", "task")
@@ -119,6 +121,15 @@ class ListenPipeline(Pipeline):
         for info in (getattr(self.model.config, "custom_pipelines", None) or {}).values():
             # `pipeline()` replaces names in the config by classes, with which it cannot be saved
             info["pt"] = [entry if isinstance(entry, str) else entry.__name__ for entry in info["pt"]]
+
+    def push_to_hub(self, repo_id: str, *args: Any, backbones: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+        """Push model and processor, see `FrozenBackbonesMixin.push_to_hub`."""
+        with self.model.published(backbones):
+            return super().push_to_hub(repo_id, *args, **kwargs)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        write_model_card(working_dir, self.model, repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def __call__(self, inputs: Any, text: str | None = None, **kwargs: Any) -> Any:
         """Answer one input, or a list, data set or generator of inputs; see the class."""

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from _pytest.logging import LogCaptureFixture
 from conftest import clip, make_inputs, tiny_config, tiny_model
-from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model, inject_adapter_in_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
+from transformers.utils import logging
 
 from listen import ListenConfig, ListenForConditionalGeneration, ListenModel, ListenPromptPoolConfig
-from listen.checkpoint_listen import fingerprint
 
 ROWS = [[clip(1.3, 1)], [], [clip(0.9, 2), clip(2.1, 3)]]
 POOL = {"pool_size": 12, "num_prompts": 4}
@@ -62,7 +65,7 @@ def test_an_adapter_checkpoint_holds_the_adapter_alone(backbones: Path, tmp_path
     model = fresh(backbones)
     model.save_pretrained(tmp_path)
     files = {p.name for p in tmp_path.iterdir() if p.suffix != ".py"}
-    assert files == {"config.json", "generation_config.json", "model.safetensors"}
+    assert files == {"README.md", "config.json", "generation_config.json", "model.safetensors"}
     with safe_open(tmp_path / "model.safetensors", "pt") as weights:
         keys = set(weights.keys())
     assert keys == {key for key in model.state_dict() if key.startswith("adapters.default.")}
@@ -171,32 +174,6 @@ def test_other_weights_of_the_same_shape_are_an_error(backbones: Path, tmp_path:
     other.language_model.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="language_model: .*fingerprint"):
         AutoModel.from_pretrained(tmp_path / "adapter", backbones={"language_model": str(tmp_path / "other")})
-
-
-@pytest.mark.parametrize("part", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
-def test_any_changed_weight_changes_the_fingerprint(part: str) -> None:
-    language_model = tiny_model().language_model
-    before = fingerprint(language_model)
-    with torch.no_grad():
-        language_model.get_parameter(part).mul_(1.1)
-    assert fingerprint(language_model) != before
-
-
-def test_a_quantised_backbone_is_told_by_its_vectors(backbones: Path, tmp_path: Path) -> None:
-    model = fresh(backbones)
-    whole = fingerprint(model.language_model)
-    for layer in model.language_model.model.layers:  # as a quantiser does: integers in place of the matrices
-        layer.mlp.up_proj.weight = torch.nn.Parameter(layer.mlp.up_proj.weight.to(torch.int8), requires_grad=False)
-    assert fingerprint(model.language_model) == whole.split("-")[0] + "-"
-    model.save_pretrained(tmp_path)
-    assert AutoModel.from_pretrained(tmp_path).config.base_models
-
-
-def test_the_fingerprint_survives_another_dtype(backbones: Path, tmp_path: Path) -> None:
-    fresh(backbones).save_pretrained(tmp_path)
-    loaded = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert loaded.language_model.dtype == torch.bfloat16
-    assert loaded.adapters["default"].connector.projection.weight.dtype == torch.float32
 
 
 def test_a_model_without_a_head_attaches_its_backbones_too(backbones: Path, tmp_path: Path) -> None:
@@ -444,9 +421,148 @@ def test_lora_dropout_is_on_in_training_while_the_llm_rests(backbones: Path) -> 
     assert training and all("lora_dropout" in name for name in training)
 
 
-def test_an_unmerged_lora_is_not_saved_as_a_full_model(backbones: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="merge"):
-        lora(backbones).save_pretrained(tmp_path, save_full=True)
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("again", [False, True])
+def test_a_full_checkpoint_with_a_lora_gives_the_same_answers(
+    backbones: Path, tmp_path: Path, merged: bool, again: bool
+) -> None:
+    """`again`: of a model that stands alone, else of one that names its backbones."""
+    model = fresh(backbones)
+    if again:
+        model.save_pretrained(tmp_path / "whole", save_full=True)
+        model = AutoModel.from_pretrained(tmp_path / "whole")
+    torch.manual_seed(1)
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"], init_lora_weights=False))
+    if merged:
+        model.merge_adapter()
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "saved", save_full=not again)
+    loaded = AutoModel.from_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(logits(loaded), expected)
+    assert bool(loaded.config.lora_config) is not merged
+    assert model.config.lora_config  # as it was before saving
+
+
+def test_a_merged_lora_is_saved_as_a_lora_beside_named_backbones(backbones: Path, tmp_path: Path) -> None:
+    model = lora(backbones)
+    expected = logits(model)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-3)
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "language_model").exists()
+    assert torch.equal(logits(AutoModel.from_pretrained(tmp_path)), expected)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="no LoRA to merge"):
+        fresh(backbones).merge_adapter()
+
+
+def test_a_changed_backbone_is_written_and_named(backbones: Path, tmp_path: Path, caplog: LogCaptureFixture) -> None:
+    model = get_peft_model(
+        fresh(backbones), LoraConfig(target_modules=r"language_model.*q_proj", init_lora_weights=False)
+    ).merge_and_unload()
+    logging.get_logger("listen").addHandler(caplog.handler)
+    model.save_pretrained(tmp_path / "merged")
+    assert "frozen language_model is not the one in" in caplog.text and "the folder language_model" in caplog.text
+    bases = json.loads((tmp_path / "merged" / "config.json").read_text())["base_models"]
+    assert bases["language_model"]["base_model_name_or_path"] == "./language_model"
+    assert bases["speech_encoder"]["base_model_name_or_path"] == str(backbones / "speech_encoder")
+    loaded = AutoModel.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(loaded), logits(model))
+    loaded.save_pretrained(tmp_path / "again")  # unchanged since: named, not copied
+    assert not (tmp_path / "again" / "language_model").exists()
+
+
+def test_a_backbone_changed_below_a_lora_is_written_without_it(backbones: Path, tmp_path: Path) -> None:
+    model = lora(backbones)
+    with torch.no_grad():
+        model.language_model.model.layers[0].self_attn.q_proj.base_layer.weight.mul_(1.001)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(AutoModel.from_pretrained(tmp_path)), logits(model))
+
+
+def test_a_lora_that_checkpoints_do_not_hold_is_refused(backbones: Path, tmp_path: Path) -> None:
+    model = fresh(backbones)
+    inject_adapter_in_model(LoraConfig(target_modules=r"speech_encoder.*q_proj"), model)
+    with pytest.raises(ValueError, match=r"speech_encoder\..*lora_.* merge it"):
+        model.save_pretrained(tmp_path)
+
+
+# ---------------------------------------------------------------------- weights in files
+
+
+@pytest.mark.parametrize("options", [{"max_shard_size": "30KB"}, {"variant": "fp16"}, {}])
+def test_an_adapter_and_its_lora_load_from_any_kind_of_files(backbones: Path, tmp_path: Path, options: dict) -> None:
+    model = lora(backbones)
+    model.save_pretrained(tmp_path, **options)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) is ("max_shard_size" in options)
+    loading = {"variant": options["variant"]} if "variant" in options else {}
+    loaded = AutoModel.from_pretrained(tmp_path, **loading)
+    assert torch.equal(logits(loaded), logits(model))
+    loaded.load_adapter(tmp_path, "second", **loading)
+    loaded.set_adapter("second")
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("adapters.default.connector.projection.weight", lambda w: w.fill_(float("nan")), "not finite"),
+        ("adapters.default.prompt_pool.values", lambda w: w.to(torch.int64), "type I64, not a float"),
+        ("lora_A", lambda w: w.mul_(float("inf")), "not finite"),
+    ],
+)
+def test_odd_weights_are_refused_by_name(backbones: Path, tmp_path: Path, key: str, change: Any, message: str) -> None:
+    lora(backbones).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in weights if key in name)
+    weights[name] = change(weights[name])
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{name}.* {message}"):
+        AutoModel.from_pretrained(tmp_path)
+    if key != "lora_A":
+        model = lora(backbones)
+        with pytest.raises(ValueError, match=rf"{name}.* {message}"):
+            model.load_adapter(tmp_path, "odd")
+        assert list(model.adapters) == ["default"]
+
+
+# ---------------------------------------------------------------------- the rest of PEFT's interface
+
+
+def test_an_added_adapter_is_in_the_mode_of_the_model(backbones: Path) -> None:
+    model = fresh(backbones)
+    model.add_adapter(adapter_name="resting")
+    assert not any(module.training for module in model.adapters["resting"].modules())
+    model.train().add_adapter(adapter_name="learning")
+    assert model.adapters["learning"].training
+
+
+def test_active_adapters_are_told_and_switched_off(backbones: Path) -> None:
+    model = lora(backbones)
+    ids = torch.tensor([[1, 5, 9, 33]])
+    with_lora = model(ids).logits
+    assert model.active_adapters() == ["default"]
+    model.disable_adapters()
+    assert model.active_adapters() == [] and model.active_adapter is None
+    assert torch.equal(model(ids).logits, fresh(backbones)(ids).logits)
+    model.enable_adapters()
+    assert model.active_adapters() == ["default"] and torch.equal(model(ids).logits, with_lora)
+    state = model.get_adapter_state_dict()
+    assert {key.split(".")[0] for key in state} == {"adapters", "language_model"}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained <= set(state)
+
+
+def test_adapters_are_disabled_for_one_thread_alone(backbones: Path) -> None:
+    model = lora(backbones)
+    ids = torch.tensor([[1, 5, 9, 33]])
+    expected, plain = model(ids).logits, fresh(backbones)(ids).logits
+    with ThreadPoolExecutor(1) as other, model.disable_adapter():
+        assert torch.equal(model(ids).logits, plain)
+        assert torch.equal(other.submit(lambda: model(ids).logits).result(), expected)
+        assert other.submit(lambda: model.active_adapter).result() == "default"
+    assert torch.equal(model(ids).logits, expected)
 
 
 def test_parameters_are_counted_by_module(backbones: Path, capsys: pytest.CaptureFixture[str]) -> None:

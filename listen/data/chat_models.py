@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..chat_listen import DEFAULT_CHAT_TEMPLATE, fit_template
-from ..checkpoint_listen import fingerprint
+from ..fingerprint_listen import weights_hash
 from ..placeholders_listen import prepare_padding
 from .collator import end_of_turn
 from .posting import post_json, posting_session
@@ -154,7 +154,7 @@ class LocalChatModel:
         return {
             "model": self.name,
             "revision": getattr(self.model.config, "_commit_hash", None) or self.revision,
-            "fingerprint": fingerprint(self.model),
+            "fingerprint": weights_hash(self.model),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "decoding": {name: value for name, value in self.decoding.items() if value is not None},
         }
