@@ -25,8 +25,8 @@ _COLUMNS, _ROWS, _CHUNK_ROWS = 4096, 8192, 256  # a chunk of 1 M values stays in
 _FLOAT, _QUANTISED, _UNKNOWN, _NOT_FINITE = range(4)
 _NORM_STEPS, _SUM_STEPS = 512, 4096  # how finely values are stored in 16 bits
 _ENTRY = np.dtype([("norm", "<i2"), ("sums", "<i2", 2), ("kind", "u1")])
-# By kind, of the sums and of the norm's logarithm: six standard deviations of what rounding to bfloat16 (a relative error
-# of 2 ** -9 at most, twice) does to a sum; errors of 4 bits are about a tenth of the norm.
+# By kind, of the sums and of the norm's logarithm: six standard deviations of what rounding to bfloat16 (a relative
+# error of 2 ** -9 at most, twice) does to a sum; errors of 4 bits are about a tenth of the norm.
 _TOLERANCES = np.array([(0.0125, 0.01), (0.75, 0.1), (np.inf, np.inf), (-1.0, -1.0)])
 _EXACT = 1e-4  # of both, where nothing was rounded in between
 _TINY = 1e-5  # root mean square below which float16 keeps little precision; such weights count as zeros

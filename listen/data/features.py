@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,13 @@ from filelock import FileLock
 from pyarrow import ArrowException
 from torch.nn.utils.rnn import pad_sequence
 
+from ..fingerprint_listen import fingerprint as _digest
+from ..fingerprint_listen import same_weights
 from .audio import recordings_of
 from .content import is_same_content
 from .files import rename_complete, write_json
 
 STORE_FILE = "store.json"
-_VALUES_OF_A_WEIGHT = 256
 _FEATURES = Features(
     {
         "key": Value("string"),
@@ -56,7 +57,7 @@ class StoreInfo:
     Attributes:
         speech_width: width of the speech encoder's frames.
         audio_width: width of the audio encoder's frames, 0 without one.
-        encoders: digest of the weights of each encoder.
+        encoders: fingerprint of the weights of each encoder.
         feature_extractor: settings of the feature extractor.
         pad_to_30s: whether Whisper encoded clips padded to 30 s.
         keeps_padding: whether frames of the padding are stored, for a connector that reads them.
@@ -70,6 +71,18 @@ class StoreInfo:
     pad_to_30s: bool = False
     keeps_padding: bool = False
     join_silence_seconds: float = 0.0
+
+    def difference(self, other: StoreInfo) -> str:
+        """The first setting that differs, in words; empty for the same encoders, in whatever dtype, and settings."""
+        if self.encoders.keys() == other.encoders.keys():
+            changed = [name for name, mark in self.encoders.items() if not same_weights(mark, other.encoders[name])]
+            if changed:
+                return f"encoders={changed[0]!r} of other weights"
+            other = replace(other, encoders=self.encoders)
+        for name, value in asdict(other).items():
+            if getattr(self, name) != value:
+                return f"{name}={getattr(self, name)!r}, but here {name}={value!r}"
+        return ""
 
 
 @dataclass(frozen=True)
@@ -202,13 +215,11 @@ class FeatureStore:
         Raises:
             FeatureStoreError: the store was computed with another encoder, revision, extractor setting or joining.
         """
-        mine, wanted = asdict(self.info), asdict(info)
-        for name, value in wanted.items():
-            if mine[name] != value:
-                raise FeatureStoreError(
-                    f"the features in {self.folder} were computed with {name}={mine[name]!r}, but here "
-                    f"{name}={value!r}; compute them again into another folder"
-                )
+        difference = self.info.difference(info)
+        if difference:
+            raise FeatureStoreError(
+                f"the features in {self.folder} were computed with {difference}; compute them again into another folder"
+            )
 
 
 def store_info(model: Any, feature_extractor: Any, join_silence_seconds: float = 0.0) -> StoreInfo:
@@ -274,9 +285,9 @@ def write_store_info(folder: Path, info: StoreInfo) -> None:
         if not (folder / STORE_FILE).is_file():
             write_json(folder / STORE_FILE, asdict(info))
             return
-    known = read_store_info(folder)
-    if known != info:
-        raise FeatureStoreError(f"{folder} holds features of another setting ({known}); choose another folder")
+    difference = read_store_info(folder).difference(info)
+    if difference:
+        raise FeatureStoreError(f"{folder} holds features that were computed with {difference}; choose another folder")
 
 
 def recording_keys(row: Mapping[str, Any], folder: Path) -> list[str]:
@@ -336,16 +347,6 @@ def collate_features(recordings: Sequence[EncodedRecording], pad_to_multiple_of:
         if chunks:
             batch |= _pad_chunks(f"{stream}_hidden_states", chunks, pad_to_multiple_of)
     return batch
-
-
-def _digest(module: torch.nn.Module) -> str:
-    """Digest of some values of each weight, rounded to bfloat16 so that the dtype of loading does not matter."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(module.state_dict().items()):
-        flat = weight.detach().flatten()
-        sample = flat[:: max(len(flat) // _VALUES_OF_A_WEIGHT, 1)].to("cpu", torch.bfloat16)
-        digest.update(name.encode() + sample.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _pad_chunks(name: str, chunks: list[torch.Tensor], multiple: int) -> dict[str, torch.Tensor]:
