@@ -287,7 +287,7 @@ def write_store_info(folder: Path, info: StoreInfo) -> None:
             return
     difference = read_store_info(folder).difference(info)
     if difference:
-        raise FeatureStoreError(f"{folder} holds features that were computed with {difference}; choose another folder")
+        raise FeatureStoreError(f"{folder} holds features of another setting, {difference}; choose another folder")
 
 
 def recording_keys(row: Mapping[str, Any], folder: Path) -> list[str]:
