@@ -15,7 +15,7 @@ from transformers.utils import cached_file
 from .checkpoint_listen import HUB_KWARGS, check_backbone, check_weights, weight_files
 from .configuration_listen import BACKBONES, ListenConnectorConfig, ListenPromptPoolConfig, check_padding
 from .language_models_listen import mean_embedding
-from .lora_listen import LoraMixin
+from .lora_listen import ADAPTERS_OF_THREAD, LoraMixin
 from .modeling_connector import ConvRotary, WindowQFormer
 from .modeling_prompt_pool import ListenPromptPool
 from .outputs_listen import EncodedAudio, PromptOutput
@@ -328,7 +328,7 @@ class AdapterMixin(LoraMixin):
     @property
     def active_adapter(self) -> str | None:
         """Name of the active adapter; `None` where adapters are disabled."""
-        return self._of_thread.name(self._active_adapter)
+        return ADAPTERS_OF_THREAD.get().get(self._of_thread, self._active_adapter)
 
     @active_adapter.setter
     def active_adapter(self, name: str | None) -> None:

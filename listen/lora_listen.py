@@ -17,7 +17,9 @@ _LORA_FIELDS = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "us
 _LORA_ORIGIN = ("task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version")
 _WITHOUT_EFFECT = (*_LORA_ORIGIN, "inference_mode", "init_lora_weights")
 _BEYOND_LORA = ("modules_to_save", "trainable_token_indices")
-_OF_THREAD: ContextVar[Mapping["ThreadAdapter", str | None]] = ContextVar("of_thread", default=MappingProxyType({}))
+ADAPTERS_OF_THREAD: ContextVar[Mapping["ThreadAdapter", str | None]] = ContextVar(
+    "of_thread", default=MappingProxyType({})
+)
 
 
 class ThreadAdapter:
@@ -27,27 +29,23 @@ class ThreadAdapter:
     """
 
     def __bool__(self) -> bool:
-        return _OF_THREAD.get().get(self, "") is None
-
-    def name(self, default: str | None) -> str | None:
-        """The adapter of this thread; `default` where it is the one of all threads."""
-        return _OF_THREAD.get().get(self, default)
+        return ADAPTERS_OF_THREAD.get().get(self, "") is None
 
     def rename(self, name: str | None) -> bool:
         """Set the adapter of this thread, if it has its own."""
-        own = self in _OF_THREAD.get()
+        own = self in ADAPTERS_OF_THREAD.get()
         if own:
-            _OF_THREAD.set({**_OF_THREAD.get(), self: name})
+            ADAPTERS_OF_THREAD.set({**ADAPTERS_OF_THREAD.get(), self: name})
         return own
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Within it this thread has no adapter."""
-        token = _OF_THREAD.set({**_OF_THREAD.get(), self: None})
+        token = ADAPTERS_OF_THREAD.set({**ADAPTERS_OF_THREAD.get(), self: None})
         try:
             yield
         finally:
-            _OF_THREAD.reset(token)
+            ADAPTERS_OF_THREAD.reset(token)
 
 
 class LoraMixin(FrozenBackbonesMixin):
@@ -196,4 +194,4 @@ def _check_lora(lora_config: Any, adapter_name: str) -> None:
         raise ValueError(f"adapter_name={adapter_name!r}: checkpoints hold one LoRA, 'default'; leave the name out")
 
 
-__all__ = ["LoraMixin", "ThreadAdapter"]
+__all__ = ["ADAPTERS_OF_THREAD", "LoraMixin", "ThreadAdapter"]

@@ -29,7 +29,7 @@ from .language_models_listen import (
     check_not_packed,
     embedded_inputs,
 )
-from .lora_listen import ThreadAdapter
+from .lora_listen import ADAPTERS_OF_THREAD, ThreadAdapter
 from .modeling_beats import BeatsModel
 from .modeling_connector import resample_frames
 from .modeling_speech_encoder import build_speech_encoder
@@ -270,7 +270,8 @@ class ListenModel(ListenPreTrainedModel):
         Raises:
             ValueError: placeholders and audio do not match.
         """
-        names = adapter_names or [self.active_adapter] * len(input_ids)
+        active = ADAPTERS_OF_THREAD.get().get(self._of_thread, self._active_adapter)  # self.active_adapter
+        names = adapter_names or [active] * len(input_ids)
         if len(names) != len(input_ids):
             raise ValueError(f"adapter_names names {len(names)} rows but the batch has {len(input_ids)}")
         if self.config.audio_token_id is None or self.config.prompt_token_id is None:
