@@ -12,13 +12,14 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
-from .checkpoint_listen import HUB_KWARGS, check_backbone, check_weights, weight_files
+from .checkpoint_listen import HUB_KWARGS, check_backbone
 from .configuration_listen import BACKBONES, ListenConnectorConfig, ListenPromptPoolConfig, check_padding
 from .language_models_listen import mean_embedding
 from .lora_listen import ADAPTERS_OF_THREAD, LoraMixin
 from .modeling_connector import ConvRotary, WindowQFormer
 from .modeling_prompt_pool import ListenPromptPool
 from .outputs_listen import EncodedAudio, PromptOutput
+from .weights_listen import check_weights, weight_files
 
 BASE_ADAPTER = "__base__"  # names no adapter: a row of text alone
 _CONNECTORS = {"window_qformer": WindowQFormer, "conv_rotary": ConvRotary}

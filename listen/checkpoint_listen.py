@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.utils import cached_file, logging
-from transformers.utils.hub import extract_commit_hash, get_checkpoint_shard_files
+from transformers.utils.hub import extract_commit_hash
 
 from .attention_listen import additive_attention
 from .configuration_listen import BACKBONES, is_local_path
@@ -22,6 +21,7 @@ from .fingerprint_listen import Sketch, changed_weights, differing_weights, enco
 from .model_card_listen import ModelCardMixin, write_model_card
 from .modeling_beats import BeatsModel
 from .modeling_speech_encoder import load_speech_encoder
+from .weights_listen import check_weights, weight_files
 
 logger = logging.get_logger(__name__)
 
@@ -33,7 +33,6 @@ _LOADERS: dict[str, Callable[..., nn.Module]] = {
     "audio_encoder": lambda source, **options: _load_whole(BeatsModel, source, **options),
     "language_model": lambda source, **options: _load_whole(AutoModelForCausalLM, source, **options),
 }
-_FLOATS = {"F64", "F32", "F16", "BF16"}
 _SHAPE_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 
 
@@ -373,53 +372,6 @@ class FrozenBackbonesMixin(ModelCardMixin):
         getattr(self, name).save_pretrained(folder)
 
 
-def check_weights(source: str, state: dict[str, torch.Tensor], files: list[str]) -> None:
-    """Refuse weights that are no floats in a checkpoint's files, or not finite once they are loaded.
-
-    Args:
-        source: The checkpoint.
-        state: Weights of the model, of which those in the files are read.
-        files: Its weight files.
-
-    Raises:
-        ValueError: such a weight; the message names it.
-    """
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118 (no mapping)
-                weight = state.get(key)
-                if weight is None or not weight.is_floating_point() or weight.element_size() == 1:
-                    continue
-                dtype = opened.get_slice(key).get_dtype()
-                if dtype not in _FLOATS:
-                    raise ValueError(f"{source!r}: the weight {key} is of type {dtype}, not a float; save it again")
-                if weight.device.type != "meta" and not weight.isfinite().all():
-                    raise ValueError(
-                        f"{source!r}: the weight {key} holds values that are not finite (in {weight.dtype}); take an "
-                        "earlier checkpoint, or load it in a wider dtype"
-                    )
-
-
-def weight_files(source: str, variant: str | None = None, **hub: Any) -> list[str]:
-    """Paths of a checkpoint's safetensors files: one, or its shards.
-
-    Args:
-        source: Folder or Hub id.
-        variant: As of `from_pretrained`: the files are named `model.<variant>.safetensors`.
-        **hub: As of `cached_file`.
-
-    Raises:
-        ValueError: there are none.
-    """
-    middle = f".{variant}" if variant else ""
-    single, index = f"model{middle}.safetensors", f"model.safetensors.index{middle}.json"
-    for name in (single, index):
-        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
-        if found is not None:
-            return [found] if name == single else get_checkpoint_shard_files(source, found, **hub)[0]
-    raise ValueError(f"{source!r} holds neither {single} nor {index}; name a checkpoint, or the variant that it has")
-
-
 def _rename_dtype(options: dict[str, Any]) -> None:
     """Move `torch_dtype`, the older name, to `dtype`.
 
@@ -609,7 +561,5 @@ __all__ = [
     "HUB_KWARGS",
     "FrozenBackbonesMixin",
     "check_backbone",
-    "check_weights",
-    "weight_files",
     "whole_map",
 ]

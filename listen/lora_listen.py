@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedConfig
 
-from .checkpoint_listen import FrozenBackbonesMixin, weight_files
+from .checkpoint_listen import FrozenBackbonesMixin
+from .weights_listen import weight_files
 
 # LoRA fields that the config always holds, fields that do not affect a trained adapter, fields that train the LLM
 _LORA_FIELDS = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora")
