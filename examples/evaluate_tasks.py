@@ -1,8 +1,13 @@
-"""Evaluate a model on a manifest: metrics, predictions and a report.
+"""Evaluate a model on a data set: metrics, predictions and a report.
 
     python examples/evaluate_tasks.py --model model_cards/listen-tiny --data runs/corpus/test.jsonl --output runs/eval
     accelerate launch --num_processes 2 examples/evaluate_tasks.py --model DIR --data test.jsonl --num-beams 4
     torchrun --nproc_per_node 2 examples/evaluate_tasks.py ...   # on CPUs, where accelerate starts only one process
+    python examples/evaluate_tasks.py --model DIR --config examples/configs/listen-llama3-8b.yaml
+    python examples/evaluate_tasks.py --model DIR --data '{path: datasets/Clotho, format: clotho, split: test}'
+
+Data are read as in training. `--config` takes `eval`, `join_tasks`, `join_silence_seconds`, `features` and, with
+`long_audio: cut`, `max_audio_seconds` from the section `data` of a recipe; the flags replace single ones of them.
 
 `--sweep 2 4 8` also evaluates with other numbers of prompts k and plots the scores over them; `--sweep` alone doubles
 k from 2 to the processor's own. A sweep always holds k = 0, and the report then shows these scores beside the others.
@@ -16,13 +21,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import concatenate_datasets
+import yaml
 from rich.console import Console
 from rich.table import Table
 from transformers.utils import cached_file
 
 from listen.data.features import FeatureStore
-from listen.data.manifest import load_manifest
 from listen.evaluation import (
     EvaluationResult,
     default_counts,
@@ -35,13 +39,20 @@ from listen.evaluation import (
 from listen.evaluation.cascade import load_recogniser, tag_rows
 from listen.modeling_listen import ListenForConditionalGeneration
 from listen.processing_listen import ListenProcessor
+from listen.training import ArgumentError, DataArguments, build_eval_dataset
+from listen.training.arguments import parse_sources
+from listen.training.parsing import read_config
+from listen.training.values import check_values, field_names, refuse_unknown
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint: a folder or a Hub id")
-    parser.add_argument("--data", required=True, nargs="+", help="one or more JSONL manifests")
+    parser.add_argument("--data", nargs="+", help="sources of rows: paths, or mappings as in recipes; see docs/data.md")
+    parser.add_argument("--config", help="recipe whose evaluation data and joins are used")
+    parser.add_argument("--join-tasks", nargs="+", metavar="TASK", help="tasks whose clips are joined, as in training")
+    parser.add_argument("--join-silence-seconds", type=float, help="silence between joined clips, as in training")
     parser.add_argument("--tasks", nargs="+", help="evaluate only these tasks")
     parser.add_argument("--max-examples", type=int, help="max examples per task")
     parser.add_argument("--batch-size", type=int, default=8, help="rows of a batch, in each process")
@@ -57,6 +68,22 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sweep", type=int, nargs="*", metavar="K", help="also evaluate with these numbers of prompts")
     parser.add_argument("--output", type=Path, default=Path("runs/eval"), help="folder of the results")
     return parser.parse_args()
+
+
+def data_arguments(arguments: argparse.Namespace) -> DataArguments:
+    """The data of the recipe with what the command line replaces. All rows: `max_eval_rows` is for training."""
+    section = (read_config(arguments.config).get("data") or {}) if arguments.config else {}
+    refuse_unknown(section, field_names(DataArguments), "data.")
+    kept = {name: value for name, value in section.items() if name not in ("train", "max_eval_rows")}
+    if arguments.data:
+        kept["eval"] = [parse_sources("--data", yaml.safe_load(word))[0] for word in arguments.data]
+    for name in ("join_tasks", "join_silence_seconds", "features"):
+        if getattr(arguments, name) is not None:
+            kept[name] = getattr(arguments, name)
+    data = DataArguments(**check_values("data.", DataArguments, kept))
+    if not data.eval:
+        raise ArgumentError("no data to evaluate on; name it with --data, or a recipe with data.eval as --config")
+    return data
 
 
 def spelling_mapping(checkpoint: str | None) -> dict[str, str] | None:
@@ -79,19 +106,25 @@ def print_metrics(result: EvaluationResult) -> None:
 def main() -> None:
     """Evaluate, write the results on the main process, and print them."""
     arguments, state = parse_arguments(), launched_processes()
+    try:
+        data = data_arguments(arguments)
+        rows = build_eval_dataset(data, seed=0)  # before the model is loaded
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
     model = ListenForConditionalGeneration.from_pretrained(arguments.model, dtype=arguments.dtype).to(state.device)
     processor = ListenProcessor.from_pretrained(arguments.model)
-    if arguments.max_audio_seconds is not None:
-        processor.max_audio_seconds = arguments.max_audio_seconds
+    longest = data.max_audio_seconds if data.long_audio == "cut" else None
+    if arguments.max_audio_seconds is not None or longest is not None:
+        processor.max_audio_seconds = arguments.max_audio_seconds or longest
     options: dict[str, Any] = {
         "batch_size": arguments.batch_size,
         "num_workers": arguments.num_workers,
-        "features": FeatureStore(arguments.features) if arguments.features else None,
+        "features": FeatureStore(data.features) if data.features else None,
+        "join_silence_seconds": data.join_silence_seconds,
         "spelling_mapping": spelling_mapping(arguments.spelling_from),
         "num_beams": arguments.num_beams,
         "max_new_tokens": arguments.max_new_tokens,
     }
-    rows = concatenate_datasets([load_manifest(path) for path in arguments.data])
     dataset = select_rows(rows, arguments.tasks, arguments.max_examples)
     if arguments.cascade:
         dataset = tag_rows(dataset, load_recogniser(arguments.cascade, arguments.batch_size)(dataset))

@@ -111,7 +111,7 @@ def existing(path: Path, what: str) -> Path:
         FileNotFoundError: it is not; the message says what it should be.
     """
     if not path.exists():
-        raise FileNotFoundError(f"there is no {path}: {what}")
+        raise FileNotFoundError(f"there is no {path}, {what}")
     return path
 
 
