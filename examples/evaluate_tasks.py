@@ -131,6 +131,8 @@ def main() -> None:
     evaluate = partial(evaluate_model, model, processor, dataset, **options)
     result = evaluate(num_prompts=arguments.num_prompts)
     if arguments.sweep is not None:
+        if state.is_main_process:
+            result.save(arguments.output)  # kept if the sweep fails
         sweep = sweep_num_prompts(evaluate, arguments.sweep or default_counts(processor.num_prompts))
         result.without_prompts = sweep.without_prompts
         if state.is_main_process:
