@@ -35,6 +35,7 @@ class PromptRequest:
         k: Prompts to choose for each row.
         valid: `(batch, k)`, true on the places that a row fills: rows may ask for fewer.
         task_ids: `(batch,)`, or `None`.
+        dropped: `(pool,)`, true for keys that leave the ranking, by score dropout.
     """
 
     query: torch.Tensor
@@ -42,6 +43,7 @@ class PromptRequest:
     k: int
     valid: torch.Tensor
     task_ids: torch.Tensor | None
+    dropped: torch.Tensor
 
 
 class SelectionStrategy(nn.Module):
@@ -53,23 +55,10 @@ class SelectionStrategy(nn.Module):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
-        self.dropout = config.score_dropout
 
     def forward(self, request: PromptRequest) -> PromptSelection:
         """Choose `request.k` prompts for each query."""
         raise NotImplementedError
-
-    def dropped_keys(self, request: PromptRequest) -> torch.Tensor:
-        """`(pool,)`, true for keys that this training batch cannot choose: a random `score_dropout` of them.
-
-        They leave the ranking; a score of zero would rank above every negative cosine. Nothing is dropped where fewer
-        than k keys would be left.
-        """
-        size, device = len(request.keys), request.keys.device
-        if not self.training or not self.dropout:
-            return torch.zeros(size, dtype=torch.bool, device=device)
-        dropped = torch.rand(size, device=device) < self.dropout
-        return dropped & (size - dropped.sum() >= request.k)
 
 
 class SimilaritySelection(SelectionStrategy):
@@ -83,15 +72,16 @@ class SimilaritySelection(SelectionStrategy):
         """`scores` are cosines; the norms are safe at zero, as in Learning to Prompt (arXiv 2112.08654)."""
         query, keys = request.query, request.keys
         scores = F.normalize(query, dim=-1, eps=1e-6) @ F.normalize(keys, dim=-1, eps=1e-6).T  # (batch, pool)
-        ranked = scores.masked_fill(self.dropped_keys(request), -torch.inf)  # (batch, pool)
+        ranked = scores.masked_fill(request.dropped, -torch.inf)  # (batch, pool)
         indices = ranked.topk(request.k, dim=-1).indices  # (batch, k)
         if self.loss_type == "similarity":
             losses = -scores.softmax(-1).gather(1, indices)  # (batch, k)
         elif self.loss_type == "distance":
-            losses = _norm(query[:, None] - keys[indices])  # (batch, k)
+            losses = (query[:, None] - keys[indices]).norm(dim=-1)  # (batch, k)
         else:  # the keys move to the query; the query is left to the next-token loss
             target, count = query.detach(), request.valid.sum(-1, keepdim=True).clamp_min(1)  # (batch, 1)
-            losses = _norm(target[:, None] - keys[indices]) / (_norm(target)[:, None] * count)  # (batch, k)
+            size = target.norm(dim=-1, keepdim=True).clamp_min(1e-6)  # (batch, 1)
+            losses = (target[:, None] - keys[indices]).norm(dim=-1) / (size * count)  # (batch, k)
         return PromptSelection(indices, scores.gather(1, indices), None, (losses * request.valid).sum(-1))
 
 
@@ -106,7 +96,7 @@ class AttentionSelection(SelectionStrategy):
         """`scores` are attention weights over the whole pool."""
         query, keys, valid = request.query, request.keys, request.valid
         logits = query @ keys.T / keys.shape[1] ** 0.5  # (batch, pool)
-        logits = logits.masked_fill(self.dropped_keys(request), -torch.inf)
+        logits = logits.masked_fill(request.dropped, -torch.inf)
         scores, indices = logits.softmax(-1).topk(request.k, dim=-1)  # (batch, k)
         chosen = scores * valid
         total = chosen.sum(-1, keepdim=True).clamp_min(1e-12)  # zero for a row that asks for no prompts
@@ -130,7 +120,7 @@ class ResidualSelection(SelectionStrategy):
         query, keys, valid = request.query, request.keys, request.valid
         if self.is_relative:
             query = query.detach()  # nothing else here passes a gradient to it
-        used = self.dropped_keys(request).expand(len(query), -1)  # (batch, pool)
+        used = request.dropped.expand(len(query), -1)  # (batch, pool)
         residual, indices, scores = query, [], []
         for step in range(request.k):
             distances = torch.cdist(residual[:, None], keys[None])[:, 0]  # (batch, pool)
@@ -139,7 +129,8 @@ class ResidualSelection(SelectionStrategy):
             scores.append(-distances.gather(1, index))
             used = used.scatter(1, index, True)
             residual = residual - keys[index[:, 0]] * valid[:, step : step + 1]  # (batch, dim)
-        key_loss = _norm(residual) * valid.any(-1) / (_norm(query) if self.is_relative else 1.0)
+        size = query.norm(dim=-1).clamp_min(1e-6) if self.is_relative else 1.0  # (batch,)
+        key_loss = residual.norm(dim=-1) * valid.any(-1) / size
         return PromptSelection(torch.cat(indices, 1), torch.cat(scores, 1), None, key_loss)
 
 
@@ -227,6 +218,7 @@ class ListenPromptPool(nn.Module):
         self.keys = nn.Parameter(torch.empty(config.pool_size, width)) if config.uses_query else None
         if config.center_query:
             self.register_buffer("query_mean", torch.zeros(width))
+        self.most_prompts = config.most_prompts
         self.strategy = STRATEGIES[config.strategy](config)
 
     def forward(
@@ -246,11 +238,16 @@ class ListenPromptPool(nn.Module):
             ValueError: a row asks for more prompts than it can reach.
         """
         k = int(counts.max())
-        if k > self.config.most_prompts:
+        if k > self.most_prompts:
             raise ValueError(
-                f"the input asks for {k} prompts but the pool can give {self.config.most_prompts}; lower num_prompts"
+                f"the input asks for {k} prompts but the pool can give {self.most_prompts}; lower num_prompts"
             )
         valid = torch.arange(k, device=query.device) < counts[:, None]  # (batch, k)
+        dropped = torch.zeros(self.config.pool_size, dtype=torch.bool, device=query.device)  # (pool,)
+        if self.training and self.config.score_dropout:
+            # out of the ranking: a score of zero would rank above every negative cosine; k keys always stay
+            drawn = torch.rand(self.config.pool_size, device=query.device) < self.config.score_dropout
+            dropped = drawn & (self.config.pool_size - drawn.sum() >= k)
         with torch.autocast(query.device.type, enabled=False):  # the ranking must not depend on mixed precision
             query = query.float()  # (batch, width)
             if self.config.center_query:
@@ -259,7 +256,7 @@ class ListenPromptPool(nn.Module):
                         self.query_mean.lerp_(query.mean(0), 1.0 - self.config.query_momentum)
                 query = query - self.query_mean
             keys = self.keys.float() if self.keys is not None else None
-            selection = self.strategy(PromptRequest(query, keys, k, valid, task_ids))
+            selection = self.strategy(PromptRequest(query, keys, k, valid, task_ids, dropped))
             prompts = self.values[selection.indices]  # (batch, k, width)
             if selection.weights is not None:
                 prompts = prompts * selection.weights[..., None]
@@ -289,11 +286,6 @@ class ListenPromptPool(nn.Module):
             queries = queries - self.query_mean
         drawn = queries[torch.randint(len(queries), (len(self.keys),), device=queries.device)]  # (pool, width)
         self.keys.copy_(drawn + 0.1 * drawn.std() * torch.randn_like(drawn))
-
-
-def _norm(vectors: torch.Tensor) -> torch.Tensor:
-    """Norm over the last axis. It has no gradient at zero; the floor keeps that finite and changes no other value."""
-    return vectors.square().sum(-1).clamp_min(1e-12).sqrt()
 
 
 def _without_scores(indices: torch.Tensor, query: torch.Tensor) -> PromptSelection:
