@@ -163,15 +163,15 @@ def load_weights(model: BeatsModel | BeatsForAudioClassification, weights: dict[
 
 
 def write_card(folder: Path, source: Path, model: BeatsModel | BeatsForAudioClassification) -> None:
-    """Short model card that names the source of the weights."""
-    task, auto_class, output = "feature-extraction", "AutoModel", "50 tokens a second"
+    """Short model card that names the source of the weights; no pipeline makes the inputs, so it names none."""
+    auto_class, output = "AutoModel", "50 tokens a second"
     if isinstance(model, BeatsForAudioClassification):
-        task, auto_class = "audio-classification", "AutoModelForAudioClassification"
+        auto_class = "AutoModelForAudioClassification"
         output = (
             f"logits of {model.config.num_labels} labels, of which several may hold; their sigmoid is a probability"
         )
     card = CARD.format(
-        metadata=ModelCardData(license="mit", pipeline_tag=task, tags=["beats", "audio"]).to_yaml(),
+        metadata=ModelCardData(license="mit", tags=["beats", "audio"]).to_yaml(),
         name=folder.name,
         source=source.name,
         auto_class=auto_class,

@@ -111,6 +111,12 @@ class FrozenBackbonesMixin(ModelCardMixin):
         return model.eval(), info
 
     @classmethod
+    def _from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> Any:
+        """As upstream, but `dtype` and `torch_dtype` may not differ."""
+        _rename_dtype(kwargs)
+        return super()._from_config(config, **{k: v for k, v in kwargs.items() if (k, v) != ("dtype", "auto")})
+
+    @classmethod
     def from_backbones(cls, config: PreTrainedConfig, **kwargs: Any) -> Any:
         """A model with the backbones in `config.base_models` and freshly initialised trainable modules.
 

@@ -93,6 +93,8 @@ class ListenFeatureExtractor(SequenceFeatureExtractor):
         self.n_fft = n_fft
         self.chunk_seconds = chunk_seconds
         self.num_fbank_bins = num_fbank_bins or 0
+        if not num_fbank_bins:
+            self.model_input_names = [name for name in self.model_input_names if not name.startswith("input_values")]
         self.fbank_mean = fbank_mean
         self.fbank_std = fbank_std
         self.pad_to_30s = pad_to_30s
@@ -101,6 +103,10 @@ class ListenFeatureExtractor(SequenceFeatureExtractor):
         self.speech_features = speech_features
         self.speech_geometry = speech_geometry
         self._check_values()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings; names of inputs follow from them."""
+        return {name: value for name, value in super().to_dict().items() if name != "model_input_names"}
 
     def _check_values(self) -> None:
         for name in ("feature_size", "sampling_rate", "hop_length", "n_fft", "speech_downsampling", "patch_size"):

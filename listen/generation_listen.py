@@ -58,7 +58,11 @@ class ListenGenerationMixin(GenerationMixin):
         return create(**{**kwargs, "config": self.language_model.config})
 
     def prepare_inputs_for_generation(
-        self, input_ids: torch.Tensor, is_first_iteration: bool | None = False, **kwargs: Any
+        self,
+        input_ids: torch.Tensor,
+        is_first_iteration: bool | None = False,
+        inputs_embeds: torch.Tensor | None = None,  # named, since `generate` takes it only where it is
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """As upstream; encoder frames and what picks the prompts reach the first forward pass alone.
 
@@ -70,7 +74,8 @@ class ListenGenerationMixin(GenerationMixin):
             is_first_iteration = True
         whole = kwargs.get("next_sequence_length") in (None, input_ids.shape[1])
         first = is_first_iteration or (whole and cache is not None and cache.get_seq_length() == 0)
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=first, **kwargs)
+        kwargs |= {"is_first_iteration": first, "inputs_embeds": inputs_embeds}
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
         dropped = _NOT_FORWARDED if first or not kwargs.get("use_cache", True) else (*_NOT_FORWARDED, *_PREFILL_ONLY)
         return {name: value for name, value in inputs.items() if name not in dropped}
 

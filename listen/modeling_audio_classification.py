@@ -16,7 +16,9 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils import can_return_tuple
 
+from .attention_listen import SwitchableAttention
 from .checkpoint_listen import FrozenBackbonesMixin
 from .configuration_audio_classification import ListenAudioClassificationConfig
 from .feature_extraction_audio_classification import (  # noqa: F401 (checkpoints carry the files imported here)
@@ -61,7 +63,7 @@ class TimeLayerTransformer(nn.Module):
         return self.output(self.output_norm(hidden))
 
 
-class ListenForAudioClassification(FrozenBackbonesMixin, PreTrainedModel):
+class ListenForAudioClassification(SwitchableAttention, FrozenBackbonesMixin, PreTrainedModel):
     """A frozen speech encoder under a learned time- and layer-wise Transformer.
 
     Args:
@@ -106,6 +108,10 @@ class ListenForAudioClassification(FrozenBackbonesMixin, PreTrainedModel):
             self.speech_encoder.eval()
         return self
 
+    def attention_parts(self) -> dict[str, list[nn.Module]]:
+        """The encoder, by the name of its sub-config."""
+        return {"speech_config": [self.speech_encoder]} if self.speech_encoder is not None else {}
+
     @torch.no_grad()
     def encode(
         self,
@@ -145,6 +151,7 @@ class ListenForAudioClassification(FrozenBackbonesMixin, PreTrainedModel):
         mask = F.pad(mask, (0, -mask.shape[1] % size)).unflatten(1, (-1, size)).any(-1)  # (chunks, steps)
         return (states, mask) if chunk_counts is None else _join_chunks(states, mask, chunk_counts.tolist())
 
+    @can_return_tuple
     def forward(
         self,
         input_features: torch.Tensor | None = None,
@@ -154,8 +161,7 @@ class ListenForAudioClassification(FrozenBackbonesMixin, PreTrainedModel):
         layer_states_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        return_dict: bool = True,
-    ) -> SequenceClassifierOutput | tuple[torch.Tensor, ...]:
+    ) -> SequenceClassifierOutput:
         """Score the labels of each clip.
 
         Args:
@@ -166,14 +172,17 @@ class ListenForAudioClassification(FrozenBackbonesMixin, PreTrainedModel):
             layer_states_mask: `(clips, steps)`, true at real steps; all are by default.
             labels: `(clips,)` label ids; -100 is left out of the loss.
             num_items_in_batch: What the sum of the loss is divided by; the number of labels by default.
-            return_dict: Whether a `SequenceClassifierOutput` or a tuple is returned.
 
         Returns:
-            `SequenceClassifierOutput` with `logits` `(clips, labels)` and, with `labels`, the `loss`.
+            `SequenceClassifierOutput` with `logits` `(clips, labels)` and, with `labels`, the `loss`; a tuple with
+            `return_dict=False`.
 
         Raises:
-            ValueError: neither or both of features and states, or shapes that do not match.
+            ValueError: neither or both of features and states, shapes that do not match, or a parameter of the encoder
+                that requires gradients in training: it would get none.
         """
+        if self.training and torch.is_grad_enabled():
+            self._check_frozen()
         if (input_features is None) == (layer_states is None):
             raise ValueError("give either input_features or layer_states; use the model's own feature extractor")
         if layer_states is None:
@@ -183,8 +192,15 @@ class ListenForAudioClassification(FrozenBackbonesMixin, PreTrainedModel):
         weight = self.classifier.output.weight
         logits = self.classifier(layer_states.to(weight.dtype), layer_states_mask.bool())
         loss = None if labels is None else self._loss(logits, labels, num_items_in_batch)
-        output = SequenceClassifierOutput(loss=loss, logits=logits)
-        return output if return_dict else output.to_tuple()
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+    def _check_frozen(self) -> None:
+        trained = [name for name, weight in self.named_parameters() if weight.requires_grad]
+        if dead := [name for name in trained if name.startswith("speech_encoder.")]:
+            raise ValueError(
+                f"{len(dead)} parameters of the frozen encoder require gradients but get none, such as {dead[0]!r}; "
+                "freeze them (model.freeze()), or keep a LoRA to target_modules of the classifier"
+            )
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor, count: torch.Tensor | int | None) -> torch.Tensor:
         """Cross-entropy. Divided by labels and not by their weights: a label counts alike whatever its batch mates."""

@@ -388,6 +388,9 @@ class ListenModel(ListenPreTrainedModel):
             raise ValueError(f"forward() got {packed}, which describe packed rows; {UNPACK}")
         if use_cache is None and self.training:
             use_cache = False
+        for name in ("output_hidden_states", "output_attentions"):
+            if getattr(self.config, name, False):
+                kwargs = {name: True, **kwargs}
         has_routers = getattr(self.config.text_config.get_text_config(), "output_router_logits", False)
         return {**({"output_router_logits": False} if has_routers else {}), "use_cache": use_cache, **kwargs}
 

@@ -277,6 +277,9 @@ class ListenPipeline(Pipeline):
         inputs = dict(input_tensors)
         picked = None
         if return_prompts:
+            if generate_kwargs.get("adapter_names") is None:  # another thread may switch adapters before they answer
+                active = self.model.active_adapter or "__base__"
+                generate_kwargs["adapter_names"] = [active] * len(inputs["input_ids"])
             inputs, picked = self._pick(inputs, generate_kwargs.get("adapter_names"))
         if self.assistant_model is not None:
             generate_kwargs.setdefault("assistant_model", self.assistant_model)

@@ -1,0 +1,305 @@
+"""dtype and devices: names of the dtype, devices without float64, offloading, other processes and threads, kernels."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from conftest import clip, make_inputs, tiny_config, tiny_model
+from fixtures_encoders import encoder_inputs, random_encoder
+from fixtures_training import small_corpus, tiny_processor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModel, pipeline
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from listen import ListenConfig, ListenForConditionalGeneration, ListenPipeline, ListenProcessor
+from listen.configuration_listen import BACKBONES
+from listen.data import ListenCollator, load_manifest
+from listen.modeling_connector import resample_frames
+from listen.training.arguments import ListenTrainingArguments
+from listen.training.trainer import ListenTrainer
+
+MINIATURE = Path(__file__).resolve().parents[1] / "model_cards" / "listen-tiny"
+HALF = {"speech_encoder": torch.bfloat16, "audio_encoder": torch.bfloat16, "language_model": torch.bfloat16}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Backbones with checkpoints of their own beside a checkpoint of the adapter, and one that holds everything."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    model = tiny_model()
+    model.save_pretrained(root / "whole")
+    model.config.base_models = {name: {"base_model_name_or_path": str(root / name)} for name in BACKBONES}
+    for name in BACKBONES:
+        getattr(model, name).save_pretrained(root / name)
+    model._after_attaching(None)
+    model.save_pretrained(root / "adapter")
+    return root
+
+
+def dtypes(model: ListenForConditionalGeneration) -> dict[str, torch.dtype]:
+    return {name: getattr(model, name).dtype for name in BACKBONES}
+
+
+# ---------------------------------------------------------------------- dtype
+
+
+@pytest.mark.parametrize("kind", ["whole", "adapter"])
+@pytest.mark.parametrize("asked", [torch.bfloat16, "bfloat16"])
+def test_torch_dtype_is_dtype(folder: Path, kind: str, asked: Any) -> None:
+    assert dtypes(ListenForConditionalGeneration.from_pretrained(folder / kind, torch_dtype=asked)) == HALF
+    assert dtypes(AutoModel.from_pretrained(folder / kind, torch_dtype=asked)) == HALF
+    assert dtypes(ListenForConditionalGeneration.from_pretrained(folder / kind, dtype=asked, torch_dtype=asked)) == HALF
+
+
+def test_torch_dtype_is_dtype_for_fresh_models_and_pipelines(folder: Path) -> None:
+    config = ListenConfig.from_pretrained(folder / "adapter")
+    assert dtypes(ListenForConditionalGeneration.from_backbones(config, torch_dtype=torch.bfloat16)) == HALF
+    listen = pipeline("audio-llm", str(MINIATURE), trust_remote_code=True, torch_dtype=torch.bfloat16)
+    assert dtypes(listen.model) == HALF
+
+
+def test_two_different_dtypes_are_refused(folder: Path) -> None:
+    both = {"torch_dtype": torch.float16, "dtype": torch.bfloat16}
+    config = ListenConfig.from_pretrained(folder / "adapter")
+    for load in (
+        lambda: ListenForConditionalGeneration.from_pretrained(folder / "whole", **both),
+        lambda: ListenForConditionalGeneration.from_pretrained(folder / "adapter", **both),
+        lambda: ListenForConditionalGeneration.from_backbones(config, **both),
+        lambda: AutoModel.from_pretrained(folder / "whole", **both),
+        lambda: AutoModel.from_config(tiny_config(), **both),
+    ):
+        with pytest.raises(ValueError, match=r"torch_dtype=torch.float16 and dtype=torch.bfloat16 differ"):
+            load()
+    model = tiny_model()
+    with pytest.raises(ValueError, match=r"torch_dtype=torch.float16, but the model is in torch.float32"):
+        ListenPipeline(model=model, processor=tiny_processor(model.config), torch_dtype=torch.float16)
+
+
+# ---------------------------------------------------------------------- devices without float64
+
+
+class NoFloat64(TorchDispatchMode):
+    """Fails where a tensor of float64 is made, as Apple's MPS does."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for item in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(item, torch.Tensor) and item.dtype == torch.float64:
+                raise TypeError(f"{func} makes float64")
+        return out
+
+
+@pytest.mark.parametrize("pool", [{}, {"strategy": "residual"}, {"center_query": True}])
+def test_training_needs_no_float64(tmp_path: Path, pool: dict) -> None:
+    model = tiny_model(prompt_pool_config={"pool_size": 12, "num_prompts": 4, **pool}).train()
+    collator = ListenCollator(tiny_processor(model.config), train=True)
+    args = ListenTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    trainer = ListenTrainer(model=model, args=args, data_collator=collator)
+    batch = collator(list(load_manifest(small_corpus(tmp_path, num_rows=2))))
+    with NoFloat64():
+        trainer.compute_loss(model, batch).backward()
+        trainer.log({"loss": 1.0})
+    assert {"lm_loss", "key_loss", "pool_usage_entropy"} <= trainer.state.log_history[-1].keys()
+
+
+def test_generation_and_encoders_of_other_rates_need_no_float64() -> None:
+    with NoFloat64():
+        model = tiny_model()
+        inputs = make_inputs(model, [[clip(0.5)]])
+        answer = model.generate(**inputs, max_new_tokens=2)
+        frames, _ = resample_frames(torch.randn(2, 12, 3), torch.ones(2, 12, dtype=torch.long), Fraction(6, 5))
+    assert (answer.shape[1], frames.shape) == (inputs["input_ids"].shape[1] + 2, (2, 10, 3))
+
+
+@pytest.mark.parametrize("step", [Fraction(6, 5), Fraction(5, 12), Fraction(7, 3), Fraction(320, 441)])
+def test_resampled_frames_are_exact_means_over_their_time(step: Fraction) -> None:
+    states = torch.randn(2, 1500, 4, generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(1500) < torch.tensor([[1500], [701]])).long()
+    found, found_mask = resample_frames(states, mask, step)
+    for row, count in enumerate((1500, 701)):
+        for new in (0, 1, 17, int(found_mask[row].sum()) - 1):
+            start, end = new * step, min((new + 1) * step, Fraction(count))
+            shares = [
+                float(max(Fraction(0), min(end, old + 1) - max(start, Fraction(old))) / (end - start))
+                for old in range(count)
+            ]
+            exact = torch.tensor(shares, dtype=torch.float64) @ states[row, :count].double()
+            torch.testing.assert_close(found[row, new].double(), exact, atol=1e-6, rtol=1e-6)
+
+
+# ---------------------------------------------------------------------- other processes, offloading, threads
+
+
+def test_a_pickled_model_is_the_same(model: ListenForConditionalGeneration) -> None:
+    inputs = make_inputs(model, [[clip(1.0)]])
+    restored = pickle.loads(pickle.dumps(model))
+    assert torch.equal(restored(**inputs).logits, model(**inputs).logits)
+    assert list(restored.state_dict()) == list(model.state_dict())
+
+
+@pytest.mark.slow
+def test_workers_of_a_pipeline_get_no_model(model: ListenForConditionalGeneration) -> None:
+    model.speech_encoder.no_pickle = lambda: None  # as for encoders that cannot be pickled
+    listen = ListenPipeline(model=model, processor=tiny_processor(model.config))
+    clips = [{"array": clip(0.5, seed).numpy(), "sampling_rate": 16000} for seed in range(3)]
+    options = {"task": "asr", "batch_size": 2, "max_new_tokens": 3}
+    default = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        found = listen(clips, num_workers=1, **options)
+    finally:
+        multiprocessing.set_start_method(default, force=True)
+    assert found == listen(clips, **options)
+
+
+PLACES = {"speech_encoder": "cpu", "audio_encoder": "disk", "language_model": "cpu", "adapters": "cpu"}
+
+
+@pytest.mark.parametrize("kind", ["whole", "adapter"])
+@pytest.mark.parametrize(
+    "changed", [{}, {"speech_encoder": "disk"}, {"audio_encoder": "cpu", "language_model": "disk"}]
+)
+def test_an_offloaded_model_is_the_same(folder: Path, tmp_path: Path, kind: str, changed: dict) -> None:
+    model = tiny_model()
+    inputs = make_inputs(model, [[clip(1.0)]])
+    offloaded = ListenForConditionalGeneration.from_pretrained(
+        folder / kind, device_map={**PLACES, **changed}, offload_folder=tmp_path
+    )
+    parts = {name: [w.device.type for w in getattr(offloaded, name).parameters()] for name in BACKBONES}
+    for name, place in {**PLACES, **changed}.items():
+        if name in parts and place == "disk":
+            assert set(parts[name]) == {"meta"}
+    torch.testing.assert_close(offloaded(**inputs).logits, model(**inputs).logits)
+
+
+def test_weights_that_are_fetched_layer_by_layer_give_the_same(model: ListenForConditionalGeneration) -> None:
+    inputs = make_inputs(model, [[clip(1.0)]])
+    expected = model(**inputs).logits
+    cpu_offload(model, execution_device="cpu")
+    torch.testing.assert_close(model(**inputs).logits, expected)
+
+
+@torch.no_grad()
+def test_threads_encode_as_one(tmp_path: Path) -> None:
+    encoder = random_encoder("wav2vec2-base")  # its group norm has to know the lengths of a batch
+    generator = torch.Generator().manual_seed(0)
+    batches = [encoder_inputs(encoder.config, torch.randint(800, 4000, (3,), generator=generator).tolist())
+               for _ in range(12)]  # fmt: skip
+    alone = [encoder(*batch).last_hidden_state for batch in batches]
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(4):
+            together = pool.map(lambda batch: encoder(*batch).last_hidden_state, batches)
+            assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+
+
+def test_the_adapter_of_a_generation_is_the_one_at_its_start(model: ListenForConditionalGeneration) -> None:
+    model.add_adapter(adapter_name="other")
+    model.eval()
+    inputs = make_inputs(model, [[clip(1.0)]])
+    settings = {"max_new_tokens": 6, "do_sample": False, "use_cache": False}
+    expected = model.generate(**inputs, **settings)
+    model.set_adapter("other")
+    assert not torch.equal(model.generate(**inputs, **settings), expected)
+    model.set_adapter("default")
+
+    def switch(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        model.set_adapter("other")  # as another thread may, between two steps
+        return scores
+
+    assert torch.equal(model.generate(**inputs, **settings, logits_processor=[switch]), expected)
+
+
+# ---------------------------------------------------------------------- attention kernels and checkpointing
+
+
+def kernels(model: ListenForConditionalGeneration) -> dict[str, str]:
+    parts = {name: getattr(model, name).config for name in BACKBONES}
+    parts |= {f"{name}'s connector": adapter.connector.attention_config for name, adapter in model.adapters.items()}
+    return {name: config._attn_implementation for name, config in {"model": model.config, **parts}.items()}
+
+
+@pytest.mark.parametrize("connector", ["window_qformer", "conv_rotary"])
+def test_the_attention_kernel_reaches_every_part(tmp_path: Path, folder: Path, connector: str) -> None:
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    model = ListenForConditionalGeneration(tiny_config(connector_config={"type": connector, **sizes}))
+    assert set(kernels(model).values()) == {"sdpa"}
+    model.add_adapter(adapter_name="other")
+    model.set_attn_implementation("eager")
+    assert set(kernels(model).values()) == {"eager"}
+    model.save_pretrained(tmp_path)
+    loaded = ListenForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert set(kernels(loaded).values()) == {"eager"}
+    inputs = make_inputs(loaded, [[clip(1.0)], [clip(0.7)]])
+    real = inputs["attention_mask"].bool()
+    expected = loaded(**inputs).logits[real]
+    loaded.set_attn_implementation("sdpa")
+    torch.testing.assert_close(loaded(**inputs).logits[real], expected, atol=1e-4, rtol=1e-4)
+    base = ListenConfig.from_pretrained(folder / "adapter")
+    fresh = ListenForConditionalGeneration.from_backbones(base, attn_implementation="eager")
+    assert set(kernels(fresh).values()) == {"eager"}
+
+
+def test_parts_that_need_an_additive_mask_run_sdpa(model: ListenForConditionalGeneration) -> None:
+    model.set_attn_implementation("flex_attention")
+    asked = {"model", "speech_encoder", "language_model"}
+    assert {name for name, kernel in kernels(model).items() if kernel == "flex_attention"} == asked
+    assert {kernel for name, kernel in kernels(model).items() if name not in asked} == {"sdpa"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("fast", "fast"),
+        ({"text_config": "eager", "speech_config": "fast"}, "fast"),
+        ({"text_config": "eager", "connector_config": "fast"}, "fast"),
+        ({"text_config": "eager", "ears": "sdpa"}, "ears"),
+        ("flash_attention_3", "Flash"),  # not installed here
+    ],
+)
+def test_a_kernel_that_a_part_cannot_run_changes_nothing(
+    model: ListenForConditionalGeneration, asked: Any, message: str
+) -> None:
+    before = kernels(model)
+    with pytest.raises((ValueError, ImportError), match=message):
+        model.set_attn_implementation(asked)
+    assert kernels(model) == before
+
+
+def test_one_part_is_switched_alone(model: ListenForConditionalGeneration) -> None:
+    model.set_attn_implementation({"connector_config": "eager"})
+    assert {name for name, kernel in kernels(model).items() if kernel == "eager"} == {"default's connector"}
+    assert model.config.connector_config._attn_implementation == "eager"
+
+
+def test_checkpointing_works_whether_it_is_turned_on_before_or_after_train(
+    model: ListenForConditionalGeneration,
+) -> None:
+    def active() -> list[bool]:
+        layers = [m for m in model.language_model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        return [layer.gradient_checkpointing and layer.training for layer in layers]
+
+    model.train()
+    model.activation_checkpointing_enable()
+    assert all(active())
+    model.activation_checkpointing_disable()
+    assert not any(module.training for module in model.language_model.modules())
+    model.eval()
+    model.activation_checkpointing_enable()
+    assert not any(active())
+    model.train()
+    assert all(active())
+
+
+def test_the_miniature_loads_in_half_precision() -> None:
+    model = ListenForConditionalGeneration.from_pretrained(MINIATURE, torch_dtype=torch.bfloat16)
+    processor = ListenProcessor.from_pretrained(MINIATURE)
+    listen = ListenPipeline(model=model, processor=processor)
+    assert listen(str(MINIATURE / "samples" / "speech.wav"), task="asr")[0]["generated_text"].startswith("the doctor")
