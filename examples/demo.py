@@ -20,6 +20,7 @@ import torch
 from datasets import concatenate_datasets
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers import pipeline
 
 from listen.data import FeatureStore, load_manifest, precompute_features
@@ -109,9 +110,8 @@ def ask(model_folder: Path) -> None:
         row = first_row(task)
         question = wording or row["question"]
         answer = pipe(str(CORPUS / row["audio"]), text=question)[0]["generated_text"]
-        console.print(
-            f"[dim]{CORPUS / row['audio']}[/dim]\n  {question}\n  [bold]{answer}[/bold]  (truth: {row['response']})"
-        )
+        console.print(Text(str(CORPUS / row["audio"]), style="dim"))
+        console.print(Text(f"  {question}\n  ").append(answer, style="bold").append(f"  (truth: {row['response']})"))
 
 
 def first_row(task: str) -> dict[str, Any]:

@@ -136,7 +136,7 @@ def print_values(result: ResponseEvaluation) -> None:
     for name, value in result.values.items():
         ends = result.intervals.get(name)
         table.add_row(name, f"{value:.3f}", f"{ends[0]:.3f} .. {ends[1]:.3f}" if ends else "")
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 def main() -> None:

@@ -100,7 +100,7 @@ def print_metrics(result: EvaluationResult) -> None:
         for row in metrics_table(metrics):
             table.add_row(*row)
         if metrics:
-            Console().print(table)
+            Console(markup=False).print(table)
 
 
 def main() -> None:

@@ -106,7 +106,7 @@ def print_summary(summary: TargetSummary, folder: Path) -> None:
     for kind, rows in summary.rows.items():
         counts = (rows, summary.failed[kind], summary.empty[kind], summary.unfinished[kind])
         table.add_row(kind, *map(str, counts))
-    Console().print(table)
+    Console(markup=False).print(table)
     for error, count in summary.errors.items():
         print(f"{count} x {error}")
     if any(summary.failed.values()):

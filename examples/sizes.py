@@ -144,7 +144,7 @@ def main(given: list[str] | None = None) -> Sizes:
     for table, rows in ((parameters, parameter_rows(sizes)), (costs, cost_rows(sizes))):
         for row in rows:
             table.add_row(*row)
-        Console().print(table)
+        Console(markup=False).print(table)
     return sizes
 
 

@@ -27,7 +27,7 @@ CORPUS = Path("runs/demo/corpus")  # the demo's own, so that it is made once
 CONFIGS = Path("examples/configs/speech_emotion")
 LANGUAGE_MODEL = Path("model_cards/listen-tiny/backbones/language_model")
 CLASSIFIER = FOLDER / "classifier"
-console = Console()
+console = Console(markup=False)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,47 @@ def test_systems_need_different_names(tmp_path: Path) -> None:
         write_table([SystemScores("v1"), SystemScores("V1")], tmp_path)
     with pytest.raises(ValueError, match="one or more"):
         write_table([], tmp_path)
+
+
+NAMES = [
+    '=HYPERLINK("http://x")',
+    "@SUM(1)",
+    "+1",
+    "-1",
+    "'quoted",
+    "a | b",
+    "$\\frac{1}$",
+    "cost $5 and $6_{",
+    "<b>x</b>",
+    "[a](b)",
+]
+
+
+def test_names_are_shown_and_never_run(tmp_path: Path) -> None:
+    """In a spreadsheet, on a page, and in a picture."""
+    write_table([SystemScores(name, {"rouge_1": 0.5}) for name in [*NAMES, "a\nb\u202e\ud800"]], tmp_path)
+    assert [system.name for system in read_scores(tmp_path / "table.csv")] == [*NAMES, r"a b\u202e\ud800"]
+    assert not re.search(r"(?m)^\W?[=@+-]", (tmp_path / "table.csv").read_text().replace("'", "a"))
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines[: len(NAMES) + 3]}) == 1
+    assert "<b>" not in "".join(lines) and "&lt;b&gt;x&lt;/b&gt;" in "".join(lines)
+    assert r"\[a\](b)" in "".join(lines) and r"\$\\frac{1}\$" in "".join(lines)
+    assert (tmp_path / "table.png").is_file()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        '{"system": "x"}',
+        '{"system": 3, "details": {"confidence_95": {}}}',
+        '{"system": "x", "rouge_1": "high", "details": {"confidence_95": {}}}',
+        '{"system": "x", "rouge_1": 1e400, "details": {"confidence_95": {}}}',
+        '{"system": "x", "details": {"confidence_95": {"rouge_1": [0]}}}',
+    ],
+)
+def test_broken_scores_name_their_file(tmp_path: Path, content: str) -> None:
+    (tmp_path / "metrics.json").write_text(content)
+    with pytest.raises(ValueError, match=r"metrics\.json .*name"):
+        load_scores(tmp_path)

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
+from .escape import plot_text
 from .queries import QueryClusters
 from .usage import PromptUsage, task_names
 
@@ -75,7 +76,7 @@ def plot_map(points: np.ndarray, labels: Sequence[str], names: Sequence[str], ti
     of_label = np.asarray(labels)
     for place, name in enumerate(names):
         x, y = points[of_label == name].T
-        axes.scatter(x, y, s=14, alpha=0.8, linewidths=0, label=name, **_style(place))
+        axes.scatter(x, y, s=14, alpha=0.8, linewidths=0, label=plot_text(name), **_style(place))
     axes.set_title(title, loc="left", fontsize=10)
     axes.set(xticks=[], yticks=[])
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -99,12 +100,12 @@ def _heat_map(
     axes: Axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[object], **colours: object
 ) -> AxesImage:
     image = axes.imshow(values, aspect="auto", interpolation="nearest", **colours)
-    axes.set_yticks(range(len(rows)), rows)
+    axes.set_yticks(range(len(rows)), [plot_text(row) for row in rows])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     step = -(-len(columns) // _MAX_TICKS) or 1
     places = range(0, len(columns), step)
-    axes.set_xticks(places, [str(columns[place]) for place in places], fontsize=7, rotation=90 if step > 1 else 0)
+    axes.set_xticks(places, [plot_text(columns[place]) for place in places], fontsize=7, rotation=90 if step > 1 else 0)
     return image
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment
 
+from ..analysis.escape import markdown
 from ..data.tasks import get_task
 from .result import EvaluationResult
 
@@ -56,7 +56,7 @@ CIDEr from 0 to 10, all else from 0 to 1.{% if bare %} k = 0: the same model wit
 | expected | answered |
 |---|---|
 {% for example in task.examples -%}
-| {{ example.expected | cell }} | {{ example.answered | cell }} |
+| {{ example.expected }} | {{ example.answered }} |
 {% endfor %}{% endfor %}
 ## Settings
 
@@ -155,9 +155,8 @@ def write_report(result: EvaluationResult, folder: str | Path, plots: Sequence[P
         "pool": _describe_pool(result),
         "plots": [_plot(path, folder) for path in plots],
     }
-    markdown = Environment(keep_trailing_newline=True)
-    markdown.filters["cell"] = _markdown_cell
-    (folder / "report.md").write_text(markdown.from_string(_MARKDOWN).render(content), encoding="utf-8")
+    text = Environment(keep_trailing_newline=True, finalize=markdown)
+    (folder / "report.md").write_text(text.from_string(_MARKDOWN).render(content), encoding="utf-8")
     page = Environment(autoescape=True).from_string(_HTML).render(content)
     (folder / "report.html").write_text(page, encoding="utf-8")
 
@@ -230,11 +229,6 @@ def _number(metric: str, value: float) -> str:
     if math.isnan(value):
         return "undefined"
     return f"{value:.1f}" if _SCALES.get(metric, 1) == 100 else f"{value:.3f}"
-
-
-def _markdown_cell(text: str) -> str:
-    # Markdown renderers would treat <happy> as a tag and hide it
-    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
 
 
 def metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> list[Sequence[str]]:

@@ -12,10 +12,12 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from ..analysis.escape import csv_cell, markdown, plot_text, read_csv_cell
 from .orderings import Ordering, check_orderings, count_orderings, plain_name
 
 
@@ -72,12 +74,19 @@ def load_scores(folder: str | Path) -> SystemScores:
         ValueError: that file is from another kind of evaluation.
     """
     path = Path(folder) / "metrics.json"
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if "system" not in content:
-        raise ValueError(f"{path} was not written by examples/evaluate_responses.py: it names no system")
-    values = {column.name: content[column.name] for column in COLUMNS if content.get(column.name) is not None}
-    intervals = {name: tuple(ends) for name, ends in content["details"]["confidence_95"].items()}
-    return SystemScores(content["system"], values, intervals)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        values = {column.name: content[column.name] for column in COLUMNS if content.get(column.name) is not None}
+        intervals = {name: (low, high) for name, (low, high) in content["details"]["confidence_95"].items()}
+        system, numbers = content["system"], [*values.values(), *chain(*intervals.values())]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} was not written by examples/evaluate_responses.py: it names no system with scores ({error!r})"
+        ) from error
+    odd = [value for value in numbers if isinstance(value, bool) or not isinstance(value, (int, float))]
+    if odd or not all(map(math.isfinite, numbers)) or not isinstance(system, str):
+        raise ValueError(f"{path} names the system {system!r} and the scores {values}: a text and numbers are needed")
+    return SystemScores(system, values, intervals)
 
 
 def read_scores(table: str | Path) -> list[SystemScores]:
@@ -97,7 +106,7 @@ def read_scores(table: str | Path) -> list[SystemScores]:
         values = {name: float(row[name]) for name in names if row[name]}
         ends = {name: (row[f"{name}_low"], row[f"{name}_high"]) for name in names if row[f"{name}_low"]}
         intervals = {name: (float(low), float(high)) for name, (low, high) in ends.items()}
-        found.append(SystemScores(row["system"], values, intervals))
+        found.append(SystemScores(read_csv_cell(row["system"]), values, intervals))
     return found
 
 
@@ -166,7 +175,7 @@ def plot_table(systems: Sequence[SystemScores]) -> Figure:
     figure = Figure(figsize=(11.0, 0.9 + 0.34 * len(systems)), layout="constrained")
     axes = figure.add_subplot()
     axes.axis("off")
-    cells = [[system.name, *(_value(system, column) for column in COLUMNS)] for system in systems]
+    cells = [[plot_text(system.name), *(_value(system, column) for column in COLUMNS)] for system in systems]
     heads = ["system", *(column.title for column in COLUMNS)]
     widths = [0.24, *(0.76 / len(COLUMNS) for _ in COLUMNS)]
     table = axes.table(cells, colLabels=heads, colWidths=widths, loc="center", edges="horizontal", cellLoc="right")
@@ -184,7 +193,7 @@ def plot_table(systems: Sequence[SystemScores]) -> Figure:
 
 
 def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(map(markdown, cells))} |"
 
 
 def _value(system: SystemScores, column: Column) -> str:
@@ -211,7 +220,7 @@ def _csv_rows(systems: Sequence[SystemScores]) -> list[list[object]]:
     head = ["system", *(f"{column.name}{end}" for column in COLUMNS for end in ("", "_low", "_high"))]
     rows: list[list[object]] = [head]
     for system in systems:
-        cells: list[object] = [system.name]
+        cells: list[object] = [csv_cell(system.name)]
         for column in COLUMNS:
             low, high = system.intervals.get(column.name, ("", ""))
             cells += [system.values.get(column.name, ""), low, high]
