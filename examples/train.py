@@ -6,16 +6,19 @@ Resume:         ... --training.resume
 Override:       ... --training.learning_rate 1e-4 --model.prompt_pool.pool_size 200 --data.train my.jsonl
 
 Arguments are those of `listen.training.arguments`. The run's folder (`--training.output_dir`) gets the checkpoints,
-TensorBoard logs, what is needed to repeat the run, and the trained adapter under `model/`.
+TensorBoard logs, what is needed to repeat the run, and the trained adapter under `model/`. A folder with results is
+only written to by resuming its run. On SIGTERM the state is saved, and the exit status is 143.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
 
 from transformers.utils import logging
 
-from listen.training import ArgumentError, parse_arguments, train
+from listen.data.files import FolderInUseError
+from listen.training import ArgumentError, TrainingStopped, parse_arguments, train
 
 
 def main() -> None:
@@ -26,9 +29,12 @@ def main() -> None:
     logging.set_verbosity_info()
     try:
         run = parse_arguments(sys.argv[1:])
-    except (ArgumentError, FileNotFoundError) as error:
+        result = train(run.model, run.data, run.training, raw=run.raw)
+    except (ArgumentError, FolderInUseError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
-    result = train(run.model, run.data, run.training, raw=run.raw)
+    except TrainingStopped as stop:
+        print(stop)
+        sys.exit(128 + signal.SIGTERM)
     if run.training.should_save:
         print(f"model saved to {result.model_folder}")
 

@@ -10,12 +10,14 @@ and for `examples/evaluate_tasks.py --cascade`.
 
 from __future__ import annotations
 
+import signal
 import sys
 
 from transformers.utils import logging
 
 from listen.data import ManifestError
-from listen.training import ArgumentError, parse_arguments
+from listen.data.files import FolderInUseError
+from listen.training import ArgumentError, TrainingStopped, parse_arguments
 from listen.training.classifier import train_classifier
 from listen.training.classifier_arguments import CLASSIFIER_SECTIONS
 
@@ -29,8 +31,11 @@ def main() -> None:
     try:
         run = parse_arguments(sys.argv[1:], CLASSIFIER_SECTIONS)
         result = train_classifier(run.model, run.data, run.training, raw=run.raw)
-    except (ArgumentError, ManifestError, FileNotFoundError) as error:
+    except (ArgumentError, ManifestError, FolderInUseError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
+    except TrainingStopped as stop:
+        print(stop)
+        sys.exit(128 + signal.SIGTERM)
     for name in ("accuracy", "uar"):
         if f"eval_{name}" in result.eval_metrics:
             print(f"{name}: {result.eval_metrics[f'eval_{name}']:.3f}")

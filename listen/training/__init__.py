@@ -13,6 +13,7 @@ from .datasets import build_eval_dataset, build_train_dataset
 from .distillation import DistillationTrainer, distillation_loss
 from .parsing import RunArguments, build_arguments, parse_arguments, read_config
 from .pool_health import PoolHealth, PoolMonitor
+from .resumable import TrainingStopped
 from .run import TrainResult, build_trainer, run_trainer, train
 from .trainer import ListenTrainer
 from .values import ArgumentError
@@ -29,6 +30,7 @@ __all__ = [
     "PoolMonitor",
     "RunArguments",
     "TrainResult",
+    "TrainingStopped",
     "build_arguments",
     "build_config",
     "build_encoders",

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from sklearn.metrics import accuracy_score, recall_score
-from transformers import EvalPrediction, Trainer, set_seed
+from transformers import EvalPrediction, set_seed
 from transformers.utils import logging
 
 from ..configuration_audio_classification import ListenAudioClassificationConfig
@@ -26,8 +26,9 @@ from .classifier_arguments import (
     ClassifierTrainingArguments,
 )
 from .datasets import load
-from .run import checkpoint_to_resume, train_and_save
-from .run_folder import write_run_folder
+from .resumable import ResumableTrainer
+from .run import train_and_save
+from .run_folder import Run, open_run
 from .values import ArgumentError
 
 logger = logging.get_logger(__name__)
@@ -70,21 +71,24 @@ def train_classifier(
         raw: recipe and overrides as given, for the run folder.
 
     Raises:
-        ArgumentError: arguments that exclude each other, or rows without a label.
+        ArgumentError: arguments that exclude each other, rows without a label, or a folder that holds another run.
         ValueError: data or an encoder that cannot be used.
+        FolderInUseError: another process trains in the folder.
+        TrainingStopped: SIGTERM came; the state is saved.
     """
     if training_arguments.num_threads is not None:
         torch.set_num_threads(training_arguments.num_threads)
-    set_seed(training_arguments.seed)  # before the new head is initialised
-    train_rows, eval_rows = build_rows(data_arguments, training_arguments.seed)
-    labels = [row_label(row, data_arguments.label_field) for row in train_rows]
-    model = build_classifier(model_arguments, labels)
-    extractor = _extractor_of(model, model_arguments.checkpoint)
-    trainer = _build_trainer(model, extractor, train_rows, eval_rows, data_arguments, training_arguments)
-    if trainer.is_world_process_zero():
-        data = {"train": dict(Counter(labels)), "eval": len(eval_rows or ())}
-        write_run_folder(training_arguments.output_dir, raw or {}, training_arguments.seed, data)
-    return _run(trainer, extractor)
+    with open_run(training_arguments, raw) as run:
+        set_seed(training_arguments.seed)  # before the new head is initialised
+        train_rows, eval_rows = build_rows(data_arguments, training_arguments.seed)
+        labels = [row_label(row, data_arguments.label_field) for row in train_rows]
+        model = build_classifier(model_arguments, labels)
+        extractor = _extractor_of(model, model_arguments.checkpoint)
+        trainer = _build_trainer(model, extractor, train_rows, eval_rows, data_arguments, training_arguments)
+        if trainer.is_world_process_zero():
+            data = {"train": dict(Counter(labels)), "eval": len(eval_rows or ())}
+            run.write(raw or {}, training_arguments.seed, data)
+        return _run(trainer, extractor, run)
 
 
 def build_classifier(arguments: ClassifierModelArguments, labels: Sequence[str]) -> ListenForAudioClassification:
@@ -178,7 +182,7 @@ def _build_trainer(
     eval_rows: Dataset | None,
     data: ClassifierDataArguments,
     training: ClassifierTrainingArguments,
-) -> Trainer:
+) -> ResumableTrainer:
     if eval_rows is not None:
         _check_known({row_label(row, data.label_field) for row in eval_rows}, model.config, "evaluation")
     collator: Any = ClipCollator(extractor, model.config.label2id, data.label_field)
@@ -190,7 +194,7 @@ def _build_trainer(
             eval_set = encode_rows(model, collator, eval_rows, training.per_device_eval_batch_size)
         collator = collate_states
     names = model.config.id2label
-    return Trainer(
+    return ResumableTrainer(
         model=model,
         args=training,
         data_collator=collator,
@@ -201,8 +205,8 @@ def _build_trainer(
     )
 
 
-def _run(trainer: Trainer, extractor: ListenAudioClassificationFeatureExtractor) -> ClassifierResult:
-    folder, metrics = train_and_save(trainer, checkpoint_to_resume(trainer.args))
+def _run(trainer: ResumableTrainer, extractor: ListenAudioClassificationFeatureExtractor, run: Run) -> ClassifierResult:
+    folder, metrics = train_and_save(trainer, run)
     eval_metrics: dict[str, float] = {}
     if trainer.eval_dataset is not None:
         eval_metrics = trainer.evaluate()

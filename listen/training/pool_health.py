@@ -116,6 +116,12 @@ class PoolMonitor:
         head = torch.tensor([self.num_rows, self.largest_k], dtype=torch.float32)
         return torch.cat([head, self.counts, self.query_sum])
 
+    def load(self, state: torch.Tensor) -> None:
+        """Go on with statistics that `state` gave."""
+        size = len(self.counts)
+        self.num_rows, self.largest_k = int(state[0]), int(state[1])
+        self.counts, self.query_sum = state[2 : 2 + size].cpu(), state[2 + size :].cpu()  # (pool,), (width,)
+
     def health(self, states: torch.Tensor | None = None) -> PoolHealth:
         """Metrics of the window.
 
@@ -123,7 +129,7 @@ class PoolMonitor:
             states: `(processes, n)`, the `state()` of each process; this one alone by default.
         """
         states = (self.state()[None] if states is None else states).cpu()
-        total, size = states.sum(0), len(self.counts)
+        total, size = merged(states), len(self.counts)
         num_rows, counts, query_sum = int(total[0]), total[2 : 2 + size], total[2 + size :]
         share = counts / counts.sum().clamp_min(1)  # (pool,)
         entropy = -(share * share.clamp_min(1e-12).log()).sum().item()
@@ -134,9 +140,16 @@ class PoolMonitor:
             query_cosine=mean_cosine(query_sum, num_rows) if keys is not None else float("nan"),
             key_cosine=_key_cosine(keys) if keys is not None else float("nan"),
             num_rows=num_rows,
-            largest_k=int(states[:, 1].max()),
+            largest_k=int(total[1]),
             pool_size=size,
         )
+
+
+def merged(states: torch.Tensor) -> torch.Tensor:
+    """The states of `PoolMonitor` of several processes `(processes, n)` as that of one `(n,)`."""
+    total = states.sum(0)
+    total[1] = states[:, 1].max()  # largest k
+    return total
 
 
 def mean_cosine(unit_sum: torch.Tensor, count: int) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
@@ -24,14 +24,12 @@ from .arguments import SECTIONS, DataArguments, ListenTrainingArguments, ModelAr
 from .build import build_model, initialize_keys
 from .datasets import build_eval_dataset, build_train_dataset, count_tasks
 from .distillation import DistillationTrainer
-from .run_folder import write_run_folder
+from .resumable import ResumableTrainer, read_run_state
+from .run_folder import MODEL_FOLDER, Run, open_run
 from .trainer import GenerationEvaluator, ListenTrainer
 from .values import ArgumentError
 
 logger = logging.get_logger(__name__)
-
-MODEL_FOLDER = "model"
-_OPTIMIZER_FILES = ("*optimizer*", "global_step*")  # the Trainer's or FSDP's, and DeepSpeed's
 
 
 @dataclass
@@ -73,19 +71,23 @@ def train(
         The trained model and the metrics of the run.
 
     Raises:
-        ArgumentError: arguments that exclude each other.
+        ArgumentError: arguments that exclude each other, or a folder that holds another run, see `open_run`.
         ValueError: data, features or backbones that do not fit.
+        FolderInUseError: another process trains in the folder.
+        TrainingStopped: SIGTERM came; the state is saved.
     """
     if training_arguments.num_threads is not None:
         torch.set_num_threads(training_arguments.num_threads)
-    set_seed(training_arguments.seed)  # before the new adapter is initialised
-    model, processor = build_model(model_arguments)
-    trainer = build_trainer(model, processor, data_arguments, training_arguments)
-    if trainer.is_world_process_zero():
-        arguments = raw or _as_sections(model_arguments, data_arguments, training_arguments)
-        data = {"train": count_tasks(trainer.train_dataset), "eval": count_tasks(trainer.eval_dataset)}
-        write_run_folder(training_arguments.output_dir, arguments, training_arguments.seed, data)
-    return run_trainer(trainer)
+    arguments = raw or _as_sections(model_arguments, data_arguments, training_arguments)
+    with open_run(training_arguments, arguments) as run:
+        set_seed(training_arguments.seed)  # before the new adapter is initialised
+        model, processor = build_model(model_arguments)
+        trainer = build_trainer(model, processor, data_arguments, training_arguments)
+        _check_checkpoint(trainer, run)
+        if trainer.is_world_process_zero():
+            data = {"train": count_tasks(trainer.train_dataset), "eval": count_tasks(trainer.eval_dataset)}
+            run.write(arguments, training_arguments.seed, data)
+        return _run(trainer, run)
 
 
 def build_trainer(
@@ -181,14 +183,24 @@ def run_trainer(trainer: ListenTrainer) -> TrainResult:
         The trained model and the metrics of the run.
 
     Raises:
-        ArgumentError: the checkpoint to resume from has no optimiser state.
+        ArgumentError: the folder holds another run, or the checkpoint to resume from has no optimiser state.
         ValueError: it was trained over other backbones.
+        FolderInUseError: another process trains in the folder.
+        TrainingStopped: SIGTERM came; the state is saved.
     """
-    checkpoint = checkpoint_to_resume(trainer.args)
-    if checkpoint is not None:
-        config = trainer.model.config_class.from_pretrained(checkpoint)
-        trainer.model.check_same_backbones(checkpoint, config)
-    folder, metrics = train_and_save(trainer, checkpoint)
+    with open_run(trainer.args) as run:
+        _check_checkpoint(trainer, run)
+        return _run(trainer, run)
+
+
+def _check_checkpoint(trainer: ListenTrainer, run: Run) -> None:
+    if run.checkpoint is not None:
+        config = trainer.model.config_class.from_pretrained(run.checkpoint)
+        trainer.model.check_same_backbones(run.checkpoint, config)
+
+
+def _run(trainer: ListenTrainer, run: Run) -> TrainResult:
+    folder, metrics = train_and_save(trainer, run)
     eval_metrics = _evaluate(trainer)
     model = trainer.accelerator.unwrap_model(trainer.model)
     return TrainResult(
@@ -201,20 +213,80 @@ def run_trainer(trainer: ListenTrainer) -> TrainResult:
     )
 
 
-def train_and_save(trainer: Trainer, checkpoint: str | None) -> tuple[Path, dict[str, float]]:
+def train_and_save(trainer: ResumableTrainer, run: Run) -> tuple[Path, dict[str, float]]:
     """Train from the start or from a checkpoint, and save the model and the state of the run.
+
+    A run that is finished is loaded, and not a step is added.
 
     Returns:
         The folder of the model, and the Trainer's training metrics.
+
+    Raises:
+        ArgumentError: the run is finished, but other settings are asked for.
     """
-    output = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.run_id = run.id
+    if _is_finished(trainer, run):
+        metrics = _load_finished(trainer, run)
+    else:
+        output = trainer.train(resume_from_checkpoint=run.checkpoint)
+        metrics = output.metrics
+        trainer.save_state()
+        trainer.save_metrics("train", metrics)
+    folder = run.folder / MODEL_FOLDER
+    if run.finished is None or run.finished < trainer.state.global_step:
+        trainer.save_model(str(folder))
+        if trainer.args.should_save:
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which no model needs
+            run.finish(trainer.state.global_step)
+    return folder, metrics
+
+
+def _is_finished(trainer: ResumableTrainer, run: Run) -> bool:
+    if run.checkpoint is None and run.finished is None:
+        return False
+    planned = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+    done = max(run.finished or 0, _steps_of(run.checkpoint) if run.checkpoint else 0)
+    if done < planned:
+        if run.checkpoint is None:
+            raise ArgumentError(
+                f"the run in {run.folder} is finished after {done} steps and has no checkpoint to go on from to "
+                f"{planned}; choose another training.output_dir, and continue training with model.checkpoint"
+            )
+        return False
+    changed = [name for name in run.changed if name not in ("training.max_steps", "training.num_train_epochs")]
+    if changed:
+        raise ArgumentError(
+            f"the run in {run.folder} is finished, with other settings: {', '.join(changed)} differ; choose another "
+            "training.output_dir"
+        )
+    logger.warning(
+        f"the run in {run.folder} is finished after {done} of {planned} steps; no step is added. To train on, raise "
+        "training.max_steps or training.num_train_epochs"
+    )
+    return True
+
+
+def _load_finished(trainer: ResumableTrainer, run: Run) -> dict[str, float]:
+    """Load model and state of a finished run; returns its training metrics."""
+    is_saved = run.finished is not None and (run.checkpoint is None or run.finished >= _steps_of(run.checkpoint))
+    place = run.folder if is_saved else Path(run.checkpoint)
+    trainer.state = TrainerState.load_from_json(str(place / TRAINER_STATE_NAME))
+    if is_saved:
+        trainer._load_from_checkpoint(str(run.folder / MODEL_FOLDER))
+        return json.loads((run.folder / "train_results.json").read_text(encoding="utf-8"))
+    # it ended between its last checkpoint and its results
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    trainer._load_from_checkpoint(best or run.checkpoint)
+    window = read_run_state(run.checkpoint).get("window", {})
+    loss = window.get("logged_loss_sum", float("nan")) + window.get("loss_sum", 0.0)
+    metrics = {"train_loss": loss / max(trainer.state.global_step, 1)}
     trainer.save_state()
-    trainer.save_metrics("train", output.metrics)
-    folder = Path(trainer.args.output_dir) / MODEL_FOLDER
-    trainer.save_model(str(folder))
-    if trainer.args.should_save:
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which no model needs
-    return folder, output.metrics
+    trainer.save_metrics("train", metrics)
+    return metrics
+
+
+def _steps_of(checkpoint: str) -> int:
+    return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
 
 
 def _evaluate(trainer: ListenTrainer) -> dict[str, float]:
@@ -226,43 +298,6 @@ def _evaluate(trainer: ListenTrainer) -> dict[str, float]:
     metrics = {k: v for k, v in last.items() if k.startswith("eval_")} if fresh else trainer.evaluate()
     trainer.save_metrics("eval", metrics)
     return metrics
-
-
-def checkpoint_to_resume(arguments: TrainingArguments) -> str | None:
-    """The checkpoint that the fields `resume` and `resume_from_checkpoint` ask for.
-
-    Raises:
-        ArgumentError: it does not exist, or has no optimiser state.
-    """
-    wanted = arguments.resume_from_checkpoint or arguments.resume
-    if wanted is True or wanted == "true":
-        wanted = _last_complete_checkpoint(Path(arguments.output_dir))
-    if wanted and not Path(wanted).is_dir():
-        raise ArgumentError(f"training.resume={wanted!r} is no checkpoint folder; give one, or true for the last")
-    if wanted and not any(path for pattern in _OPTIMIZER_FILES for path in Path(wanted).glob(pattern)):
-        raise ArgumentError(
-            f"{wanted} holds no state of the optimiser (save_only_model), so no run can resume from it; leave "
-            "training.resume out, and continue training with model.checkpoint"
-        )
-    return wanted or None
-
-
-def _last_complete_checkpoint(folder: Path) -> str | None:
-    """The newest complete checkpoint: its last file, the state of the run, can be read."""
-    found = {path: int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*[0-9]") if path.is_dir()}
-    for path in sorted(found, key=found.__getitem__, reverse=True):
-        if _is_complete(path):
-            return str(path)
-        logger.warning(f"{path} is incomplete and is ignored")
-    return None
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _embeddings_per_second(processor: ListenProcessor) -> float:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
@@ -16,7 +15,8 @@ from transformers.utils import logging
 from ..data.collator import ListenCollator
 from .callbacks import EpochCallback, EpochLengthGroupedSampler
 from .layer_rates import is_pool, layer_rates, pool_rates, split_by_rate
-from .pool_health import PoolMonitor
+from .pool_health import PoolMonitor, merged
+from .resumable import ResumableTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -33,7 +33,7 @@ class _EvalSums:
     targets: float = 0.0
 
 
-class ListenTrainer(Trainer):
+class ListenTrainer(ResumableTrainer):
     """Trains a `ListenForConditionalGeneration`.
 
     The optimisation is that of `Trainer`, unless `layerwise_lr_decay`, `pool_lr_factor` or `decay_pool` is set: the
@@ -160,12 +160,7 @@ class ListenTrainer(Trainer):
         """Metrics since the last log, over all processes."""
         start = self.state.global_step if self._window_start is None else self._window_start
         steps = max(self.state.global_step - start, 1)
-        sums = torch.tensor(
-            [float(self._parts[name]) for name in self.loss_parts], dtype=torch.float32, device=self.args.device
-        )
-        shares = self.args.average_tokens_across_devices  # of every step; else each process has its own mean
-        sums = self.accelerator.reduce(sums, reduction="sum" if shares else "mean")
-        figures = {name: value / steps for name, value in zip(self.loss_parts, sums.tolist(), strict=True)}
+        figures = {name: value / steps for name, value in self._part_sums().items()}
         if self._monitor is None:
             figures.pop("key_loss")
         else:
@@ -173,6 +168,38 @@ class ListenTrainer(Trainer):
         self._parts = dict.fromkeys(self.loss_parts, 0.0)
         self._window_start = None
         return figures
+
+    @property
+    def _shares_steps(self) -> bool:
+        """Whether processes share a step's loss; else each has its own mean."""
+        return self.args.average_tokens_across_devices
+
+    def _part_sums(self) -> dict[str, float]:
+        """Sums of the parts of the loss over the window, over all processes."""
+        parts = [float(self._parts[name]) for name in self.loss_parts]
+        sums = torch.tensor(parts, dtype=torch.float32, device=self.args.device)
+        sums = self.accelerator.reduce(sums, reduction="sum" if self._shares_steps else "mean")
+        return dict(zip(self.loss_parts, sums.tolist(), strict=True))
+
+    def window_state(self) -> dict[str, Any]:
+        """As in the base class, with the parts of the loss and the pool's statistics."""
+        state = {**super().window_state(), "start": self._window_start, "parts": self._part_sums()}
+        if self._monitor is not None:
+            states = self.accelerator.gather(self._monitor.state().to(self.args.device)[None])  # (processes, n)
+            state |= {"pool": merged(states).tolist(), "signs": self._signs}
+        return state
+
+    def restore_window(self, window: dict[str, Any]) -> None:
+        """As in the base class; sums over processes go on in the first one."""
+        super().restore_window(window)
+        self._window_start = window["start"]
+        is_first = self.args.process_index == 0
+        parts = {name: window["parts"].get(name, 0.0) for name in self.loss_parts}
+        self._parts = parts if is_first or not self._shares_steps else dict.fromkeys(parts, 0.0)
+        if self._monitor is not None and "pool" in window:
+            self._signs = window["signs"]
+            if is_first:
+                self._monitor.load(torch.tensor(window["pool"]))
 
     def _health(self) -> dict[str, float]:
         states = self.accelerator.gather(self._monitor.state().float().to(self.args.device)[None])  # (processes, n)
