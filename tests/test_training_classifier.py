@@ -103,7 +103,7 @@ def test_a_checkpoint_is_trained_on(trained: ClassifierResult, manifest: Path, t
     first = [next(e["loss"] for e in run.history if "loss" in e) for run in (trained, result)]
     assert first[1] < 0.5 * first[0]
     with pytest.raises(ArgumentError, match="training rows name the classes"):
-        train(manifest, tmp_path, model, label_field="speaker")
+        train(manifest, tmp_path / "other", model, label_field="speaker")
 
 
 def test_no_speaker_is_on_both_sides(manifest: Path) -> None:
