@@ -2,11 +2,15 @@
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import count
 from typing import Any
 
+from transformers.utils.chat_template_utils import _get_template_variables
+
+from .arguments_listen import unknown_name
 from .placeholders_listen import AUDIO_TOKEN
+from .sources_listen import AUDIO_TYPES
 
 # For LLMs that come without a chat template.
 DEFAULT_CHAT_TEMPLATE = (
@@ -23,7 +27,29 @@ DEFAULT_CHAT_TEMPLATE = (
 INPUT_FIELD = "{input}"
 
 _PROBE = 7_304_118_526_000  # a number that no template contains
-_AUDIO_KEYS = ("audio", "array", "bytes", "path", "url")  # the first one given counts: datasets rows may add a path
+_AUDIO_KEYS = ("audio", "array", "raw", "bytes", "path", "url")  # the first one given counts: rows may add a path
+
+
+def split_keywords(
+    kwargs: dict[str, Any], known: Collection[str], template: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keywords of a call (`known`) and variables of the template.
+
+    Raises:
+        TypeError: a keyword that is neither.
+        ValueError: the template cannot be parsed.
+    """
+    try:
+        variables = _get_template_variables(template)
+    except Exception as error:  # of jinja2, which only templates import
+        raise ValueError(f"the chat template {template!r:.80} cannot be read ({error}); give another one") from error
+    options: dict[str, Any] = {}
+    others: dict[str, Any] = {}
+    for name, value in kwargs.items():
+        if name not in known and name not in variables:
+            raise TypeError(unknown_name(f"keyword {name!r}", name, {*known, *variables}))
+        (options if name in known else others)[name] = value
+    return options, others
 
 
 def as_conversations(conversation: Any) -> tuple[list[list[dict[str, Any]]], bool]:
@@ -38,7 +64,11 @@ def as_conversations(conversation: Any) -> tuple[list[list[dict[str, Any]]], boo
         raise ValueError(f"a conversation is a list of messages with at least one, not {conversation!r:.80}")
     if isinstance(conversation[0], dict):
         return [list(conversation)], False
-    return [getattr(messages, "messages", messages) for messages in conversation], True
+    conversations = [getattr(messages, "messages", messages) for messages in conversation]
+    for messages in conversations:
+        if not isinstance(messages, (list, tuple)) or not messages:
+            raise ValueError(f"each conversation is a list of messages with at least one, not {messages!r:.80}")
+    return conversations, True
 
 
 def plain_message(message: dict[str, Any]) -> dict[str, Any]:
@@ -49,6 +79,10 @@ def plain_message(message: dict[str, Any]) -> dict[str, Any]:
     """
     if not isinstance(message, dict):
         raise ValueError(f"a message is a dict with 'role' and 'content', not {message!r:.80}")
+    if not isinstance(message.get("role"), str):
+        raise ValueError(f"the message {message!r:.80} has no 'role'; give 'user', 'assistant' or 'system'")
+    if message.get("content") is None and not message.get("tool_calls"):
+        raise ValueError(f"the message {message!r:.80} has no 'content'; give a string, or a list of texts and clips")
     message = {key: value for key, value in message.items() if value is not None}
     content = message.get("content", "")
     if isinstance(content, (list, tuple)):
@@ -62,10 +96,10 @@ def _plain_item(item: Any) -> str:
     if isinstance(item, str):
         return item
     kind = item.get("type") if isinstance(item, dict) else None
+    if isinstance(kind, str) and kind in AUDIO_TYPES:
+        return AUDIO_TOKEN
     if kind == "text" and isinstance(item.get("text"), str):
         return item["text"]
-    if kind == "audio":
-        return AUDIO_TOKEN
     raise ValueError(f"content {item!r:.120} cannot be read; give {{'type': 'text', 'text': ...}} or 'type': 'audio'")
 
 
@@ -153,10 +187,14 @@ def conversation_clips(messages: Sequence[dict[str, Any]]) -> list[Any]:
     """
     contents = [message.get("content") for message in messages]
     items = [item for content in contents if isinstance(content, (list, tuple)) for item in content]
-    return [_clip(item) for item in items if isinstance(item, dict) and item.get("type") == "audio"]
+    return [_clip(item) for item in items if isinstance(item, dict) and item.get("type") in AUDIO_TYPES]
 
 
 def _clip(item: dict[str, Any]) -> Any:
+    if item["type"] != "audio":  # of the OpenAI API
+        if item.get(item["type"]) is None:
+            raise ValueError(f"{item['type']} content with the keys {sorted(item)} holds no {item['type']!r}")
+        return {item["type"]: item[item["type"]]}
     given = [key for key in _AUDIO_KEYS if item.get(key) is not None]
     if not given:
         raise ValueError(f"audio content with the keys {sorted(item)} holds no clip; give one as {_AUDIO_KEYS}")
@@ -183,4 +221,5 @@ __all__ = [
     "place_audio",
     "place_input",
     "plain_message",
+    "split_keywords",
 ]

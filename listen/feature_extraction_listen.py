@@ -390,6 +390,15 @@ def speech_settings(config: PreTrainedConfig) -> dict[str, Any]:
     return {**settings, "speech_geometry": geometry.to_dict(), "speech_features": features}
 
 
+def feature_extractor_for(config: PreTrainedConfig) -> ListenFeatureExtractor:
+    """The feature extractor for the encoders of a config."""
+    audio = config.audio_config
+    settings = {**speech_settings(config), "num_fbank_bins": None}
+    if audio is not None:
+        settings |= {"num_fbank_bins": audio.num_mel_bins, "patch_size": audio.patch_size}
+    return ListenFeatureExtractor(**settings)
+
+
 def extract_speech(settings: dict[str, Any], chunks: list[np.ndarray]) -> torch.Tensor:
     """Features of chunks of audio for the encoder.
 
@@ -455,4 +464,10 @@ def _check_fits(config: PreTrainedConfig, extractor: SequenceFeatureExtractor, s
 
 ListenFeatureExtractor.register_for_auto_class()
 
-__all__ = ["ListenFeatureExtractor", "extract_speech", "speech_features", "speech_settings"]
+__all__ = [
+    "ListenFeatureExtractor",
+    "extract_speech",
+    "feature_extractor_for",
+    "speech_features",
+    "speech_settings",
+]

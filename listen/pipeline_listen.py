@@ -204,7 +204,7 @@ class ListenPipeline(Pipeline):
         row = {"audio": input_}
         if isinstance(input_, dict):
             row = {name: value for name, value in input_.items() if value is not None}
-        if "audio" not in row and {"array", "bytes", "path"} & row.keys():  # the clip itself, as datasets write it
+        if "audio" not in row and set(ROW_KEYS[1:]) & row.keys():  # the clip itself, as datasets write it
             row = {"audio": input_, **{name: row[name] for name in row.keys() - set(ROW_KEYS)}}
         for name in row.keys() - set(_INPUT_KEYS):
             meant = [key for key in difflib.get_close_matches(name, _INPUT_KEYS, n=1, cutoff=0.7) if key not in row]

@@ -62,6 +62,18 @@ def _is_reserved(token: str) -> bool:
     return re.fullmatch(RESERVED_TOKENS, token, re.IGNORECASE) is not None
 
 
+def check_unicode(text: str) -> None:
+    """Raise a `ValueError` for half of a surrogate pair, which broken JSON escapes leave and no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        part = text[max(0, error.start - 10) : error.start + 10]
+        raise ValueError(
+            f"the text holds {text[error.start]!r}, half of a surrogate pair, in {part!r}; remove it, or repair the "
+            "encoding of the text"
+        ) from error
+
+
 def prepare_padding(tokenizer: PreTrainedTokenizerBase) -> None:
     """Make a tokenizer pad on the left, with its end-of-sequence token if it has no padding token.
 
@@ -77,4 +89,4 @@ def prepare_padding(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
-__all__ = ["AUDIO_TOKEN", "PROMPT_TOKEN", "RESERVED_TOKENS", "place_token", "prepare_padding"]
+__all__ = ["AUDIO_TOKEN", "PROMPT_TOKEN", "RESERVED_TOKENS", "check_unicode", "place_token", "prepare_padding"]

@@ -5,10 +5,9 @@ of the clip, and puts k prompt ids first. Neither id needs a row in the LLM's em
 own placeholders where it has them, else reserved tokens of its vocabulary, else ids added above it.
 """
 
-import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from functools import partial
-from itertools import chain
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -22,9 +21,19 @@ from transformers import (
     SequenceFeatureExtractor,
 )
 from transformers.utils import logging
-from transformers.utils.chat_template_utils import _get_template_variables, render_jinja_template
+from transformers.utils.chat_template_utils import render_jinja_template
 
-from .audio_listen import cut_waveform, is_one_clip, load_waveform
+from .arguments_listen import (
+    GROUPS,
+    KEYWORDS,
+    KINDS,
+    TOKENIZER_KEYWORDS,
+    check_features_alone,
+    check_kinds,
+    is_idle,
+    unknown_name,
+)
+from .audio_listen import cut_waveform, flat_clips, load_waveform, resample
 from .chat_listen import (
     DEFAULT_CHAT_TEMPLATE,
     as_conversations,
@@ -32,23 +41,15 @@ from .chat_listen import (
     fit_template,
     numbered_messages,
     plain_message,
+    split_keywords,
 )
 from .configuration_listen import ListenConnectorConfig, check_padding
-from .feature_extraction_listen import ListenFeatureExtractor, speech_settings
+from .feature_extraction_listen import feature_extractor_for
 from .language_models_listen import check_context, context_limit
-from .placeholders_listen import AUDIO_TOKEN, PROMPT_TOKEN, place_token, prepare_padding
-from .tasks_listen import TASK_INSTRUCTIONS
+from .placeholders_listen import AUDIO_TOKEN, PROMPT_TOKEN, check_unicode, place_token, prepare_padding
+from .tasks_listen import TASK_ALIASES, TASK_INSTRUCTIONS
 
 logger = logging.get_logger(__name__)
-
-_GROUPS = ("common_kwargs", "text_kwargs", "audio_kwargs")
-_ARGUMENTS = ("text", "audio", "sampling_rate", "num_prompts", "task", "num_samples", "return_tensors")
-_TOKENIZER_KEYWORDS = ("add_special_tokens", "truncation", "return_offsets_mapping")
-_AUDIO_KEYWORDS = ("max_audio_seconds",)
-_PADDING_KEYWORDS = ("padding", "max_length", "pad_to_multiple_of")
-_OFFSET_KEYWORDS = ("return_mm_token_type_ids", "return_text_replacement_offsets")
-_DONE_ANYWAY = {"padding_side": "left", "return_attention_mask": True}
-_KEYWORDS = (*_ARGUMENTS, *_AUDIO_KEYWORDS, *_TOKENIZER_KEYWORDS, *_PADDING_KEYWORDS, *_OFFSET_KEYWORDS)
 
 
 class ListenProcessor(ProcessorMixin):
@@ -176,7 +177,8 @@ class ListenProcessor(ProcessorMixin):
                 each text. Placeholders are written and no features computed: for clips that were loaded or encoded
                 before.
             return_tensors: "pt", "np", or `None` for lists (features stay tensors).
-            **kwargs: `max_audio_seconds` in place of the processor's (`inf` for whole clips), `padding` (`True` by
+            **kwargs: `max_audio_seconds` in place of the processor's (`inf` for whole clips), `timeout` and `max_bytes`
+                of clips at an address, see `audio_listen.load_waveform`, `padding` (`True` by
                 default, "max_length", `False`), `max_length`, `pad_to_multiple_of`, `truncation`, `add_special_tokens`
                 (by default unless the texts begin with BOS), `return_offsets_mapping`, `return_mm_token_type_ids`,
                 `return_text_replacement_offsets`; also inside `text_kwargs`, `audio_kwargs` or `common_kwargs`.
@@ -198,14 +200,21 @@ class ListenProcessor(ProcessorMixin):
             raise ValueError("give audio or num_samples, the lengths of clips loaded before, not both")
         limit = options.get("max_audio_seconds")
         limit = self.max_audio_seconds if limit is None else limit
-        waveforms, counts = self._load(audio, sampling_rate, limit) if audio is not None else ([], None)
+        if return_tensors not in (None, "pt", "np"):
+            raise ValueError(f"return_tensors={return_tensors!r:.80} must be 'pt', 'np' or None")
+        waveforms, counts = self._load(audio, sampling_rate, limit, options) if audio is not None else ([], None)
         lengths = [*map(len, waveforms)]
         if num_samples is not None:
-            lengths, counts = _flat(num_samples, np.isscalar)
+            nested = num_samples.tolist() if isinstance(num_samples, (np.ndarray, torch.Tensor)) else num_samples
+            lengths, counts = flat_clips(nested, np.isscalar)
+            try:
+                lengths = [*map(index, lengths)]
+            except TypeError as error:
+                raise ValueError(f"num_samples={num_samples!r:.80} must be whole numbers, one for each clip") from error
             if limit is not None and max(lengths, default=0) > limit * self.feature_extractor.sampling_rate:
                 raise ValueError(f"num_samples exceed max_audio_seconds={limit:g}; cut these clips before encoding")
         if text is None:
-            _check_features_alone(waveforms, num_prompts, task)
+            check_features_alone(waveforms, num_prompts, task)
             data = {}
         else:
             texts = self._checked_texts(text)
@@ -218,14 +227,21 @@ class ListenProcessor(ProcessorMixin):
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=self.skip_tensor_conversion)
 
     def _load(
-        self, audio: Any, sampling_rate: int | None, limit: float | None
+        self, audio: Any, sampling_rate: int | None, limit: float | None, options: dict[str, Any]
     ) -> tuple[list[np.ndarray], list[int] | None]:
-        """Waveforms of all clips, cut to `limit` seconds, and the number of clips of each text, see `_flat`."""
+        """Waveforms of all clips, cut to `limit` seconds, and the number of clips of each text, see `flat_clips`."""
         rate = self.feature_extractor.sampling_rate
-        clips, counts = _flat(audio, is_one_clip)
-        whole = [load_waveform(clip, sampling_rate, rate) for clip in clips]
+        if sampling_rate is not None:
+            resample(np.zeros(0, np.float32), sampling_rate, rate)  # checks it for files too, which do not need it
+        clips, counts = flat_clips(audio)
+        fetching = {name: options.get(name) for name in ("timeout", "max_bytes")}
+        whole = [load_waveform(clip, sampling_rate, rate, limit, **fetching) for clip in clips]
         cut = [cut_waveform(waveform, limit, rate) for waveform in whole]
-        longer = [f"{len(w) / rate:.1f} s" for w, kept in zip(whole, cut, strict=True) if len(kept) < len(w)]
+        longer = [
+            f"{len(w) / rate:.1f} s" + (" or more" if len(w) >= (limit + 1) * rate else "")
+            for w, kept in zip(whole, cut, strict=True)
+            if len(kept) < len(w)
+        ]
         if longer:
             logger.warning(
                 f"{len(longer)} of {len(whole)} clips cut to max_audio_seconds={limit:g}: {', '.join(longer)}"
@@ -246,7 +262,7 @@ class ListenProcessor(ProcessorMixin):
         return encoded
 
     def _tokenizer_options(self, texts: list[str], k: int, options: dict[str, Any]) -> dict[str, Any]:
-        chosen = {name: options[name] for name in _TOKENIZER_KEYWORDS if options.get(name) is not None}
+        chosen = {name: options[name] for name in TOKENIZER_KEYWORDS if options.get(name) is not None}
         if "add_special_tokens" not in chosen:
             chosen["add_special_tokens"] = not self._begin_with_bos(texts)
         if chosen.get("truncation") and options.get("max_length"):
@@ -311,11 +327,17 @@ class ListenProcessor(ProcessorMixin):
 
     def _checked_texts(self, text: Any) -> list[str]:
         texts = [text] if isinstance(text, str) else text
-        if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(item, str) for item in texts):
-            raise ValueError(f"text must be a string or a list of strings with at least one, not {text!r:.80}")
+        try:
+            joined = "\n".join(texts if isinstance(texts, (list, tuple)) else [None])
+        except TypeError as error:
+            raise ValueError(f"text must be a string or a list of strings, not {text!r:.80}") from error
+        if not texts:
+            raise ValueError("text must be a string or a list of strings with at least one, not an empty list")
+        if not joined.isascii():
+            check_unicode(joined)
         reserved = {PROMPT_TOKEN, self._prompt_symbol, self._audio_symbol} - {AUDIO_TOKEN}
         for symbol in reserved:
-            if any(symbol in item for item in texts):
+            if symbol in joined:
                 raise ValueError(
                     f"the text holds {symbol!r}, which only the processor may write; remove it, and use num_prompts= "
                     f"for prompts and {AUDIO_TOKEN!r} for clips"
@@ -332,9 +354,12 @@ class ListenProcessor(ProcessorMixin):
     def _task_ids(self, task: str | list[str] | None, batch_size: int) -> dict[str, torch.Tensor]:
         if task is None or self.tasks is None:
             return {}
+        if not isinstance(task, (str, list, tuple)):
+            raise ValueError(f"task={task!r:.80} must be the name of a task, or a list with one for each text")
         names = [task] * batch_size if isinstance(task, str) else list(task)
         if len(names) != batch_size:
             raise ValueError(f"task names {len(names)} tasks for {batch_size} texts; give one for each or one for all")
+        names = [name if name in self.tasks else TASK_ALIASES.get(str(name), name) for name in names]
         unknown = [name for name in names if name not in self.tasks]
         if unknown:
             raise ValueError(f"task={unknown[0]!r} owns no part of the pool; tasks: {', '.join(self.tasks)}")
@@ -399,7 +424,7 @@ class ListenProcessor(ProcessorMixin):
             ValueError: content that cannot be read, or options that exclude each other.
         """
         template = self._resolve_chat_template(chat_template)
-        options, variables = _split_keywords({**(processor_kwargs or {}), **kwargs}, template)
+        options, variables = split_keywords({**(processor_kwargs or {}), **kwargs}, {*KEYWORDS, *GROUPS}, template)
         if options and not tokenize:
             raise ValueError(f"{', '.join(sorted(options))}: these need tokenize=True")
         if continue_final_message and (add_generation_prompt or return_assistant_tokens_mask):
@@ -443,14 +468,16 @@ class ListenProcessor(ProcessorMixin):
         """The wording of a task.
 
         Args:
-            task: A key of `task_instructions`.
+            task: A key of `task_instructions`, or an alias of one (`TASK_ALIASES`).
             question: For tasks whose wording holds `{question}`, and only for them.
 
         Raises:
             ValueError: an unknown task, a missing question, or a question for a task without one.
         """
+        if isinstance(task, str) and task not in self.task_instructions:
+            task = TASK_ALIASES.get(task, task)
         if not isinstance(task, str) or task not in self.task_instructions:
-            raise ValueError(_unknown(f"task {task!r}", str(task), self.task_instructions))
+            raise ValueError(unknown_name(f"task {task!r}", str(task), self.task_instructions))
         wording = self.task_instructions[task]
         if ("{question}" in wording) != bool(question):
             need = f"has its own wording and takes no question, got {question!r}" if question else "needs a question"
@@ -487,15 +514,6 @@ class ListenProcessor(ProcessorMixin):
 # ---------------------------------------------------------------------- parts of a processor
 
 
-def feature_extractor_for(config: PreTrainedConfig) -> ListenFeatureExtractor:
-    """The feature extractor for the encoders of a config."""
-    audio = config.audio_config
-    settings = {**speech_settings(config), "num_fbank_bins": None}
-    if audio is not None:
-        settings |= {"num_fbank_bins": audio.num_mel_bins, "patch_size": audio.patch_size}
-    return ListenFeatureExtractor(**settings)
-
-
 def _tokenizer_for(config: PreTrainedConfig) -> PreTrainedTokenizerBase:
     found = config.backbone_place("language_model")
     if found is None:
@@ -507,58 +525,28 @@ def _tokenizer_for(config: PreTrainedConfig) -> PreTrainedTokenizerBase:
 # ---------------------------------------------------------------------- reading arguments
 
 
-def _unknown(what: str, name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"{what} is unknown; " + (f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}")
-
-
 def _flattened(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Keywords with those inside `text_kwargs` and the like moved to the top.
 
     Raises:
-        TypeError: an unknown keyword.
-        ValueError: a keyword given twice.
+        TypeError: an unknown keyword, or a group that is no dict.
+        ValueError: a keyword given twice, or of another type.
     """
     flat = dict(kwargs)
-    for group in _GROUPS:
-        for name, value in (flat.pop(group, None) or {}).items():
+    for group in GROUPS:
+        given = flat.pop(group, None) or {}
+        if not isinstance(given, dict):
+            raise TypeError(f"{group}={given!r:.80} must be a dict of keywords")
+        for name, value in given.items():
             if name in flat:
                 raise ValueError(f"{name} was given twice: as a keyword and in {group}")
             flat[name] = value
-    for name in flat.keys() - set(_KEYWORDS):
-        if not _is_idle(name, flat.pop(name), _KEYWORDS):
-            raise TypeError(_unknown(f"keyword {name!r}", name, _KEYWORDS))
+    for name in flat.keys() - set(KEYWORDS):
+        if not is_idle(name, flat.pop(name), KEYWORDS):
+            raise TypeError(unknown_name(f"keyword {name!r}", name, KEYWORDS))
+    if flat.keys() & KINDS.keys():
+        check_kinds(flat)
     return flat
-
-
-def _is_idle(name: str, value: Any, known: Sequence[str]) -> bool:
-    """Whether a keyword of other processors asks for nothing, or for what is done anyway; not a misspelt one."""
-    if value is None or (value is False and not difflib.get_close_matches(name, known, n=1)):
-        return True
-    if name == "padding_side" and value != "left":
-        raise ValueError(f"padding_side={value!r}: inputs are padded on the left; leave it out")
-    return name in _DONE_ANYWAY and _DONE_ANYWAY[name] == value
-
-
-def _split_keywords(kwargs: dict[str, Any], template: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Keywords of `__call__` and variables of the template."""
-    known, variables = {*_KEYWORDS, *_GROUPS}, _get_template_variables(template)
-    options, others = {}, {}
-    for name, value in kwargs.items():
-        if name in known or name in variables:
-            (options if name in known else others)[name] = value
-        elif not _is_idle(name, value, [*known, *variables]):
-            raise TypeError(_unknown(f"keyword {name!r}", name, {*known, *variables}))
-    return options, others
-
-
-def _flat(clips: Any, is_one: Callable[[Any], bool]) -> tuple[list[Any], list[int] | None]:
-    """All clips in order, and how many each text has where there is a list of clips for each text."""
-    if is_one(clips):
-        return [clips], None
-    groups = [[item] if is_one(item) else item for item in clips]
-    counts = None if any(map(is_one, clips)) else [*map(len, groups)]
-    return [*chain.from_iterable(groups)], counts
 
 
 def _check_counts(texts: list[str], counts: list[int] | None, num_clips: int) -> None:
@@ -571,13 +559,6 @@ def _check_counts(texts: list[str], counts: list[int] | None, num_clips: int) ->
             f"the texts hold {wanted} {AUDIO_TOKEN} but {given} clips were given; write one {AUDIO_TOKEN} in the text "
             "for each clip, or use chat messages with audio content, which place them"
         )
-
-
-def _check_features_alone(waveforms: list[np.ndarray], num_prompts: int | None, task: Any) -> None:
-    if not waveforms:
-        raise ValueError("give text, audio or both")
-    if num_prompts or task is not None:
-        raise ValueError(f"num_prompts={num_prompts!r} and task={task!r} need a text")
 
 
 def _padded_widths(lengths: list[int], options: dict[str, Any]) -> list[int]:

@@ -44,4 +44,14 @@ TASK_INSTRUCTIONS = {
     "ser": SER_INSTRUCTION.replace("{options}", ", ".join(SER_EMOTIONS)),
 }
 
-__all__ = ["SER_EMOTIONS", "SER_INSTRUCTION", "TASK_INSTRUCTIONS"]
+TASK_ALIASES = {
+    "transcribe": "asr",
+    "translate": "en2zh",
+    "caption": "acap",
+    "emotion": "er",
+    "speaker": "sv",
+    "question": "sqa",
+}
+"""Other names of tasks, accepted wherever a task is named, unless a task of that name exists."""
+
+__all__ = ["SER_EMOTIONS", "SER_INSTRUCTION", "TASK_ALIASES", "TASK_INSTRUCTIONS"]

@@ -6,8 +6,9 @@ import random
 
 import pytest
 
+from listen.data import tasks
 from listen.data.tasks import Task, UnknownTaskError, get_task, list_tasks, register_task, wordings
-from listen.processing_listen import TASK_INSTRUCTIONS
+from listen.tasks_listen import TASK_ALIASES, TASK_INSTRUCTIONS
 
 ALIGNMENT_TASKS = ("response", "repeat", "speech_caption", "ser")
 PAPER_TASKS = ("asr", "er", "sv", "sqa", "en2zh", "acap")
@@ -100,3 +101,13 @@ def test_options_are_the_tasks_own_unless_a_row_brings_others() -> None:
 def test_fields_of_a_wording_are_checked(fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Task("odd", "Odd", ("Say it.",), metrics=("wer",), **fields)
+
+
+def test_aliases_name_tasks_unless_a_task_has_their_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {get_task(alias).name: alias for alias in TASK_ALIASES} == {
+        "asr": "transcribe", "en2zh": "translate", "acap": "caption", "er": "emotion", "sv": "speaker",
+        "sqa": "question",
+    }  # fmt: skip
+    own = Task("caption", "Captions", ("Caption it.",), "Caption it.", ("bleu",))
+    monkeypatch.setitem(tasks._TASKS, "caption", own)
+    assert get_task("caption") is own

@@ -221,6 +221,7 @@ def test_audio_positions_are_told_when_asked(processor: ListenProcessor) -> None
 def test_tasks_become_ids_where_the_pool_is_divided_among_them() -> None:
     divided = build_processor(tasks=["asr", "er"])
     assert divided(["the", "a"], task=["er", "asr"]).task_ids.tolist() == [1, 0]
+    assert divided(["the", "a"], task=["emotion", "transcribe"]).task_ids.tolist() == [1, 0]
     assert divided(["the", "a"], task="er").task_ids.tolist() == [1, 1]
     assert "task_ids" not in build_processor()("the", task="asr")
     with pytest.raises(ValueError, match="task='sv' owns no part of the pool; tasks: asr, er"):
@@ -438,7 +439,8 @@ def test_messages_are_not_changed(processor: ListenProcessor) -> None:
 def test_task_wordings_are_those_of_evaluation(processor: ListenProcessor) -> None:
     wordings = {name: get_task(name).instruction(question="{question}") for name in TASK_INSTRUCTIONS}
     assert wordings == TASK_INSTRUCTIONS
-    assert processor.instruction("sqa", "Who jumps?") == "Who jumps?"
+    assert processor.instruction("sqa", "Who jumps?") == processor.instruction("question", "Who jumps?") == "Who jumps?"
+    assert processor.instruction("transcribe") == TASK_INSTRUCTIONS["asr"]
     with pytest.raises(ValueError, match="task 'sqa' needs a question"):
         processor.instruction("sqa")
     with pytest.raises(ValueError, match="task 'asr' has its own wording"):

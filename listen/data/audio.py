@@ -9,6 +9,7 @@ from typing import Any
 import soundfile
 
 from ..audio_listen import read_clips
+from ..sources_listen import MAX_SAMPLES, RATES
 
 
 def recordings_of(row: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
@@ -18,12 +19,13 @@ def recordings_of(row: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
 
 
 def clip_seconds(clip: Mapping[str, Any]) -> float | None:
-    """Length of a clip from its header; `None` where it cannot be read locally, as for URLs and mp4."""
+    """Length of a clip from its header; `None` where it is not plausible or cannot be read, as for URLs and mp4."""
     source = clip["path"] if clip.get("bytes") is None else BytesIO(clip["bytes"])
     try:
-        return soundfile.info(source).duration
-    except (soundfile.LibsndfileError, OSError):
+        info = soundfile.info(source)
+    except (soundfile.LibsndfileError, OSError, TypeError):  # TypeError: a file without a header, named .raw
         return None
+    return info.duration if info.frames <= MAX_SAMPLES and info.samplerate >= RATES[0] else None
 
 
 def row_seconds(row: Mapping[str, Any]) -> float | None:

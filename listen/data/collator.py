@@ -200,8 +200,8 @@ class ListenCollator:
             return self.features.recordings(row)
         rate, limit = self.processor.feature_extractor.sampling_rate, self.processor.max_audio_seconds
         try:
-            waves = read_clips(row["audio"], rate, bool(row.get("join")), self.join_silence_seconds)
-        except (OSError, ValueError) as error:
+            waves = read_clips(row["audio"], rate, bool(row.get("join")), self.join_silence_seconds, limit)
+        except (OSError, TypeError, ValueError) as error:
             raise ValueError(f"row {row['id']!r}: {error}") from error
         cut = [cut_waveform(wave, limit, rate) for wave in waves]
         if sum(map(len, cut)) < sum(map(len, waves)):

@@ -17,10 +17,10 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import soundfile
 from datasets import (
     Audio,
@@ -34,6 +34,8 @@ from datasets import (
     load_from_disk,
 )
 
+from ..audio_listen import is_one_clip
+from ..sources_listen import RATES, Source, open_source
 from .tasks import UnknownTaskError, extra_fields, get_task
 
 FEATURES = Features(
@@ -54,6 +56,7 @@ JOINS = (None, "concatenate")
 Columns = Mapping[str, str | list[str]]
 """Our column -> column of a source, or several columns that make a list."""
 _NAMED_FILES = 3  # further missing files that an error names
+_LONGEST_PATH = 1024  # a longer text is the clip itself in base64
 
 SALMONN_TASKS = {
     "asr": "asr",
@@ -301,7 +304,7 @@ def to_row(where: str, record: Mapping[str, Any], folder: Path, check_files: boo
     row["id"] = row["id"] or os.path.basename(where)  # the same in every folder
     row["task"] = _task(where, record["task"], has_question=bool(row["question"] or row["instruction"]))
     row["response"] = _responses(where, record["response"])
-    row["audio"] = [_clip(where, clip, folder, check_files) for clip in _as_list(record["audio"])]
+    row["audio"] = [_clip(where, clip, folder, check_files) for clip in _clips(record["audio"])]
     if not row["audio"]:
         raise ManifestError(f"{where}: 'audio' holds no clip")
     extra = {name: value for name, value in record.items() if name not in _KNOWN and _is_json(value)}
@@ -418,6 +421,10 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
+def _clips(audio: Any) -> list[Any]:
+    return [audio] if is_one_clip(audio) else list(audio)
+
+
 def _text(where: str, name: str, value: Any) -> str | None:
     if value is None or value == "":
         return None
@@ -444,30 +451,37 @@ def _responses(where: str, value: Any) -> list[str]:
 
 
 def _clip(where: str, clip: Any, folder: Path, check_files: bool) -> dict[str, Any]:
-    if isinstance(clip, (bytes, bytearray)):
-        return {"path": None, "bytes": bytes(clip)}
-    if isinstance(clip, Mapping):
-        if clip.get("array") is not None:
-            return {"path": clip.get("path"), "bytes": _encode(where, clip)}
+    """A clip as path or bytes; what is neither is opened, and samples are encoded as WAV."""
+    if isinstance(clip, Mapping) and all(clip.get(name) is None for name in ("array", "raw")):
         if clip.get("bytes") is not None:
-            return {"path": clip.get("path"), "bytes": clip["bytes"]}
-        clip = clip.get("path")
-    if not isinstance(clip, (str, os.PathLike)):
-        raise ManifestError(f"{where}: a clip must be a path, bytes or an audio column, found {type(clip).__name__}")
-    if "://" in str(clip):
-        return {"path": str(clip), "bytes": None}
-    path = folder / clip
-    if check_files and not path.is_file():
-        raise ManifestError(f"{where}: there is no audio file {path}")
-    return {"path": str(path), "bytes": None}
+            return {"path": clip.get("path"), "bytes": bytes(clip["bytes"])}
+        named = [clip[name] for name in ("path", "audio", "audio_url", "url") if clip.get(name) is not None]
+        if named:
+            return _clip(where, named[0], folder, check_files)
+    if isinstance(clip, (str, os.PathLike)) and not str(clip).startswith("data:") and len(str(clip)) < _LONGEST_PATH:
+        if "://" in str(clip):
+            return {"path": str(clip), "bytes": None}
+        path = str(folder / clip)
+        if check_files and not os.path.isfile(path):
+            raise ManifestError(f"{where}: there is no audio file {path}")
+        return {"path": path, "bytes": None}
+    try:
+        source = open_source(clip)
+    except TypeError as error:
+        raise ManifestError(f"{where}: a clip must be a path, bytes, samples or an audio column; {error}") from error
+    except (OSError, ValueError) as error:
+        raise ManifestError(f"{where}: {error}") from error
+    content = source.file.getvalue() if isinstance(source.file, BytesIO) else _encode(where, source)
+    return {"path": clip.get("path") if isinstance(clip, Mapping) else None, "bytes": content}
 
 
-def _encode(where: str, clip: Mapping[str, Any]) -> bytes:
-    if not clip.get("sampling_rate"):
-        raise ManifestError(f"{where}: an audio array needs its 'sampling_rate'")
+def _encode(where: str, source: Source) -> bytes:
+    if not isinstance(source.rate, Real) or not RATES[0] <= source.rate <= RATES[1]:
+        raise ManifestError(
+            f"{where}: an audio array needs its 'sampling_rate', from {RATES[0]} to {RATES[1]}, not {source.rate!r:.80}"
+        )
     buffer = BytesIO()
-    samples = np.asarray(clip["array"], dtype=np.float32)
-    soundfile.write(buffer, samples, int(clip["sampling_rate"]), format="WAV", subtype="FLOAT")
+    soundfile.write(buffer, source.samples, int(source.rate), format="WAV", subtype="FLOAT")
     return buffer.getvalue()
 
 

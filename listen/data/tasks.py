@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..chat_listen import INPUT_FIELD, place_input
-from ..tasks_listen import SER_EMOTIONS, SER_INSTRUCTION, TASK_INSTRUCTIONS
+from ..tasks_listen import SER_EMOTIONS, SER_INSTRUCTION, TASK_ALIASES, TASK_INSTRUCTIONS
 
 _QUESTION_FIELD = "{question}"
 _OPTIONS_FIELD = "{options}"
@@ -167,13 +167,15 @@ def register_task(task: Task, overwrite: bool = False) -> Task:
 
 
 def get_task(name: str) -> Task:
-    """The task of that name.
+    """The task of that name, or of that alias (`TASK_ALIASES`).
 
     Raises:
         UnknownTaskError: it is not registered; the message lists the known names and the closest one.
     """
     if name in _TASKS:
         return _TASKS[name]
+    if TASK_ALIASES.get(name) in _TASKS:
+        return _TASKS[TASK_ALIASES[name]]
     close = difflib.get_close_matches(str(name), _TASKS, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise UnknownTaskError(
