@@ -13,7 +13,8 @@ With `--cascade DIR` the system is a cascade: the label of that classifier is wr
 `<happy>`, and its accuracy is that of the system.
 
 `--judge` names a chat model: a folder or Hub id, or its name at `--judge-endpoint URL` (the key comes from
-OPENAI_API_KEY). `--judge rules` scores answers of the built-in corpus exactly, by the rules they were made with. With
+OPENAI_API_KEY). Its verdicts are stored in `verdicts.jsonl` as they come, and a second run asks only for those that are
+missing. `--judge rules` scores answers of the built-in corpus exactly, by the rules they were made with. With
 `--judge none` there are no scores by a judge, and the table shows "-".
 """
 
@@ -103,7 +104,7 @@ def build_judge(arguments: argparse.Namespace) -> Callable[[Sequence[JudgeItem]]
         model = EndpointChatModel(arguments.judge_endpoint, arguments.judge, api_key=key, max_new_tokens=longest)
     else:
         model = LocalChatModel(arguments.judge, device=launched_processes().device, max_new_tokens=longest)
-    return partial(judge_responses, model, seed=arguments.seed)
+    return partial(judge_responses, model, seed=arguments.seed, folder=arguments.output)
 
 
 def run(arguments: argparse.Namespace) -> ResponseEvaluation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -40,6 +41,14 @@ ITEMS = [JudgeItem(f"words number {i} {{response}}", "happy" if i % 2 else "sad"
         ("The score: 7 seems fair", None),
         ("Score: 3 or 4", None),
         ("11", None),
+        ("9" * 5000, None),
+        ("Score: " + "9" * 5000, None),
+        ("Score: \u00b2", None),
+        ("\u0667", 7),
+        ("Score: 7\x00", None),
+        ("\n" * 200_000 + "Score: 7", 7),
+        ("Score: 7" + " " * 200_000, 7),
+        (" \n" * 100_000 + "Score" + " " * 100_000, None),
         ("", None),
     ],
 )
@@ -125,3 +134,39 @@ def test_known_scores_are_summed_up_alike() -> None:
 def test_nothing_to_judge_is_an_error() -> None:
     with serve_chat(reply) as server, pytest.raises(ValueError, match="0 items"):
         judge_responses(EndpointChatModel(server.url, "judge"), [], progress=False)
+
+
+def test_verdicts_are_stored_as_they_come_and_asked_for_once(tmp_path: Path) -> None:
+    """The first call ends after two batches; the second one asks for the rest, and for what failed."""
+
+    class Interrupted(Exception):
+        pass
+
+    class Ending(EndpointChatModel):
+        batches = 2
+
+        def answer(self, conversations, seed=0):
+            self.batches -= 1
+            if self.batches < 0:
+                raise Interrupted
+            return super().answer(conversations, seed)
+
+    options = {"batch_size": 3, "num_resamples": 0, "progress": False}
+    with serve_chat(reply) as server:
+        straight = judge_responses(EndpointChatModel(server.url, "judge"), ITEMS, **options)
+        asked = len(server.requests)
+        with pytest.raises(Interrupted):
+            judge_responses(Ending(server.url, "judge"), ITEMS, folder=tmp_path, **options)
+        stored = len((tmp_path / "verdicts.jsonl").read_text().splitlines())
+        assert stored in (5, 6)  # one of all requests fails
+        with (tmp_path / "verdicts.jsonl").open("a") as file:
+            file.write('{"key": "cut o')
+        found = [
+            judge_responses(EndpointChatModel(server.url, "judge"), ITEMS, folder=tmp_path, **options) for _ in range(2)
+        ]
+        assert len(server.requests) == asked + 12 + (6 - stored) + 1  # the failed one is asked for again
+        judge_responses(EndpointChatModel(server.url, "other"), ITEMS, folder=tmp_path, **options)
+        assert len(server.requests) == asked + 12 + (6 - stored) + 1 + 12  # another judge has its own verdicts
+    for judgement in found:
+        assert np.array_equal(judgement.scores, straight.scores, equal_nan=True)
+        assert judgement.verdicts == straight.verdicts and judgement.failed == straight.failed

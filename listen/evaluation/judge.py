@@ -8,17 +8,23 @@ never guessed.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from ..data.chat_models import ChatModel
+from ..data.files import hold_folder, json_text
 from .confidence import bootstrap_intervals
 
 logger = logging.getLogger(__name__)
@@ -67,8 +73,10 @@ Give one sentence of reasons. Then write, on a last line of its own, the score a
 """Prompt of the judge for each of the two scores."""
 
 LOWEST, HIGHEST = 1, 10
-_SCORE = re.compile(
-    r"^[\s*_#>]*(?:final )?score[\s*_]*[:=][\s*_]*(-?\d+(?:[.,]\d+)?)(?:\s*/\s*10)?[\s*_.]*$",
+VERDICTS_FILE = "verdicts.jsonl"
+_MAX_ERRORS = 20  # different ones in the results
+_SCORE = re.compile(  # spaces at both ends stay within the line, so that long blanks are not read again and again
+    r"^[ \t*_#>]*(?:final )?score[\s*_]*[:=][\s*_]*(-?\d+(?:[.,]\d+)?)(?:[ \t]*/[ \t]*10)?[ \t\r*_.]*$",
     re.IGNORECASE | re.MULTILINE,
 )
 
@@ -98,7 +106,7 @@ class Judgement:
         intervals: their 95 % bootstrap intervals.
         unparsable: verdicts without a score, of each of the two.
         failed: requests that got no verdict, of each of the two.
-        errors: why requests failed, and how often.
+        errors: the most common reasons why requests failed, and how often.
         verdicts: `{"quality", "emotion"}` of each item: text of the judge; `None` where the request failed.
         settings: the judge and its settings.
     """
@@ -135,9 +143,9 @@ def parse_score(verdict: str) -> int | None:
     if len(found) != 1:
         return None
     (number,) = found
-    if not number.isdigit() or not LOWEST <= int(number) <= HIGHEST:
+    if not number.isdecimal() or len(number) > len(str(HIGHEST)):  # longer ones may be too long for int()
         return None
-    return int(number)
+    return int(number) if LOWEST <= int(number) <= HIGHEST else None
 
 
 def judge_responses(
@@ -147,6 +155,7 @@ def judge_responses(
     batch_size: int = 16,
     num_resamples: int = 1000,
     progress: bool = True,
+    folder: str | os.PathLike[str] | None = None,
 ) -> Judgement:
     """Score answers by an LLM.
 
@@ -157,9 +166,12 @@ def judge_responses(
         batch_size: requests of a batch.
         num_resamples: bootstrap resamples behind the intervals; 0 for none.
         progress: whether to show a progress bar.
+        folder: where `verdicts.jsonl` stores each verdict as it comes. Another call with the same judge, items and seed
+            goes on there; requests that failed are repeated.
 
     Raises:
         ValueError: nothing to judge, or `batch_size` below 1.
+        FolderInUseError: another process judges into that folder.
     """
     if not items or batch_size < 1:
         raise ValueError(
@@ -167,22 +179,67 @@ def judge_responses(
         )
     requests = [(place, name) for place in range(len(items)) for name in RUBRICS]
     order = np.random.default_rng(seed).permutation(len(requests))
+    settings = {"judge": judge.describe(), "seed": seed, "rubrics": RUBRICS}
     verdicts: list[dict[str, str | None]] = [{} for _ in items]
     errors: Counter[str] = Counter()
-    with tqdm(total=len(requests), desc="judging", disable=not progress) as bar:
+    held = nullcontext() if folder is None else hold_folder(folder, "judging")
+    with held, tqdm(total=len(requests), desc="judging", disable=not progress) as bar:
+        store = _VerdictFile(folder, settings)
         for start in range(0, len(order), batch_size):
             some = [requests[i] for i in order[start : start + batch_size]]
-            answers = judge.answer([_conversation(items[place], name) for place, name in some], seed=seed + start)
-            for (place, name), answer in zip(some, answers, strict=True):
+            asked = []
+            for place, name in some:
+                prompt = _conversation(items[place], name)
+                verdicts[place][name] = known = store.find(place, name, prompt)
+                if known is None:
+                    asked.append((place, name, prompt))
+            answers = judge.answer([prompt for *_, prompt in asked], seed=seed + start) if asked else []
+            for (place, name, prompt), answer in zip(asked, answers, strict=True):
                 verdicts[place][name] = answer.text
+                store.add(place, name, prompt, answer.text)
             errors.update(answer.error for answer in answers if answer.text is None)
             bar.update(len(some))
-    settings = {"judge": judge.describe(), "seed": seed, "rubrics": RUBRICS}
+    common = dict(errors.most_common(_MAX_ERRORS))
     if errors:
-        logger.warning("%d of %d requests to the judge failed: %s", errors.total(), len(requests), dict(errors))
+        logger.warning("%d of %d requests to the judge failed: %s", errors.total(), len(requests), common)
     judgement = _summarise(verdicts, settings, num_resamples)
-    judgement.errors = dict(errors)
+    judgement.errors = common
     return judgement
+
+
+class _VerdictFile:
+    """Verdicts in the order in which they come, so that none is lost and none is asked for twice."""
+
+    def __init__(self, folder: str | os.PathLike[str] | None, settings: dict[str, Any]) -> None:
+        self._path = None if folder is None else Path(folder) / VERDICTS_FILE
+        self._settings = json_text(settings)
+        self._known: dict[str, str] = {}
+        if self._path is None or not self._path.is_file():
+            return
+        text = self._path.read_text(encoding="utf-8", errors="replace")
+        if text and not text.endswith("\n"):  # a line that was cut off must not absorb the next one
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write("\n")
+        for line in text.split("\n"):
+            with suppress(ValueError, KeyError, TypeError):  # cut off by an interruption
+                record = json.loads(line)
+                self._known[record["key"]] = record["verdict"]
+
+    def find(self, place: int, name: str, prompt: list[dict[str, str]]) -> str | None:
+        """The stored verdict on one score of an item."""
+        return self._known.get(self._key(place, name, prompt))
+
+    def add(self, place: int, name: str, prompt: list[dict[str, str]], verdict: str | None) -> None:
+        """Store a verdict; a failed request has none and is repeated."""
+        if self._path is None or verdict is None:
+            return
+        record = {"key": self._key(place, name, prompt), "item": place, "score": name, "verdict": verdict}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json_text(record) + "\n")
+
+    def _key(self, place: int, name: str, prompt: list[dict[str, str]]) -> str:
+        text = json_text([self._settings, place, name, prompt])
+        return hashlib.sha256(text.encode("utf-8")).hexdigest()[:24]
 
 
 def scored(scores: np.ndarray, settings: dict[str, Any], num_resamples: int = 1000) -> Judgement:
