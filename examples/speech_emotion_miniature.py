@@ -22,6 +22,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from listen.data.files import write_text
+
 FOLDER = Path("runs/speech-emotion")
 CORPUS = Path("runs/demo/corpus")  # the demo's own, so that it is made once
 CONFIGS = Path("examples/configs/speech_emotion")
@@ -123,7 +125,7 @@ def keep_neutral(kind: str) -> None:
     folder = FOLDER / "targets" / "train"
     lines = (folder / f"{kind}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     neutral = [line for line in lines if json.loads(line)["emotion"] == "neutral"]
-    (folder / f"neutral_{kind}.jsonl").write_text("".join(neutral), encoding="utf-8")
+    write_text(folder / f"neutral_{kind}.jsonl", "".join(neutral))
 
 
 def training_arguments(system: System) -> list[str]:
@@ -131,13 +133,13 @@ def training_arguments(system: System) -> list[str]:
     manifests = [str(FOLDER / "targets" / "train" / f"{name}.jsonl") for name in system.targets]
     return [
         "examples/train.py", "--config", str(CONFIGS / "miniature.yaml"), "--data.train", json.dumps(manifests),
-        "--training.output_dir", str(FOLDER / system.folder), *system.overrides,
+        "--training.output_dir", str(FOLDER / system.folder), "--training.resume", *system.overrides,
     ]  # fmt: skip
 
 
 def classifier_arguments() -> list[str]:
     """Training of the cascades' classifier, over the encoder that all systems start from."""
-    return ["examples/train_classifier.py", "--config", str(CONFIGS / "miniature_classifier.yaml")]
+    return ["examples/train_classifier.py", "--config", str(CONFIGS / "miniature_classifier.yaml"), "--training.resume"]
 
 
 def evaluation_arguments(system: System) -> list[str]:

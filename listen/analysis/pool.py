@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from safetensors.numpy import save_file
 from torch import nn
 
+from ..data.files import write_json
 from .plots import plot_overlap, plot_query_keys, plot_query_map, plot_usage
 from .queries import QueryClusters, project_queries, query_clusters, query_key_similarity
 from .usage import PromptUsage, prompt_usage
@@ -78,7 +79,7 @@ class PoolAnalysis:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "pool.json").write_text(json.dumps(self.summary(), indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "pool.json", self.summary())
         tensors = {"queries": self.queries, "keys": self.keys}
         tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items() if tensor is not None}
         if tensors:

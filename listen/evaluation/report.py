@@ -13,6 +13,7 @@ import numpy as np
 from jinja2 import Environment
 
 from ..analysis.escape import markdown
+from ..data.files import write_text
 from ..data.tasks import get_task
 from .result import EvaluationResult
 
@@ -156,9 +157,9 @@ def write_report(result: EvaluationResult, folder: str | Path, plots: Sequence[P
         "plots": [_plot(path, folder) for path in plots],
     }
     text = Environment(keep_trailing_newline=True, finalize=markdown)
-    (folder / "report.md").write_text(text.from_string(_MARKDOWN).render(content), encoding="utf-8")
+    write_text(folder / "report.md", text.from_string(_MARKDOWN).render(content))
     page = Environment(autoescape=True).from_string(_HTML).render(content)
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    write_text(folder / "report.html", page)
 
 
 def _rows(task: str, result: EvaluationResult) -> list[_Row]:

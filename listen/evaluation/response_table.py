@@ -12,12 +12,14 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from io import StringIO
 from itertools import chain
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from ..analysis.escape import csv_cell, markdown, plot_text, read_csv_cell
+from ..data.files import json_text, write_text
 from .orderings import Ordering, check_orderings, count_orderings, plain_name
 
 
@@ -126,14 +128,15 @@ def write_table(systems: Sequence[SystemScores], folder: str | Path) -> Path:
         raise ValueError(f"a table needs one or more systems of different names, got {[s.name for s in systems]}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.md").write_text(markdown_table(systems), encoding="utf-8")
-    with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(_csv_rows(systems))
+    write_text(folder / "table.md", markdown_table(systems))
+    table = StringIO(newline="")
+    csv.writer(table).writerows(_csv_rows(systems))
+    write_text(folder / "table.csv", table.getvalue())
     plot_table(systems).savefig(folder / "table.png", dpi=150)
     orderings = orderings_of(systems)
     records = [{**vars(ordering), "agrees": ordering.agrees} for ordering in orderings]
     content = {"counts": count_orderings(orderings), "orderings": records}
-    (folder / "orderings.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / "orderings.json", json_text(content, indent=1) + "\n")
     return folder
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..data.chat_models import ChatModelError
+from ..data.files import write_json, write_json_lines
 from ..data.manifest import extra_fields
 from ..data.processes import launched_processes
 from ..data.tasks import get_task
@@ -72,11 +72,9 @@ class ResponseEvaluation:
         folder.mkdir(parents=True, exist_ok=True)
         values = {name: None if math.isnan(value) else value for name, value in self.values.items()}
         details = {"confidence_95": self.intervals, "settings": self.settings}
-        text = json.dumps({"system": self.system, **values, "details": details}, ensure_ascii=False, indent=2)
-        (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
+        write_json(folder / "metrics.json", {"system": self.system, **values, "details": details})
         for name in ("responses", "emotions"):
-            lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in getattr(self, name)]
-            (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+            write_json_lines(folder / f"{name}.jsonl", getattr(self, name))
         if self.embeddings is not None and len(self.embeddings) >= LEAST_MAPPED:
             truths = [record["emotion"] for record in self.emotions]
             plot_embeddings(self.embeddings, truths).savefig(folder / "embeddings.png", dpi=120)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..analysis import PoolAnalysis
+from ..data.files import write_json, write_json_lines
 
 
 @dataclass
@@ -48,9 +48,8 @@ class EvaluationResult:
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.json").write_text(_to_json(self.as_dict(extra), indent=2) + "\n", encoding="utf-8")
-        lines = [_to_json(record) + "\n" for record in self.predictions]
-        (folder / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
+        write_json(folder / "metrics.json", _without_nan(self.as_dict(extra)))
+        write_json_lines(folder / "predictions.jsonl", map(_without_nan, self.predictions))
         write_report(self, folder, self.pool.save(folder / "pool") if self.pool is not None else [])
         return folder
 
@@ -63,12 +62,8 @@ class EvaluationResult:
         return {**self.metrics, **(extra or {}), "details": details}
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    """JSON with null in place of NaN, which the standard does not know."""
-    return json.dumps(_without_nan(value), ensure_ascii=False, indent=indent)
-
-
 def _without_nan(value: Any) -> Any:
+    """The value with null in place of NaN, which JSON does not know."""
     if isinstance(value, Mapping):
         return {name: _without_nan(entry) for name, entry in value.items()}
     if isinstance(value, (list, tuple)):

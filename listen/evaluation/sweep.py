@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from matplotlib.figure import Figure
 
 from ..analysis.escape import plot_text
 from ..analysis.plots import COLOURS
+from ..data.files import write_json
 from .result import EvaluationResult
 
 
@@ -76,7 +76,7 @@ class Sweep:
             "confidence_95": {str(k): self.intervals[k] for k in self.num_prompts},
             "saturation": {task: self.saturation(task) for task in self.metrics},
         }
-        (folder / "sweep.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "sweep.json", table)
         plot_sweep(self).savefig(folder / "sweep.png", dpi=120)
 
 

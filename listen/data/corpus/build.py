@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..files import write_json, write_json_lines
 from .grammar import draw_question
 from .prosody import EMOTIONS
 from .render import SpeechPlan, plan_speech, render_scenes, render_speech
@@ -74,8 +75,8 @@ def build_corpus(
     for number, split in enumerate(SPLITS):
         split_seed = seed * len(SPLITS) + number
         rows = _build_split(folder, split, getattr(sizes, split), split_seed, num_workers, progress)
-        _write_lines(folder / f"{split}.jsonl", rows)
-    (folder / "corpus.json").write_text(json.dumps(recipe, indent=2) + "\n")
+        write_json_lines(folder / f"{split}.jsonl", rows)
+    write_json(folder / "corpus.json", recipe)
     return folder
 
 
@@ -196,7 +197,3 @@ def _write_audio(path: Path, samples: np.ndarray) -> None:
     import soundfile
 
     soundfile.write(path, samples, SAMPLING_RATE, subtype="PCM_16")
-
-
-def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
