@@ -27,6 +27,7 @@ REQUIRED = [
     "datasets>=4.4",  # manifests, streaming, cached encoder features
     "pyyaml>=6.0",  # recipes in examples/configs
     "requests>=2.32",  # LLMs behind an endpoint, with retries; huggingface_hub's client refuses all when offline
+    "urllib3>=2.0",  # connections below requests, whose whole duration is bounded here
     "tensorboard>=2.16",  # default log of losses and pool health
     "rich>=13.7",  # result tables
     "tqdm>=4.66",  # progress bars

@@ -21,7 +21,6 @@ import torch
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from datasets.arrow_writer import ArrowWriter
 from filelock import FileLock
-from pyarrow import ArrowException
 from torch.nn.utils.rnn import pad_sequence
 
 from ..fingerprint_listen import fingerprint as _digest
@@ -368,7 +367,7 @@ def _clip_key(clip: Mapping[str, Any], folder: Path) -> str:
 def _read_shard(path: Path) -> Dataset:
     try:
         return Dataset.from_file(str(path))
-    except (ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, NotImplementedError) as error:  # Arrow's are among them
         raise FeatureStoreError(f"{path} is damaged ({error}); {_delete_advice(path)}") from error
 
 
