@@ -39,7 +39,7 @@ def check_kinds(options: dict[str, Any]) -> None:
 
 def is_idle(name: str, value: Any, known: Sequence[str]) -> bool:
     """Whether a keyword of other processors asks for nothing, or for what is done anyway; not a misspelt one."""
-    if value is None or (value is False and not difflib.get_close_matches(name, known, n=1)):
+    if value is None or (value is False and not difflib.get_close_matches(name, known, n=1, cutoff=0.8)):
         return True
     if name == "padding_side" and value != "left":
         raise ValueError(f"padding_side={value!r}: inputs are padded on the left; leave it out")
