@@ -23,6 +23,7 @@ from rich.table import Table
 
 from listen.data.chat_models import ChatModel, EndpointChatModel, LocalChatModel
 from listen.data.processes import launched_processes
+from listen.data.sources import FORMATS
 from listen.data.targets import KINDS, TargetSummary, generate_targets
 from listen.data.utterances import read_utterances
 
@@ -30,9 +31,10 @@ from listen.data.utterances import read_utterances
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="JSONL manifest, or a data set for datasets.load_dataset")
+    parser.add_argument("--data", required=True, help="file, folder, corpus or data set; see docs/data.md")
+    parser.add_argument("--format", choices=FORMATS, help="format of the data, by default after its name")
     parser.add_argument("--name", help="configuration of a data set")
-    parser.add_argument("--split", default="train", help="part of a data set")
+    parser.add_argument("--split", default="train", help="part of a data set or corpus")
     parser.add_argument("--data-revision", help="commit or tag of a data set")
     parser.add_argument(
         "--columns", nargs="*", default=[], metavar="OURS=THEIRS", help="audio, transcript, emotion, id"
@@ -123,6 +125,7 @@ def main() -> None:
         name=arguments.name,
         split=arguments.split,
         revision=arguments.data_revision,
+        format=arguments.format,
     )
     summary = generate_targets(
         utterances,

@@ -25,6 +25,7 @@ def librispeech(root: Path) -> None:
         ("train-clean-360", "100"),
         ("train-other-500", "30"),
         ("dev-clean", "84"),
+        ("test-clean", "61"),
     ):
         chapter = root / split / speaker / "198"
         _write(chapter / f"{speaker}-198.trans.txt", f"{speaker}-198-0000 A KIND WORD\n{speaker}-198-0001 DON'T GO\n")
@@ -68,9 +69,10 @@ def voxceleb1(root: Path) -> None:
 
 def librisqa(root: Path) -> None:
     librispeech(root.parent / "LibriSpeech")
-    place = "data/LibriSpeech/train-clean-360/100/198/100-198-0000.flac"
-    rows = [{"speech_path": place, "question": "What is kind?", "answer": "A word.", "text": "A KIND WORD"}]
-    _write(root / "LibriSQA-PartI" / "LibriSQA-PartI-train.json", json.dumps(rows))
+    for split, place in (("train", "train-clean-360/100/198/100-198-0000"), ("test", "test-clean/61/198/61-198-0000")):
+        row = {"speech_path": f"data/LibriSpeech/{place}.flac", "question": "What is kind?", "answer": "A word."}
+        text = json.dumps([{**row, "text": "A KIND WORD"}])
+        _write(root / "LibriSQA-PartI" / f"LibriSQA-PartI-{split}.json", text)
 
 
 def clotho(root: Path) -> None:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import re
 from pathlib import Path
 
 import pytest
 from fixtures_corpora import BUILDERS
+from fixtures_repository import RECIPES, ROOT, name_of
 
 from listen.data.corpora import CORPORA
 from listen.data.manifest import FEATURES, ManifestError, extra_fields
 from listen.data.sources import DataSource, load_rows, read_records
 from listen.data.tasks import get_task
-from listen.data.utterances import text_input
-from listen.training.arguments import DataArguments
+from listen.data.utterances import read_utterances, text_input
+from listen.training.arguments import DataArguments, parse_sources
 from listen.training.datasets import build_train_dataset
+from listen.training.parsing import read_config
+
+SMALL = {"voxceleb1": {"num_pairs": 4, "dev_speakers": 2}}
 
 
 def read(tmp_path: Path, form: str, **fields: object) -> list[dict]:
@@ -70,6 +76,31 @@ def test_an_incomplete_corpus_is_reported(tmp_path: Path, caplog: pytest.LogCapt
     assert "LibriSpeech, dev-clean: 2 rows of 2703" in caplog.text
 
 
+def test_the_page_lists_each_corpus_with_its_tasks_rows_and_licence() -> None:
+    lines = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").splitlines()
+    for name, corpus in CORPORA.items():
+        (line,) = (line for line in lines if line.startswith(f"| [{corpus.title}]({corpus.homepage}) | `{name}` |"))
+        cells = line.strip("| ").split(" | ")
+        assert cells[2] == ", ".join(f"`{task}`" for task in corpus.answers) and cells[4] == corpus.licence
+        stated = dict(re.findall(r"`?([\w-]+)`? (\d+)", cells[3].split("(")[0].split(";")[0]))
+        assert stated and all(corpus.expected_rows(split) == int(rows) for split, rows in stated.items())
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
+def test_the_data_of_recipes_can_be_made(recipe: Path, tmp_path: Path) -> None:
+    section = read_config(recipe).get("data") or {}
+    sources = parse_sources("data", [*section["train"], *section.get("eval", [])])
+    for source in sources:
+        if source.format not in CORPORA:  # made by the demo or by examples/generate_targets.py
+            assert source.path.startswith(("runs/", "targets/"))
+            continue
+        assert source.path.startswith("datasets/")
+        source.path = str(tmp_path / source.path)
+        if not Path(source.path).is_dir():
+            BUILDERS[source.format](Path(source.path))
+        assert len(load_rows(dataclasses.replace(source, options=SMALL.get(source.format, {}))))
+
+
 def test_unknown_tasks_and_options_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Clotho v2.1 has no answers for task 'asr'; it has acap"):
         read(tmp_path, "clotho", task="asr")
@@ -99,6 +130,10 @@ def test_iemocap_leaves_one_session_out(tmp_path: Path) -> None:
     assert [row["response"][0] for row in rows] == ["neutral", "happy", "happy"]  # excited is happy, xxx is left out
     assert [extra_fields(row)["speaker"] for row in rows] == ["Ses01F", "Ses01M", "Ses01F"]
     assert text_input(rows[0], tagged=True) == "<neutral> Line 0."
+    spoken = read_utterances(tmp_path / "iemocap", format="iemocap", split="session1")
+    assert [(one.transcript, one.emotion) for one in spoken] == [
+        ("Line 0.", "neutral"), ("Line 1.", "happy"), ("Line 3.", "happy"),
+    ]  # fmt: skip
     for held_out in range(1, 6):
         parts = [
             {row["id"][:5] for row in read(tmp_path, "iemocap", split=f"{p}-{held_out}")} for p in ("train", "test")

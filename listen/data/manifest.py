@@ -226,14 +226,11 @@ def from_datasets(
     return rows
 
 
-def rows_of(
-    source: Dataset | IterableDataset, columns: Columns, task: str | None, origin: str
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a data set under our names, each with its place; see `from_datasets`."""
+def rows_of(source: Dataset | IterableDataset, origin: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a data set with its own columns, each with its place; labels by name, audio as it is stored."""
     source, labels = _undecoded(source)
     for index, row in enumerate(source):
-        where = f"{origin}: row {index}"
-        yield where, renamed(where, _with_label_names(row, labels), columns, task)
+        yield f"{origin}: row {index}", _with_label_names(row, labels)
 
 
 def _undecoded(source: Dataset | IterableDataset) -> tuple[Dataset | IterableDataset, dict[str, ClassLabel]]:

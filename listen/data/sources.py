@@ -148,7 +148,7 @@ def load_rows(source: DataSource, check_files: bool = True) -> Dataset | Iterabl
     """
     if source.format in ("datasets", "parquet"):
         return _load_dataset(source, check_files)
-    folder = _folder(source)
+    folder = folder_of(source)
     if source.streaming:
         return IterableDataset.from_generator(_stream, features=FEATURES, gen_kwargs={"source": source})
     rows = to_dataset(read_records(source), folder, check_files)
@@ -166,8 +166,8 @@ def expected_rows(source: DataSource) -> int | None:
     return CORPORA[source.format].expected_rows(source.split)
 
 
-def read_records(source: DataSource) -> _Records:
-    """The rows of a source one by one and as they are, each with its file and line; `to_row` checks them.
+def raw_records(source: DataSource) -> _Records:
+    """The records of a source one by one with its own columns, each with its file and line.
 
     Raises:
         ManifestError, FileNotFoundError, ValueError: see `load_rows`.
@@ -175,21 +175,31 @@ def read_records(source: DataSource) -> _Records:
     path, form = source.path, source.format
     if form in CORPORA:
         return CORPORA[form].records(Path(path), source.split, source.task, source.options)
+    if form in ("datasets", "parquet"):
+        return rows_of(*_open(source))
+    if form == "audiofolder":
+        return _read_audio_folder(Path(path), source.split)
     if form == "salmonn":
         return read_salmonn(Path(path), source.task_names)
-    if form == "manifest":
-        return read_json_lines(Path(path))
-    if form in ("datasets", "parquet"):
-        opened, origin = _open(source)
-        return rows_of(opened, source.columns, source.task, origin)
-    records = _read_csv(Path(path)) if form == "csv" else _read_audio_folder(Path(path), source)
-    columns = source.columns if form == "csv" else {"audio": "file_name", **source.columns}
+    return read_json_lines(Path(path)) if form == "manifest" else _read_csv(Path(path))
+
+
+def read_records(source: DataSource) -> _Records:
+    """The records of a source as those of a manifest, each with its file and line; `to_row` checks them.
+
+    Raises:
+        ManifestError, FileNotFoundError, ValueError: see `load_rows`.
+    """
+    records = raw_records(source)
+    if source.format not in _MAPPED:
+        return records
+    columns = {"audio": "file_name", **source.columns} if source.format == "audiofolder" else source.columns
     return ((where, renamed(where, record, columns, source.task)) for where, record in records)
 
 
 def checked_rows(source: DataSource) -> Iterator[tuple[str, dict[str, Any] | ManifestError]]:
     """Each row of a source with its file and line, or the error that it would raise; files are not looked for."""
-    folder = _folder(source)
+    folder = folder_of(source)
     for where, record in read_records(source):
         try:
             yield where, to_row(where, record, folder, check_files=False)
@@ -198,14 +208,14 @@ def checked_rows(source: DataSource) -> Iterator[tuple[str, dict[str, Any] | Man
 
 
 def _stream(source: DataSource) -> Iterator[dict[str, Any]]:
-    folder = _folder(source)
+    folder = folder_of(source)
     for where, record in read_records(source):
         yield to_row(where, record, folder, check_files=False)
 
 
 def _load_dataset(source: DataSource, check_files: bool) -> Dataset | IterableDataset:
     opened, origin = _open(source)
-    return from_datasets(opened, source.columns, source.task, origin, _folder(source), check_files)
+    return from_datasets(opened, source.columns, source.task, origin, folder_of(source), check_files)
 
 
 def _open(source: DataSource) -> tuple[Dataset | IterableDataset, str]:
@@ -221,7 +231,7 @@ def _open(source: DataSource) -> tuple[Dataset | IterableDataset, str]:
     return opened, f"{source.path}:{source.split}"
 
 
-def _folder(source: DataSource) -> Path:
+def folder_of(source: DataSource) -> Path:
     """The folder that relative audio paths start from: that of the file."""
     if not isinstance(source.path, str):
         return Path.cwd()
@@ -245,13 +255,13 @@ def _is_audio_folder(path: Path) -> bool:
     return any(file.suffix.lower() in AUDIO_SUFFIXES for depth in ("*/*", "*/*/*") for file in path.glob(depth))
 
 
-def _read_audio_folder(path: Path, source: DataSource) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_audio_folder(path: Path, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """`metadata.csv` (or `.tsv`, `.jsonl`) with a column `file_name`, or a folder of recordings for each class."""
     if not path.is_dir():
         raise FileNotFoundError(f"there is no folder {path}")
-    root = path / source.split if (path / source.split).is_dir() else path
-    if root == path and source.split != "train":
-        raise FileNotFoundError(f"there is no folder {path / source.split} of the split {source.split!r}")
+    root = path / split if (path / split).is_dir() else path
+    if root == path and split != "train":
+        raise FileNotFoundError(f"there is no folder {path / split} of the split {split!r}")
     table = next((root / name for name in _METADATA if (root / name).is_file()), None)
     if table is not None:
         records = read_json_lines(table) if table.suffix == ".jsonl" else _read_csv(table)
@@ -271,4 +281,14 @@ def _below(record: Any, root: Path) -> Any:
     return {**record, "file_name": root / name} if isinstance(name, str) and name else record
 
 
-__all__ = ["AUDIO_SUFFIXES", "FORMATS", "DataSource", "checked_rows", "expected_rows", "load_rows", "read_records"]
+__all__ = [
+    "AUDIO_SUFFIXES",
+    "FORMATS",
+    "DataSource",
+    "checked_rows",
+    "expected_rows",
+    "folder_of",
+    "load_rows",
+    "raw_records",
+    "read_records",
+]

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Audio, ClassLabel, load_dataset
 from transformers.utils import logging
 
-from .manifest import FEATURES, ManifestError, read_json_lines, to_row
+from .manifest import FEATURES, ManifestError, to_row
+from .sources import DataSource, folder_of, raw_records
 from .tasks import extra_fields, tagged_text
 
 logger = logging.get_logger(__name__)
@@ -54,17 +54,21 @@ def read_utterances(
     split: str = "train",
     revision: str | None = None,
     check_files: bool = True,
+    format: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> list[Utterance]:
     """Read the utterances of a source, each recording once.
 
     Args:
-        path: a JSONL manifest, or what `datasets.load_dataset` takes first.
+        path: any source of rows, see `DataSource`.
         columns: our column (`audio`, `transcript`, `emotion`, `id`) -> field of the source.
         emotion_names: emotions of the source -> names to use, such as `{"disgust": "disgusted"}`.
         name: configuration of a data set.
-        split: split of a data set.
+        split: split of a data set or corpus.
         revision: commit or tag of a data set.
-        check_files: whether a missing audio file of a manifest is an error.
+        check_files: whether a missing audio file is an error.
+        format: see `DataSource`.
+        options: options of a corpus' reader.
 
     Returns:
         Utterances in the order of the source. Recordings without a transcript are left out, and their number is logged.
@@ -76,18 +80,19 @@ def read_utterances(
     unknown = set(columns or {}) - set(COLUMNS)
     if unknown:
         raise ManifestError(f"{path}: columns names {sorted(unknown)}, but there are {', '.join(COLUMNS)}")
-    is_manifest = str(path).endswith(".jsonl")
-    rows = read_json_lines(Path(path)) if is_manifest else _load_rows(str(path), columns or {}, name, split, revision)
-    folder = Path(path).parent.resolve() if is_manifest else Path.cwd()
+    source = DataSource(os.fspath(path), format, name=name, split=split, revision=revision, options=dict(options or {}))
+    columns, folder = dict(columns or {}), folder_of(source)
+    if source.format == "audiofolder":
+        columns = {"audio": "file_name", **columns}
     recordings: dict[str, dict[str, Any]] = {}
-    absent = set((columns or {}).values())
-    for where, record in rows:
+    absent = set(columns.values())
+    for where, record in raw_records(source):
         absent -= record.keys()
-        found = _read(where, record, columns or {}, folder, check_files and is_manifest)
+        found = _read(where, record, columns, folder, check_files)
         key = _recording_key(found["audio"])
         recordings[key] = {**found, **{k: v for k, v in recordings.get(key, {}).items() if v is not None}}
     if absent:
-        raise ManifestError(f"{path}: no row has the field {sorted(absent)[0]!r} that columns={dict(columns)} names")
+        raise ManifestError(f"{path}: no row has the field {sorted(absent)[0]!r} that columns={columns} names")
     spoken = [found for found in recordings.values() if found["transcript"]]
     if not spoken:
         raise ManifestError(f"{path}: no row has a transcript; name its field with columns={{'transcript': ...}}")
@@ -153,21 +158,3 @@ def _first_text(fields: Mapping[str, Any], names: tuple[str, ...], what: str) ->
 def _recording_key(audio: list[dict[str, Any]]) -> str:
     parts = [hashlib.sha256(clip["bytes"]).hexdigest() if clip["bytes"] else clip["path"] for clip in audio]
     return "+".join(parts)
-
-
-def _load_rows(
-    path: str, columns: Mapping[str, str], name: str | None, split: str, revision: str | None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    source = load_dataset(path, name, split=split, revision=revision)
-    for ours, theirs in columns.items():
-        if theirs not in source.features:
-            raise ManifestError(
-                f"{path}:{split} has no column {theirs!r} for {ours!r}; it has {sorted(source.features)}"
-            )
-    labels = {column: kind for column, kind in source.features.items() if isinstance(kind, ClassLabel)}
-    for column, kind in source.features.items():
-        if isinstance(kind, Audio):
-            source = source.cast_column(column, Audio(decode=False))
-    for number, row in enumerate(source):
-        named = {column: kind.int2str(row[column]) for column, kind in labels.items() if row[column] is not None}
-        yield f"{path}:{split}: row {number}", {**row, **named}
