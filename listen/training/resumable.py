@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..data.files import json_text, write_text
+from .push import ModelFolderTrainer
 
 RUN_STATE_FILE = "run_state.json"
 """File of a checkpoint with the id of its run and the sums of the current logging window."""
@@ -36,8 +37,8 @@ def read_run_state(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
         return {}
 
 
-class ResumableTrainer(Trainer):
-    """`Trainer` with checkpoints that carry the id of their run and the sums behind the log.
+class ResumableTrainer(ModelFolderTrainer):
+    """A Trainer with checkpoints that carry the id of their run and the sums behind the log.
 
     On SIGTERM, which machines that are taken away get before they are turned off, it finishes the step, saves a
     checkpoint and raises `TrainingStopped`.

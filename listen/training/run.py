@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from transformers.utils import logging
 from ..data.collator import ListenCollator
 from ..data.features import FeatureStore, store_info
 from ..data.mixing import subset_per_task
+from ..data.tasks import get_task
 from ..modeling_listen import ListenForConditionalGeneration
 from ..processing_listen import ListenProcessor
 from .arguments import SECTIONS, DataArguments, ListenTrainingArguments, ModelArguments
@@ -84,6 +85,7 @@ def train(
         model, processor = build_model(model_arguments)
         trainer = build_trainer(model, processor, data_arguments, training_arguments)
         _check_checkpoint(trainer, run)
+        model.card_data = _card_data(data_arguments, count_tasks(trainer.train_dataset))
         if trainer.is_world_process_zero():
             data = {"train": count_tasks(trainer.train_dataset), "eval": count_tasks(trainer.eval_dataset)}
             run.write(arguments, training_arguments.seed, data)
@@ -234,10 +236,11 @@ def train_and_save(trainer: ResumableTrainer, run: Run) -> tuple[Path, dict[str,
         trainer.save_metrics("train", metrics)
     folder = run.folder / MODEL_FOLDER
     if run.finished is None or run.finished < trainer.state.global_step:
-        trainer.save_model(str(folder))
+        trainer.save_to_folder()
         if trainer.args.should_save:
-            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which no model needs
             run.finish(trainer.state.global_step)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
     return folder, metrics
 
 
@@ -365,6 +368,15 @@ def _generation_evaluator(
         return {f"{task}_{name}": value for task, name, value in scores if name != "n"}
 
     return evaluate
+
+
+def _card_data(arguments: DataArguments, tasks: Iterable[str]) -> dict[str, Any]:
+    """Languages and data sets of the Hub for the model's card."""
+    paths = [source.path for source in arguments.train]
+    ids = [path for path in paths if isinstance(path, str) and path.count("/") == 1 and not Path(path).exists()]
+    languages = sorted({get_task(task).language for task in tasks} - {None, ""})
+    found = {"datasets": list(dict.fromkeys(ids)), "language": languages}
+    return {name: value for name, value in found.items() if value}
 
 
 def _as_sections(*arguments: Any) -> dict[str, Any]:
