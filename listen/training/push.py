@@ -9,8 +9,8 @@ from transformers import Trainer
 from transformers import trainer as upstream
 
 from ..model_card_listen import write_model_card
-from .run_folder import MODEL_FOLDER
 
+MODEL_FOLDER = "model"
 _NO_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.pkl")  # pickles, such as training_args.bin
 
 

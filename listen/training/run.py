@@ -25,8 +25,9 @@ from .arguments import SECTIONS, DataArguments, ListenTrainingArguments, ModelAr
 from .build import build_model, initialize_keys
 from .datasets import build_eval_dataset, build_train_dataset, count_tasks
 from .distillation import DistillationTrainer
+from .push import MODEL_FOLDER
 from .resumable import ResumableTrainer, read_run_state
-from .run_folder import MODEL_FOLDER, Run, open_run
+from .run_folder import Run, open_run
 from .trainer import GenerationEvaluator, ListenTrainer
 from .values import ArgumentError
 

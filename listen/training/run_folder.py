@@ -28,6 +28,7 @@ from transformers.utils import logging
 
 from ..data.files import hold_folder, write_json, write_text
 from ..data.processes import launched_processes
+from .push import MODEL_FOLDER
 from .resumable import read_run_state
 from .values import ArgumentError
 
@@ -35,7 +36,6 @@ logger = logging.get_logger(__name__)
 
 CONFIG_FILE = "config.yaml"
 RUN_FILE = "run.json"
-MODEL_FOLDER = "model"
 _OPTIMIZER_FILES = ("*optimizer*", "global_step*")  # the Trainer's or FSDP's, and DeepSpeed's
 _PACKAGES = ("listen", "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "numpy")
 _NOT_COMPARED = {f"training.{name}" for name in ("output_dir", "resume", "resume_from_checkpoint", "disable_tqdm")}
