@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import _get_template_variables
 
-from .arguments_listen import unknown_name
+from .arguments_listen import is_idle, unknown_name
 from .placeholders_listen import AUDIO_TOKEN
 from .sources_listen import AUDIO_TYPES
 
@@ -46,9 +46,10 @@ def split_keywords(
     options: dict[str, Any] = {}
     others: dict[str, Any] = {}
     for name, value in kwargs.items():
-        if name not in known and name not in variables:
+        if name in known or name in variables:
+            (options if name in known else others)[name] = value
+        elif not is_idle(name, value, [*known, *variables]):
             raise TypeError(unknown_name(f"keyword {name!r}", name, {*known, *variables}))
-        (options if name in known else others)[name] = value
     return options, others
 
 
