@@ -53,7 +53,7 @@ INSTRUCTIONS = re.compile(
 THEMES = {
     *("consistency", "layers", "packaging", "readme", "benchmarks"),  # the repository
     *("modeling", "configuration", "listen_tiny", "real_models", "remote_code", "quantization"),  # the whole model
-    *("context", "conv_rotary", "learned_encoder", "speech_features"),  # one feature across modules
+    *("context", "conv_rotary", "learned_encoder", "speech_features", "kills"),  # one feature across modules
     *("devices", "hf_callers"),  # machines and stock code around the whole model
 }
 

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 from fixtures_backbones import model_section, save_backbones
+from fixtures_runs import assert_same_run, history
 from fixtures_training import small_corpus
-from safetensors.torch import load_file
 from transformers import TrainerCallback, set_seed
 
 from listen.data.files import FolderInUseError, hold_folder
@@ -62,23 +62,6 @@ def run(settings: dict, **training: Any) -> Any:
 
 def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def history(folder: Path) -> list[dict[str, float]]:
-    entries = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry for entry in entries if "loss" in entry]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model" / "model.safetensors")
-
-
-def assert_same_run(one: Path, two: Path) -> None:
-    """Weights and log are equal to the bit."""
-    assert all(torch.equal(weight, weights(two)[name]) for name, weight in weights(one).items())
-    assert history(one) == history(two)
-    losses = [json.loads((folder / "train_results.json").read_text())["train_loss"] for folder in (one, two)]
-    assert losses[0] == losses[1]
 
 
 # ------------------------------------------------------------------ whose folder

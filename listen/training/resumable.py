@@ -113,8 +113,8 @@ class ResumableTrainer(ModelFolderTrainer):
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         loader = super()._get_dataloader(*args, **kwargs)
-        if loader.num_workers:
-            loader.worker_init_fn = partial(_ignore_sigterm, loader.worker_init_fn)
+        base = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper starts the workers of that one
+        base.worker_init_fn = partial(_ignore_sigterm, base.worker_init_fn)
         return loader
 
 
