@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers.utils import cached_file
 from .checkpoint_listen import HUB_KWARGS, check_backbone
 from .configuration_listen import BACKBONES, ListenConnectorConfig, ListenPromptPoolConfig, check_padding
 from .language_models_listen import mean_embedding
+from .layer_prompts_listen import LayerPrompts
 from .lora_listen import ADAPTERS_OF_THREAD, LoraMixin
 from .modeling_connector import ConvRotary, WindowQFormer
 from .modeling_prompt_pool import ListenPromptPool
@@ -41,7 +43,11 @@ class ListenAdapter(nn.Module):
         self.connector = _CONNECTORS[connector.type](
             connector, config.speech_width, audio_width, config.text_width, config.frame_seconds
         )
-        self.prompt_pool = ListenPromptPool(pool, config.text_width) if pool is not None else None
+        layers = (0, 0)
+        if pool is not None and pool.form == "layers":
+            llm = config.text_config.get_text_config()
+            layers = llm.num_hidden_layers, llm.hidden_size
+        self.prompt_pool = ListenPromptPool(pool, config.text_width, layers) if pool is not None else None
 
 
 class Adapters(nn.ModuleDict):
@@ -139,12 +145,19 @@ class Adapters(nn.ModuleDict):
         if pool is None:
             raise ValueError(f"adapter {names[0]!r} has no prompt pool; process the input with num_prompts=0")
         prompts, selection = pool(query, counts, task_ids)
+        layers = None
+        if pool.config.form == "layers":
+            valid = selection.indices >= 0  # (batch, k)
+            weights = valid.float() if selection.weights is None else selection.weights  # (batch, k)
+            rows = torch.arange(len(query), device=query.device)
+            layers = [LayerPrompts(pool, rows, selection.indices.clamp_min(0), weights)]
         return prompts, PromptOutput(
             indices=selection.indices,
             scores=selection.scores.detach(),
             key_loss=selection.key_loss,
             key_loss_weight=query.new_full((len(query),), pool.config.key_loss_weight),
             query=query,
+            layers=layers,
         )
 
     def _pick_by_row(
@@ -169,6 +182,8 @@ class Adapters(nn.ModuleDict):
             picked.indices[rows, :width], picked.scores[rows, :width] = own.indices, own.scores
             picked.key_loss = picked.key_loss.index_add(0, rows, own.key_loss)
             picked.key_loss_weight[rows] = own.key_loss_weight
+            if own.layers is not None:
+                picked.layers = [*(picked.layers or []), *(replace(item, rows=rows) for item in own.layers)]
             for row, piece in zip(rows.tolist(), prompts.split(counts[rows].tolist()), strict=True):
                 pieces[row] = piece
         return torch.cat(pieces), picked

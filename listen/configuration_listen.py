@@ -15,6 +15,7 @@ from .geometry_listen import audio_step, speech_geometry, speech_width
 
 STRATEGIES = ("similarity", "attention", "residual", "fixed", "random", "task")
 QUERY_STRATEGIES = ("similarity", "attention", "residual")
+PROMPT_FORMS = ("input", "layers")
 KEY_LOSSES = ("relative", "distance", "similarity")
 CONNECTORS = ("window_qformer", "conv_rotary")
 BACKBONES = {"speech_encoder": "speech_config", "audio_encoder": "audio_config", "language_model": "text_config"}
@@ -242,6 +243,8 @@ class ListenPromptPoolConfig(_StrictConfig):
         pool_size: P, the number of key-value pairs.
         num_prompts: K, the prompts selected at inference.
         train_prompts: Largest k drawn in training, with `stochastic`; `num_prompts` by default.
+        form: What a prompt is: `"input"`, one embedding before the input (the paper), or `"layers"`, one hidden unit
+            beside every layer of the LLM (beyond the paper, see `layer_prompts_listen`), which the LLM does not read.
         strategy: How prompts are selected: `"similarity"`, `"attention"`, `"residual"`, or the controls `"fixed"`
             (a classic soft prompt), `"random"` and `"task"`.
         key_loss_type: `"relative"`, the mean of ||q - k_i|| / ||q|| over the selected keys, with q detached: it moves
@@ -251,6 +254,9 @@ class ListenPromptPoolConfig(_StrictConfig):
         key_loss_weight: alpha, the weight of the key loss beside the next-token loss.
         stochastic: Whether training draws k uniformly from 1..`train_prompts` for each batch.
         score_dropout: Share of the keys, drawn at random, that a training batch cannot select.
+        gate_temperature: With `strategy="similarity"`, the prompts selected are weighted by
+            `k softmax(cosines / gate_temperature)`, so that the next-token loss trains the keys; `None` takes them as
+            they are (the paper).
         center_query: Whether a running mean is subtracted from the query before it is compared with the keys; off in
             the paper. It keeps all keys in use when the queries of all tasks are similar.
         query_momentum: Momentum of that running mean, with `center_query`.
@@ -266,11 +272,13 @@ class ListenPromptPoolConfig(_StrictConfig):
     pool_size: int = 400
     num_prompts: int = 160
     train_prompts: int | None = None
+    form: str = "input"
     strategy: str = "similarity"
     key_loss_type: str = "relative"
     key_loss_weight: float = 1.0
     stochastic: bool = True
     score_dropout: float = 0.0
+    gate_temperature: float | None = None
     center_query: bool = False
     query_momentum: float = 0.99
     tasks: list[str] | None = None
@@ -278,6 +286,7 @@ class ListenPromptPoolConfig(_StrictConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        _check_choice("prompt pool form", self.form, PROMPT_FORMS)
         _check_choice("prompt pool strategy", self.strategy, STRATEGIES)
         _check_choice("prompt pool key_loss_type", self.key_loss_type, KEY_LOSSES)
         if not 1 <= self.num_prompts <= self.pool_size:
@@ -288,6 +297,11 @@ class ListenPromptPoolConfig(_StrictConfig):
         for name in ("score_dropout", "shared_fraction", "query_momentum"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"prompt pool {name}={getattr(self, name)} must lie in [0, 1)")
+        if self.gate_temperature is not None and (self.strategy != "similarity" or self.gate_temperature <= 0.0):
+            raise ValueError(
+                f"gate_temperature={self.gate_temperature} must be above 0 and needs strategy='similarity', not "
+                f"{self.strategy!r}"
+            )
         if self.strategy == "task":
             self._check_tasks()
         if self.train_prompts is not None:

@@ -6,6 +6,7 @@ and the LLM reads the result.
 """
 
 from collections.abc import Collection
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -29,6 +30,7 @@ from .language_models_listen import (
     check_not_packed,
     embedded_inputs,
 )
+from .layer_prompts_listen import check_prompt_mask, kept_prompts, run_with_layer_prompts
 from .lora_listen import ADAPTERS_OF_THREAD, ThreadAdapter
 from .modeling_beats import BeatsModel
 from .modeling_connector import resample_frames
@@ -265,10 +267,11 @@ class ListenModel(ListenPreTrainedModel):
             adapter_names: Adapter of each row; the active one by default, `"__base__"` for none.
 
         Returns:
-            `(batch, sequence, text width)` and the prompts that were picked, `None` where no row asks for any.
+            `(batch, sequence, text width)` and the prompts that were picked, `None` where no row asks for any. Prompts
+            of form `"layers"` are no part of the embeddings: `run_with_layer_prompts` runs the LLM with them.
 
         Raises:
-            ValueError: placeholders and audio do not match.
+            ValueError: placeholders and audio do not match, or the mask does not fit the form of the prompts.
         """
         active = ADAPTERS_OF_THREAD.get().get(self._of_thread, self._active_adapter)  # self.active_adapter
         names = adapter_names or [active] * len(input_ids)
@@ -293,6 +296,9 @@ class ListenModel(ListenPreTrainedModel):
             return embeds, None
         query = self._query(embeds, is_prompt, attention_mask, query_mask)  # (batch, text width)
         prompts, picked = self.adapters.pick(query, is_prompt.sum(-1), task_ids, names)  # (total, text width)
+        if picked.layers or (attention_mask is not None and (is_prompt & (attention_mask == 0)).any()):
+            # static caches have masks of four axes, but `generate` gives the flat one as `query_mask` too
+            check_prompt_mask(picked.layers, is_prompt, query_mask if attention_mask is None else attention_mask)
         return embeds.masked_scatter(is_prompt[..., None], prompts.to(embeds.dtype)), picked
 
     def _query(
@@ -431,8 +437,10 @@ class ListenModel(ListenPreTrainedModel):
         )
         choices = {"query_mask": query_mask, "task_ids": task_ids, "adapter_names": adapter_names}
         inputs, prompts = self._llm_inputs(input_ids, inputs_embeds, attention_mask, position_ids, encoded, **choices)
-        outputs = self.language_model.base_model(**inputs, past_key_values=past_key_values, **llm_kwargs)
-        picked = prompts or PromptOutput()
+        picked, llm = prompts or PromptOutput(), self.language_model.base_model
+        if picked.layers or hasattr(past_key_values, "layer_prompts"):
+            llm = partial(run_with_layer_prompts, llm, picked.layers or kept_prompts(past_key_values))
+        outputs = llm(**inputs, past_key_values=past_key_values, **llm_kwargs)
         return ListenModelOutput(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.get("past_key_values"),
@@ -534,10 +542,11 @@ class ListenForConditionalGeneration(ListenGenerationMixin, ListenModel):
             query_mask = (labels != -100).cumsum(-1) == 0  # (batch, sequence): the query sees no answer
         choices = {"query_mask": query_mask, "task_ids": task_ids, "adapter_names": adapter_names}
         inputs, prompts = self._llm_inputs(input_ids, inputs_embeds, attention_mask, position_ids, encoded, **choices)
-        outputs = self.language_model(
-            **inputs, past_key_values=past_key_values, logits_to_keep=logits_to_keep, **llm_kwargs
-        )
-        picked, losses, logits = prompts or PromptOutput(), {}, outputs.logits
+        picked, llm = prompts or PromptOutput(), self.language_model
+        if picked.layers or hasattr(past_key_values, "layer_prompts"):
+            llm = partial(run_with_layer_prompts, llm, picked.layers or kept_prompts(past_key_values))
+        outputs = llm(**inputs, past_key_values=past_key_values, logits_to_keep=logits_to_keep, **llm_kwargs)
+        losses, logits = {}, outputs.logits
         if labels is not None:
             losses = self._losses(logits, labels, logits_to_keep, num_items_in_batch, prompts)
             if not self.training and num_items_in_batch is not None:  # a Trainer evaluates, and compares their shapes

@@ -62,11 +62,15 @@ class SelectionStrategy(nn.Module):
 
 
 class SimilaritySelection(SelectionStrategy):
-    """The k keys of highest cosine similarity to the query; their values as they are (LiSTEN, sec. 2)."""
+    """The k keys of highest cosine similarity to the query; their values as they are (LiSTEN, sec. 2).
+
+    With `gate_temperature` the values are weighted by `k softmax(cosine / gate_temperature)` over the k chosen.
+    """
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
         self.loss_type = config.key_loss_type
+        self.temperature = config.gate_temperature
 
     def forward(self, request: PromptRequest) -> PromptSelection:
         """`scores` are cosines; the norms are safe at zero, as in Learning to Prompt (arXiv 2112.08654)."""
@@ -82,7 +86,11 @@ class SimilaritySelection(SelectionStrategy):
             target, count = query.detach(), request.valid.sum(-1, keepdim=True).clamp_min(1)  # (batch, 1)
             size = target.norm(dim=-1, keepdim=True).clamp_min(1e-6)  # (batch, 1)
             losses = (target[:, None] - keys[indices]).norm(dim=-1) / (size * count)  # (batch, k)
-        return PromptSelection(indices, scores.gather(1, indices), None, (losses * request.valid).sum(-1))
+        chosen, valid, weights = scores.gather(1, indices), request.valid, None  # (batch, k)
+        if self.temperature is not None:
+            shares = (chosen / self.temperature).masked_fill(~valid, -torch.inf).softmax(-1).nan_to_num()  # (batch, k)
+            weights = shares * valid.sum(-1, keepdim=True)
+        return PromptSelection(indices, chosen, weights, (losses * valid).sum(-1))
 
 
 class AttentionSelection(SelectionStrategy):
@@ -204,17 +212,24 @@ STRATEGIES: dict[str, type[SelectionStrategy]] = {
 class ListenPromptPool(nn.Module):
     """P trained key-value pairs and the strategy that picks k of them for a query.
 
+    A value is one embedding, or, with `form="layers"`, a pair of vectors `reads`, `writes` for each layer of the LLM.
     Keys exist only for strategies that compare them with a query, so that every parameter gets a gradient.
 
     Args:
         config: A `ListenPromptPoolConfig`.
         width: Width of the LLM's embeddings, hence of keys and values.
+        layers: Number and width of the LLM's layers, for `form="layers"`.
     """
 
-    def __init__(self, config: PreTrainedConfig, width: int) -> None:
+    def __init__(self, config: PreTrainedConfig, width: int, layers: tuple[int, int] = (0, 0)) -> None:
         super().__init__()
         self.config = config
-        self.values = nn.Parameter(torch.empty(config.pool_size, width))  # (pool, width)
+        self.width = width
+        if config.form == "layers":
+            self.reads = nn.Parameter(torch.empty(config.pool_size, *layers))  # (pool, layers, layer width)
+            self.writes = nn.Parameter(torch.empty(config.pool_size, *layers))  # (pool, layers, layer width)
+        else:
+            self.values = nn.Parameter(torch.empty(config.pool_size, width))  # (pool, width)
         self.keys = nn.Parameter(torch.empty(config.pool_size, width)) if config.uses_query else None
         if config.center_query:
             self.register_buffer("query_mean", torch.zeros(width))
@@ -233,6 +248,7 @@ class ListenPromptPool(nn.Module):
 
         Returns:
             The prompts of all rows one after the other, `(counts.sum(), width)`, and the selection, `k = max(counts)`.
+            Zeros for prompts that are in the LLM's layers: it does not read their placeholders.
 
         Raises:
             ValueError: a row asks for more prompts than it can reach.
@@ -257,7 +273,10 @@ class ListenPromptPool(nn.Module):
                 query = query - self.query_mean
             keys = self.keys.float() if self.keys is not None else None
             selection = self.strategy(PromptRequest(query, keys, k, valid, task_ids, dropped))
-            prompts = self.values[selection.indices]  # (batch, k, width)
+            if self.config.form == "layers":
+                prompts = query.new_zeros(len(query), k, self.width)
+            else:
+                prompts = self.values[selection.indices]  # (batch, k, width)
             if selection.weights is not None:
                 prompts = prompts * selection.weights[..., None]
         selection.indices = selection.indices.masked_fill(~valid, -1)
@@ -266,8 +285,12 @@ class ListenPromptPool(nn.Module):
 
     @torch.no_grad()
     def initialize_values(self, embedding: torch.Tensor) -> None:
-        """Move the values to the mean of the LLM's input `embedding` `(vocabulary, width)`, as the authors do."""
-        self.values += embedding.float().mean(0).to(self.values.device)
+        """Move the values to the mean of the LLM's input `embedding` `(vocabulary, width)`, as the authors do.
+
+        Prompts in the LLM's layers start without effect and stay so.
+        """
+        if self.config.form != "layers":
+            self.values += embedding.float().mean(0).to(self.values.device)
 
     @torch.no_grad()
     def initialize_keys(self, queries: torch.Tensor) -> None:

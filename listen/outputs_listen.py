@@ -1,6 +1,7 @@
 """What the model's methods return."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
@@ -105,6 +106,7 @@ class PromptOutput(ModelOutput):
         key_loss: `(batch,)`, before its weight.
         key_loss_weight: `(batch,)`, alpha of the pool that each row used.
         query: `(batch, text width)`.
+        layers: The prompts that are in the LLM's layers and not in its input, a list of `LayerPrompts`.
     """
 
     indices: torch.Tensor | None = None
@@ -112,6 +114,7 @@ class PromptOutput(ModelOutput):
     key_loss: torch.Tensor | None = None
     key_loss_weight: torch.Tensor | None = None
     query: torch.Tensor | None = None
+    layers: list[Any] | None = None
 
 
 __all__ = ["AudioEmbeddings", "EncodedAudio", "ListenModelOutput", "ListenOutput", "PromptOutput"]

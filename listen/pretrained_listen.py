@@ -1,10 +1,12 @@
 """What all LiSTEN models share: capabilities, initialisation, and frozen backbones that stay frozen."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
@@ -12,6 +14,7 @@ from .adapter_listen import AdapterMixin
 from .attention_listen import SwitchableAttention
 from .configuration_listen import BACKBONES, ListenConfig
 from .language_models_listen import train_frozen
+from .layer_prompts_listen import checkpoint_with_prompts
 from .modeling_connector import WindowQFormer
 from .modeling_prompt_pool import ListenPromptPool
 
@@ -48,7 +51,11 @@ class ListenPreTrainedModel(SwitchableAttention, AdapterMixin, PreTrainedModel):
         if isinstance(module, WindowQFormer):
             init.normal_(module.query_tokens, mean=0.0, std=0.02)
         elif isinstance(module, ListenPromptPool):
-            init.normal_(module.values, mean=0.0, std=0.02)
+            if module.config.form == "layers":  # at first the LLM is as it was
+                init.normal_(module.reads, mean=0.0, std=module.reads.shape[-1] ** -0.5)
+                init.zeros_(module.writes)
+            else:
+                init.normal_(module.values, mean=0.0, std=0.02)
             if module.keys is not None:
                 init.normal_(module.keys, mean=0.0, std=0.01)
             if module.config.center_query:
@@ -66,9 +73,13 @@ class ListenPreTrainedModel(SwitchableAttention, AdapterMixin, PreTrainedModel):
             if name == "language_model" or requires_gradients(backbone):  # a LoRA may also be on a frozen encoder
                 train_frozen(backbone, mode)
 
-    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
-        """As upstream; checkpointed layers inside frozen backbones are put into the mode of the model."""
-        super()._set_gradient_checkpointing(*args, **kwargs)
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
+    ) -> None:
+        """As upstream; checkpointed layers inside frozen backbones are put into the mode of the model, and layers that
+        are run again have their prompts."""
+        run = functools.partial(checkpoint_with_prompts, gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, run, **kwargs)
         self._set_frozen_modes(self.training)
 
     def attention_parts(self) -> dict[str, list[nn.Module]]:

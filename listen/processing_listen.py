@@ -67,6 +67,7 @@ class ListenProcessor(ProcessorMixin):
         prompt_token_id: Placeholder id of one prompt; chosen if `None`.
         num_prompts: Default k.
         pool_size: Number of prompts in the pool, the maximum of k; unchecked if `None`.
+        prompts_in_layers: Whether prompts are in the LLM's layers: it then does not read their placeholders.
         connector: Fields of the model's `ListenConnectorConfig`, which counts the audio embeddings of a clip; its
             defaults if `None`.
         tasks: Names of the tasks that own a part of the pool; a call's `task` then becomes `task_ids`.
@@ -91,6 +92,7 @@ class ListenProcessor(ProcessorMixin):
         prompt_token_id: int | None = None,
         num_prompts: int = 0,
         pool_size: int | None = None,
+        prompts_in_layers: bool = False,
         connector: dict[str, Any] | None = None,
         tasks: list[str] | None = None,
         task_instructions: dict[str, str] | None = None,
@@ -107,6 +109,7 @@ class ListenProcessor(ProcessorMixin):
             [self.audio_token_id, self.prompt_token_id]
         )
         self.pool_size = pool_size
+        self.prompts_in_layers = prompts_in_layers
         self.num_prompts = self._checked_num_prompts(num_prompts)
         self._connector_config = ListenConnectorConfig(**(connector or {}))
         check_padding(self._connector_config, feature_extractor.pad_to_30s)
@@ -140,6 +143,7 @@ class ListenProcessor(ProcessorMixin):
             "prompt_token_id": config.prompt_token_id,
             "num_prompts": pool.num_prompts if pool is not None else 0,
             "pool_size": pool.pool_size if pool is not None else 0,
+            "prompts_in_layers": pool is not None and pool.form == "layers",
             "tasks": pool.tasks if pool is not None and pool.strategy == "task" else None,
             "connector": config.connector_config.settings(),
             "context_length": context_limit(config.text_config),
@@ -310,7 +314,7 @@ class ListenProcessor(ProcessorMixin):
         widths = _padded_widths(lengths, options)
         fills = {  # of prompts and of padding
             "input_ids": (self.prompt_token_id, self.tokenizer.pad_token_id),
-            "attention_mask": (1, 0),
+            "attention_mask": (0 if self.prompts_in_layers else 1, 0),
             "mm_token_type_ids": (0, 0),
             "offset_mapping": ((0, 0), (0, 0)),
         }

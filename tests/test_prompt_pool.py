@@ -84,6 +84,18 @@ def test_the_distance_and_similarity_key_losses_move_queries_too(query: torch.Te
         assert query.grad.abs().min() > 0
 
 
+def test_gated_values_are_weighted_by_a_softmax_over_the_picked(query: torch.Tensor) -> None:
+    pool = make_pool("similarity", gate_temperature=0.5)
+    prompts, selection = pool(query, full(3))
+    expected = 3 * (selection.scores / 0.5).softmax(-1)  # (batch, k)
+    torch.testing.assert_close(selection.weights, expected)
+    torch.testing.assert_close(prompts.view(BATCH, 3, WIDTH), pool.values[selection.indices] * expected[..., None])
+    prompts.sum().backward()
+    assert pool.keys.grad.abs().max() > 0
+    _, fewer = pool(query, torch.tensor([0, 3, 1, 2, 3]))
+    torch.testing.assert_close(fewer.weights.sum(-1), torch.tensor([0.0, 3, 1, 2, 3]))
+
+
 def test_attention_scales_values_by_renormalised_weights(query: torch.Tensor) -> None:
     pool = make_pool("attention")
     prompts, selection = pool(query, full(4))

@@ -210,6 +210,8 @@ class ListenCollator:
 
     def _with_answers(self, inputs: dict[str, Any], answers: Sequence[list[int]]) -> dict[str, Any]:
         ids, mask = self._followed_by(inputs["input_ids"], answers)
+        if self.processor.prompts_in_layers:  # the LLM does not read their placeholders
+            mask = mask.masked_fill(ids == self.processor.prompt_token_id, 0)
         length, lengths = ids.shape[1], [*map(len, answers)]
         labels = ids.masked_fill(~_suffix_mask(lengths, length), IGNORED)  # (batch, sequence)
         # one more than the longest answer: the position before it predicts its first token

@@ -89,9 +89,8 @@ class PoolMonitor:
 
     def reset(self) -> None:
         """Start a new window."""
-        size, width = self.pool.values.shape
-        self.counts = torch.zeros(size)  # (pool,), float32: MPS has no float64
-        self.query_sum = torch.zeros(width)  # (width,)
+        self.counts = torch.zeros(self.pool.config.pool_size)  # (pool,), float32: MPS has no float64
+        self.query_sum = torch.zeros(self.pool.width)  # (width,)
         self.num_rows = 0
         self.largest_k = 0
 
