@@ -88,23 +88,26 @@ def kept_prompts(cache: Any) -> list[LayerPrompts] | None:
     return cache.layer_prompts if cache.get_seq_length() else None
 
 
-def checkpoint_with_prompts(checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:
-    """`checkpoint(function, *args)`, where recomputation in the backward pass has the prompts of the forward pass.
+def checkpoint_with_prompts(
+    checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **options: Any
+) -> Any:
+    """`checkpoint(function, *args, **options)`; the backward pass runs `function` again with its prompts.
 
     Args:
         checkpoint: A function such as `torch.utils.checkpoint.checkpoint`.
         function: A layer.
         *args: Its inputs.
+        **options: Of `checkpoint`.
     """
     prompts = _ACTIVE.get()
     if prompts is None:
-        return checkpoint(function, *args)
+        return checkpoint(function, *args, **options)
 
     def with_prompts(*inputs: Any) -> Any:
         with _active(prompts):
             return function(*inputs)
 
-    return checkpoint(with_prompts, *args)
+    return checkpoint(with_prompts, *args, **options)
 
 
 def check_prompt_mask(

@@ -61,10 +61,14 @@ def test_an_absent_encoder_and_pool_stay_absent(tmp_path: object) -> None:
 def test_the_papers_model_has_the_papers_size() -> None:
     """P=400 pairs of width 4096 are 3.3 M parameters, the small pool 0.41 M; counted on the meta device."""
     sizes = {}
-    for name in ("listen-llama3-8b", "listen-0.4m"):
+    layers = ListenConfig.from_preset("listen-llama3-8b")
+    layers.prompt_pool_config = ListenPromptPoolConfig(pool_size=13, num_prompts=13, form="layers")
+    configs = {name: ListenConfig.from_preset(name) for name in ("listen-llama3-8b", "listen-0.4m")}
+    for name, config in {**configs, "layers": layers}.items():
         with torch.device("meta"):
-            model = ListenForConditionalGeneration(ListenConfig.from_preset(name))
+            model = ListenForConditionalGeneration(config)
         sizes[name] = model.parameter_counts()
+    assert sizes.pop("layers")["default.prompt_pool"][0] == 13 * (32 * 2 * 4096 + 4096) == 3_461_120
     large, small = sizes["listen-llama3-8b"], sizes["listen-0.4m"]
     assert large["default.prompt_pool"] == (400 * 4096 * 2, 400 * 4096 * 2)
     assert large["speech_encoder"][0] == large["audio_encoder"][0] == 0

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import PROMPT_ID, clip, make_inputs, tiny_model
 from fixtures_training import tiny_processor
+from test_training_layer_rates import trainer_of
 from transformers import StaticCache
 
 from listen import ListenForConditionalGeneration, ListenPromptPoolConfig
@@ -276,6 +277,18 @@ def test_a_mask_of_the_other_form_is_refused(shared: ListenForConditionalGenerat
         answers(shared, unmasked, cache_implementation="static")
     with pytest.raises(ValueError, match="attention_mask must be 0"):
         plain(**inputs_of(plain, ROWS, [2, 2, 2]))
+
+
+def test_a_run_trains_them(tmp_path: Path) -> None:
+    model = tiny_model(prompt_pool_config=POOL)
+    pool = model.adapters["default"].prompt_pool
+    before = {name: parameter.detach().clone() for name, parameter in pool.named_parameters()}
+    options = {"layerwise_lr_decay": 1.0, "decay_pool": False, "keys_from_rows": 4, "gradient_checkpointing": True}
+    trainer = trainer_of(model, tmp_path, max_steps=3, **options)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "lm_loss" in entry]
+    assert len(logs) == 3 and all(0 < entry["pool_used_share"] <= 1 for entry in logs)
+    assert all(not torch.equal(parameter, before[name]) for name, parameter in pool.named_parameters())
 
 
 def test_processor_and_collator_mask_their_placeholders(shared: ListenForConditionalGeneration) -> None:
