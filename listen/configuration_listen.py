@@ -254,9 +254,8 @@ class ListenPromptPoolConfig(_StrictConfig):
         key_loss_weight: alpha, the weight of the key loss beside the next-token loss.
         stochastic: Whether training draws k uniformly from 1..`train_prompts` for each batch.
         score_dropout: Share of the keys, drawn at random, that a training batch cannot select.
-        gate_temperature: With `strategy="similarity"`, the prompts selected are weighted by
-            `k softmax(cosines / gate_temperature)`, so that the next-token loss trains the keys; `None` takes them as
-            they are (the paper).
+        gate_temperature: With `strategy="similarity"`, weights prompts by `k softmax(cosines / gate_temperature)`,
+            so that the next-token loss trains the keys; `None` takes them as they are (the paper).
         center_query: Whether a running mean is subtracted from the query before it is compared with the keys; off in
             the paper. It keeps all keys in use when the queries of all tasks are similar.
         query_momentum: Momentum of that running mean, with `center_query`.
@@ -299,8 +298,7 @@ class ListenPromptPoolConfig(_StrictConfig):
                 raise ValueError(f"prompt pool {name}={getattr(self, name)} must lie in [0, 1)")
         if self.gate_temperature is not None and (self.strategy != "similarity" or self.gate_temperature <= 0.0):
             raise ValueError(
-                f"gate_temperature={self.gate_temperature} must be above 0 and needs strategy='similarity', not "
-                f"{self.strategy!r}"
+                f"gate_temperature={self.gate_temperature} must be above 0 and needs strategy='similarity'"
             )
         if self.strategy == "task":
             self._check_tasks()
