@@ -94,6 +94,8 @@ def _examples(dataset: Dataset) -> list[dict[str, Any]]:
 def _record(example: Mapping[str, Any], prediction: Prediction) -> dict[str, Any]:
     """One line of `predictions.jsonl`."""
     source = {name: example[name] for name in ("id", "task", "audio", "question") if example.get(name)}
+    if example.get("events") is not None:  # the references of event F1
+        source["events"] = example["events"]
     return {
         "index": prediction.index,
         **source,

@@ -16,6 +16,7 @@ from ..analysis.escape import markdown
 from ..data.files import write_text
 from ..data.tasks import get_task
 from .result import EvaluationResult
+from .scoring import LOWER_IS_BETTER
 
 _SHOWN_EXAMPLES = 5
 _CAPTIONS = {
@@ -25,7 +26,6 @@ _CAPTIONS = {
     "query_map": "The queries, one point per example. Tasks that form separate clusters can get separate prompts.",
 }
 _SCALES = {"bleu": 100, "chrf": 100, "cider": 10}  # all other metrics are fractions
-_LOWER_IS_BETTER = {"wer", "cer", "eer", "unparsable_rate"}
 
 _MARKDOWN = """\
 # Evaluation of {{ settings.model }}
@@ -168,7 +168,7 @@ def _rows(task: str, result: EvaluationResult) -> list[_Row]:
     return [
         _Row(
             title=get_task(task).title,
-            label=f"{name} {'↓' if name in _LOWER_IS_BETTER else '↑'}",
+            label=f"{name} {'↓' if name in LOWER_IS_BETTER else '↑'}",
             value=_number(name, value),
             bare=_number(name, bare[name]) if name in bare else "",
             interval=" – ".join(_number(name, end) for end in result.intervals[task].get(name, ())),
@@ -190,7 +190,7 @@ def _task(name: str, result: EvaluationResult) -> dict[str, Any]:
 
 def _example(record: Mapping[str, Any], metric: str) -> dict[str, Any]:
     score = record["scores"].get(metric, math.nan)
-    best = 0.0 if metric in _LOWER_IS_BETTER else _SCALES.get(metric, 1)
+    best = 0.0 if metric in LOWER_IS_BETTER else _SCALES.get(metric, 1)
     question = f"{record['question']} " if record.get("question") else ""
     return {
         "expected": question + " / ".join(record["references"]),

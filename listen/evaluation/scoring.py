@@ -36,6 +36,7 @@ METRICS: tuple[type[RowMetric], ...] = (
     CiderD,
     EventF1,
 )
+LOWER_IS_BETTER = frozenset({"wer", "cer", "eer", "unparsable_rate"})
 _TRANSLATION_TOKENIZERS = {"zh": "zh"}
 
 
@@ -122,6 +123,35 @@ def check_references(task: Task, examples: Sequence[Mapping[str, Any]]) -> None:
             metric.row_statistics(empty, references, **_options(type(metric), task, None, None))
         except ValueError as error:
             raise ValueError(f"task {task.name!r}: {error}") from error
+
+
+def leading_statistics(
+    task: Task,
+    examples: Sequence[Mapping[str, Any]],
+    predictions: Sequence[str],
+    yes_no_scores: Sequence[float] | None = None,
+) -> tuple[str, RowMetric, np.ndarray]:
+    """The task's leading metric, for resampling of examples.
+
+    Args:
+        task: see `score_task`.
+        examples: see `score_task`.
+        predictions: see `score_task`.
+        yes_no_scores: see `score_task`.
+
+    Returns:
+        Its name, the metric that computes it, and `(examples, statistics)` for `RowMetric.aggregate`.
+
+    Raises:
+        ValueError: references that the metric cannot use, or no metric that the examples allow.
+    """
+    available = {name: (metric, refs) for metric, refs in _metrics(task, examples) for name in metric.names}
+    name = next((name for name in task.metrics if name in available), None)
+    if name is None:
+        raise ValueError(f"task {task.name!r}: the examples allow none of its metrics {task.metrics}")
+    metric, references = available[name]
+    options = _options(type(metric), task, yes_no_scores, None)
+    return name, metric, metric.row_statistics(predictions, references, **options)
 
 
 def _metrics(task: Task, examples: Sequence[Mapping[str, Any]]) -> Iterator[tuple[RowMetric, list[Any]]]:

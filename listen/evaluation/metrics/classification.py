@@ -20,6 +20,7 @@ class Classification(RowMetric):
     """
 
     names = ("accuracy", "uar")
+    averaged = ("accuracy",)
 
     def row_statistics(
         self, predictions: Sequence[str], references: Sequence[str | Sequence[str]], labels: Sequence[str] = ()

@@ -16,6 +16,7 @@ class ExactMatch(RowMetric):
     """Share of answers equal to one of their references, case, punctuation and articles aside (arXiv 1606.05250)."""
 
     names = ("exact_match",)
+    averaged = ("exact_match",)
 
     def row_statistics(self, predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> np.ndarray:
         """`(examples, 1)`: 1 for a match, else 0."""

@@ -23,9 +23,11 @@ class RowMetric(evaluate.Metric, ABC):
 
     Attributes:
         names: the values that `compute` returns under a task's metric names; others it returns are diagnostics.
+        averaged: those of `names` that are the mean of the values of the single examples.
     """
 
     names: ClassVar[tuple[str, ...]] = ()
+    averaged: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"keep_in_memory": True, **kwargs})

@@ -23,6 +23,7 @@ class Verification(RowMetric):
     """
 
     names = ("accuracy", "eer")
+    averaged = ("accuracy",)
 
     def row_statistics(
         self,
