@@ -31,6 +31,8 @@ from ..data.tasks import get_task
 from .metrics import RowMetric
 from .scoring import LOWER_IS_BETTER, leading_statistics
 
+CELL_FILE = "cell.json"
+EVALUATION_FOLDER = "evaluation"
 SIGNIFICANCE = 0.05
 NUM_RESAMPLES = 500
 Item = tuple[str, str, int]
@@ -150,6 +152,28 @@ def load_items(source: str | Path) -> dict[str, TaskItems]:
     for task, found in items.items():
         _check_value(path, task, found, metrics.get(task, {}).get(found.name))
     return items
+
+
+def load_cells(folder: str | Path) -> list[Cell]:
+    """The finished cells of a comparison: each with its own k, and again for each further k that it was evaluated at.
+
+    Args:
+        folder: output folder of a comparison, with `METHOD/seed-N/cell.json` in it.
+
+    Raises:
+        ValueError: there is no finished cell.
+    """
+    cells = []
+    for path in Path(folder).glob(f"*/*/{CELL_FILE}"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        method, seed = content["method"], content["seed"]
+        items = load_items(path.parent / EVALUATION_FOLDER)
+        cells.append(Cell(method, seed, items, content["figures"], content["history"]))
+        for k in content["further_num_prompts"]:
+            cells.append(Cell(f"{method}, k = {k}", seed, load_items(path.parent / f"{EVALUATION_FOLDER}-k{k}")))
+    if not cells:
+        raise ValueError(f"{folder} holds no finished cell (METHOD/seed-N/{CELL_FILE})")
+    return sorted(cells, key=lambda cell: (cell.method, cell.seed))
 
 
 def compare(cells: Sequence[Cell], num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> list[Comparison]:

@@ -1,0 +1,214 @@
+"""A comparison as Markdown, CSV and plots."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .comparison import SIGNIFICANCE, Cell, Comparison, compare, method_names, seed_interval, tasks_of
+from .comparison_plots import plot_curves, plot_scores
+from .scoring import LOWER_IS_BETTER
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A column about cost or loss.
+
+    Attributes:
+        name: in `Cell.figures`.
+        title: its heading.
+        format: of the shown mean over seeds.
+        scale: factor of the shown value.
+    """
+
+    name: str
+    title: str
+    format: str
+    scale: float = 1.0
+
+
+FIGURES = (
+    Figure("trainable_parameters", "trainable parameters", ",.0f"),
+    Figure("parameters_beside_connector", "of these beside the connector", ",.0f"),
+    Figure("seconds_per_step", "seconds a step", ".2f"),
+    Figure("peak_memory_bytes", "peak memory, GB", ".2f", 1e-9),
+    Figure("eval_lm_loss", "eval LM loss", ".3f"),
+)
+
+
+def write_comparison(
+    cells: Sequence[Cell], folder: str | Path, reference: str | None = None, notes: Sequence[str] = ()
+) -> list[Comparison]:
+    """Write `comparison.md`, `table.csv`, `pairs.csv`, `cells.csv`, `scores.png` and, with logs, `curves.png`.
+
+    Args:
+        cells: evaluated runs, the methods in the order of the table.
+        folder: created if needed.
+        reference: method that the table and the plot mark differences from; the first one by default.
+        notes: sentences for the end of the Markdown file.
+
+    Returns:
+        All pairwise comparisons.
+
+    Raises:
+        ValueError: no cells, an unknown reference, or runs that were evaluated on different examples.
+    """
+    methods = method_names(cells)
+    reference = reference or (methods[0] if methods else None)
+    if reference not in methods:
+        raise ValueError(f"reference={reference!r} is no method of the comparison; choose one of {methods}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    comparisons = compare(cells)
+    text = markdown_comparison(cells, comparisons, reference, notes)
+    (folder / "comparison.md").write_text(text, encoding="utf-8")
+    _write_csv(folder / "table.csv", _table_rows(cells))
+    _write_csv(folder / "pairs.csv", [_pair_row(comparison) for comparison in comparisons])
+    _write_csv(folder / "cells.csv", _cell_rows(cells))
+    plot_scores(cells, comparisons, reference).savefig(folder / "scores.png", dpi=150)
+    if any("lm_loss" in entry for cell in cells for entry in cell.history):
+        plot_curves(cells).savefig(folder / "curves.png", dpi=150)
+    return comparisons
+
+
+def markdown_comparison(
+    cells: Sequence[Cell], comparisons: Sequence[Comparison], reference: str, notes: Sequence[str] = ()
+) -> str:
+    """The table, the counts of all pairwise comparisons, and how to read them."""
+    tasks = tasks_of(cells)
+    heads = [f"{task} {_metric(cells, task)} {_arrow(_metric(cells, task))}" for task in tasks]
+    figures = [figure for figure in FIGURES if any(figure.name in cell.figures for cell in cells)]
+    lines = [
+        _line(["method", "seeds", *(figure.title for figure in figures), *heads]),
+        _line(["---", *["---:"] * (1 + len(figures) + len(tasks))]),
+    ]
+    for method in method_names(cells):
+        own = [cell for cell in cells if cell.method == method]
+        costs = [_figure_cell(own, figure) for figure in figures]
+        scores = [_score_cell(own, task, _mark(comparisons, task, reference, method)) for task in tasks]
+        lines.append(_line([method, str(len(own)), *costs, *scores]))
+    significant = sum(comparison.better is not None for comparison in comparisons)
+    lines += [
+        "",
+        "Mean over seeds ± half of its 95 % interval (Student's t), which a single seed does not have. (+) and (-): "
+        f"significantly better and worse than {reference!r}.",
+        "",
+        f"All pairs of methods were compared on all tasks: of {len(comparisons)} comparisons {significant} are "
+        f"significant at {SIGNIFICANCE} after Holm's correction for all {len(comparisons)} (paired bootstrap over "
+        "examples, spread over seeds added). Tasks on which the method of the row is significantly better / worse / "
+        "neither than that of the column:",
+        "",
+        *_pair_matrix(comparisons, method_names(cells)),
+    ]
+    return "\n".join([*lines, *(f"\n{note}" for note in notes)]) + "\n"
+
+
+def markdown_pairs(comparisons: Sequence[Comparison]) -> str:
+    """Comparisons one by one, for two evaluations."""
+    heads = ["task", "metric", "first", "second", "difference", "95 % interval", "p", "p, Holm", "n", "better"]
+    lines = [_line(heads), _line(["---", "---", *["---:"] * 7, "---"])]
+    for one in comparisons:
+        interval = " .. ".join(f"{end:.4g}" for end in one.interval)
+        values = [f"{value:.4g}" for value in (*one.values, one.difference)]
+        tail = [f"{one.p:.2g}", f"{one.p_holm:.2g}", str(one.num_items), one.better or "not decided"]
+        lines.append(_line([one.task, f"{one.metric} {_arrow(one.metric)}", *values, interval, *tail]))
+    return "\n".join(lines) + "\n"
+
+
+def _pair_matrix(comparisons: Sequence[Comparison], methods: Sequence[str]) -> list[str]:
+    lines = [_line(["", *methods]), _line(["---", *["---:"] * len(methods)])]
+    for row in methods:
+        cells = []
+        for column in methods:
+            own = [one for one in comparisons if {one.first, one.second} == {row, column} and row != column]
+            wins = [one.better for one in own]
+            counts = (wins.count(row), wins.count(column), wins.count(None))
+            cells.append(" / ".join(map(str, counts)) if own else "")
+        lines.append(_line([row, *cells]))
+    return lines
+
+
+def _mark(comparisons: Sequence[Comparison], task: str, reference: str, method: str) -> str:
+    for one in comparisons:
+        if one.task == task and {one.first, one.second} == {reference, method}:
+            return {method: " (+)", reference: " (-)"}.get(one.better or "", "")
+    return ""
+
+
+def _score_cell(cells: Sequence[Cell], task: str, mark: str) -> str:
+    values = [cell.value(task) for cell in cells if task in cell.items]
+    return f"{_mean(values, '.3f')}{mark}" if values else "-"
+
+
+def _figure_cell(cells: Sequence[Cell], figure: Figure) -> str:
+    values = [cell.figures[figure.name] * figure.scale for cell in cells if figure.name in cell.figures]
+    if not values:
+        return "-"
+    return _mean(values, figure.format) if figure.name == "eval_lm_loss" else format(np.mean(values), figure.format)
+
+
+def _mean(values: Sequence[float], digits: str) -> str:
+    interval = seed_interval(values)
+    mean = format(float(np.mean(values)), digits)
+    return mean if interval is None else f"{mean} ± {(interval[1] - interval[0]) / 2:{digits}}"
+
+
+def _metric(cells: Sequence[Cell], task: str) -> str:
+    return next(cell.items[task].name for cell in cells if task in cell.items)
+
+
+def _arrow(metric: str) -> str:
+    return "↓" if metric in LOWER_IS_BETTER else "↑"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _table_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """One row for each method and value: mean and interval over seeds."""
+    rows = []
+    for method in method_names(cells):
+        own = [cell for cell in cells if cell.method == method]
+        for name, values in _values(own).items():
+            low, high = seed_interval(values) or ("", "")
+            row = {"method": method, "value": name, "mean": float(np.mean(values)), "low": low, "high": high}
+            rows.append({**row, "seeds": len(values)})
+    return rows
+
+
+def _values(cells: Sequence[Cell]) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for row in _cell_rows(cells):
+        found.setdefault(row["value"], []).append(row["number"])
+    return found
+
+
+def _cell_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """One row for each cell and value."""
+    rows = []
+    for cell in cells:
+        values = {**cell.figures, **{f"{task} {items.name}": items.value() for task, items in cell.items.items()}}
+        for name, number in values.items():
+            rows.append({"method": cell.method, "seed": cell.seed, "value": name, "number": number})
+    return rows
+
+
+def _pair_row(comparison: Comparison) -> dict[str, Any]:
+    (first, second), (low, high) = comparison.values, comparison.interval
+    row = {**vars(comparison), "first_value": first, "second_value": second, "low": low, "high": high}
+    return {name: value for name, value in row.items() if name not in ("values", "interval")} | {
+        "better": comparison.better or ""
+    }
+
+
+def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]) if rows else ["method"])
+        writer.writeheader()
+        writer.writerows(rows)
