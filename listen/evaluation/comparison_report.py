@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data.files import write_text
 from .comparison import SIGNIFICANCE, Cell, Comparison, compare, method_names, seed_interval, tasks_of
 from .comparison_plots import plot_curves, plot_scores
 from .scoring import LOWER_IS_BETTER
@@ -66,7 +68,7 @@ def write_comparison(
     folder.mkdir(parents=True, exist_ok=True)
     comparisons = compare(cells)
     text = markdown_comparison(cells, comparisons, reference, notes)
-    (folder / "comparison.md").write_text(text, encoding="utf-8")
+    write_text(folder / "comparison.md", text)
     _write_csv(folder / "table.csv", _table_rows(cells))
     _write_csv(folder / "pairs.csv", [_pair_row(comparison) for comparison in comparisons])
     _write_csv(folder / "cells.csv", _cell_rows(cells))
@@ -208,7 +210,8 @@ def _pair_row(comparison: Comparison) -> dict[str, Any]:
 
 
 def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]) if rows else ["method"])
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else ["method"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())

@@ -60,7 +60,7 @@ def parse_arguments(argv: Sequence[str], sections: Mapping[str, type] = SECTIONS
     files = [value for name, value in overrides if name == "config"]
     raw: dict[str, Any] = {}
     for file in files:
-        _merge(raw, read_config(file))
+        merge_sections(raw, read_config(file))
     for name, value in overrides:
         if name != "config":
             _set(raw, resolve_name(name, sections), _parse_value(value))
@@ -116,7 +116,7 @@ def _read_recipe(path: Path, heirs: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(base, str):
         raise ArgumentError(f"{path}: extends={base!r} must be the path of one recipe, relative to {path.parent}")
     sections = _read_recipe(path.parent / base, chain)
-    _merge(sections, content)
+    merge_sections(sections, content)
     return sections
 
 
@@ -193,9 +193,10 @@ def _set(raw: dict[str, Any], name: str, value: Any) -> None:
     node[last] = value
 
 
-def _merge(base: dict[str, Any], other: Mapping[str, Any]) -> None:
+def merge_sections(base: dict[str, Any], other: Mapping[str, Any]) -> None:
+    """Merge `other` into `base`: mappings are merged, all other values, lists too, replace those of `base`."""
     for name, value in other.items():
         if isinstance(value, Mapping) and isinstance(base.get(name), dict):
-            _merge(base[name], value)
+            merge_sections(base[name], value)
         else:
             base[name] = value

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import TrainerState, set_seed
+from transformers import TrainerCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
@@ -60,6 +60,7 @@ def train(
     data_arguments: DataArguments,
     training_arguments: ListenTrainingArguments,
     raw: Mapping[str, Any] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainResult:
     """Train an adapter.
 
@@ -68,6 +69,7 @@ def train(
         data_arguments: section `data`.
         training_arguments: section `training`.
         raw: recipe and overrides as given, for the run folder; the arguments themselves by default.
+        callbacks: further callbacks of the Trainer.
 
     Returns:
         The trained model and the metrics of the run.
@@ -85,6 +87,8 @@ def train(
         set_seed(training_arguments.seed)  # before the new adapter is initialised
         model, processor = build_model(model_arguments)
         trainer = build_trainer(model, processor, data_arguments, training_arguments)
+        for callback in callbacks:
+            trainer.add_callback(callback)
         _check_checkpoint(trainer, run)
         model.card_data = _card_data(data_arguments, count_tasks(trainer.train_dataset))
         if trainer.is_world_process_zero():

@@ -1,0 +1,211 @@
+"""Comparisons end to end on tiny backbones: cells, interruption, refusal of changed arguments, the written table."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from fixtures_backbones import model_section, save_backbones
+from fixtures_training import small_corpus
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from listen.evaluation.comparison import load_cells
+from listen.evaluation.comparison_report import write_comparison
+from listen.training import ArgumentError
+from listen.training.comparison import is_finished, prepare, read_comparison, run_cell, unequal_arguments
+
+REPOSITORY = Path(__file__).parent.parent
+TRAINING = {
+    "max_steps": 2,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-3,
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "logging_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 1,
+}
+METHODS = {
+    "connector alone": {"model": {"prompt_pool": {"pool_size": 0}}},
+    "pool": {"model": {"prompt_pool": {"pool_size": 12, "num_prompts": 4}}},
+}
+
+
+class StopAfterFirstSave(TrainerCallback):
+    """Stops a run as Ctrl-C would, after its first checkpoint."""
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe of two methods and two seeds, over stored features."""
+    folder = tmp_path_factory.mktemp("comparison")
+    manifest = str(small_corpus(folder / "corpus", num_rows=6))
+    base = {
+        "model": model_section(save_backbones(folder / "backbones")),
+        "data": {"train": [manifest], "eval": [manifest], "features": str(folder / "features")},
+        "training": TRAINING,
+    }
+    (folder / "base.yaml").write_text(yaml.safe_dump(base))
+    content = {
+        "base": {"extends": "base.yaml"},
+        "methods": METHODS,
+        "seeds": [0, 1],
+        "evaluation": {"data": [manifest], "max_new_tokens": 3, "num_resamples": 10, "further_num_prompts": [0]},
+        "output": str(folder / "unused"),
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
+    prepare(read_comparison(folder / "recipe.yaml"), progress=False)
+    return folder / "recipe.yaml"
+
+
+def changed(recipe: Path, folder: Path, **content: Any) -> Path:
+    """The recipe with other entries, beside its base."""
+    entries = {**yaml.safe_load(recipe.read_text()), **content}
+    entries["base"] = {"extends": str(recipe.parent / "base.yaml"), **content.get("base", {})}
+    path = folder / "changed.yaml"
+    path.write_text(yaml.safe_dump(entries))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of all four cells."""
+    output = tmp_path_factory.mktemp("output")
+    for cell in read_comparison(recipe).cells:
+        run_cell(cell, output)
+    return output
+
+
+def test_a_comparison_runs_end_to_end(recipe: Path, finished: Path, tmp_path: Path) -> None:
+    cells = load_cells(finished)
+    rows = {(cell.method, cell.seed) for cell in cells}
+    assert rows == {(name, seed) for name in (*METHODS, "pool, k = 0") for seed in (0, 1)}
+    assert all(sum("lm_loss" in entry for entry in cell.history) == 2 for cell in cells if cell.method in METHODS)
+    comparisons = write_comparison(cells, tmp_path, "connector alone", ["A note."])
+    assert len(comparisons) == 3 * 3 and {one.num_seeds for one in comparisons} == {2}  # pairs x tasks
+    text = (tmp_path / "comparison.md").read_text(encoding="utf-8")
+    assert "of 9 comparisons" in text and "A note." in text and "| pool, k = 0 | 2 |" in text
+    for name in ("scores.png", "curves.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    with (tmp_path / "cells.csv").open() as file:
+        values = list(csv.DictReader(file))
+    found = {(row["method"], row["value"]): float(row["number"]) for row in values}
+    assert found["pool", "trainable_parameters"] - found["connector alone", "trainable_parameters"] == 12 * 48 * 2
+    assert found["connector alone", "parameters_beside_connector"] == 0
+    for name in ("seconds_per_step", "peak_memory_bytes", "eval_lm_loss"):
+        assert found["pool", name] > 0
+
+
+def test_a_finished_cell_is_not_run_again(recipe: Path, finished: Path) -> None:
+    cell = read_comparison(recipe).cell("pool", 1)
+    files = {path: path.stat().st_mtime_ns for path in (finished / cell.folder).rglob("*.*") if path.suffix != ".lock"}
+    run_cell(cell, finished, callbacks=[StopAfterFirstSave()])
+    after = {path: path.stat().st_mtime_ns for path in (finished / cell.folder).rglob("*.*") if path.suffix != ".lock"}
+    assert after == files and not list((finished / cell.folder).glob("checkpoint-*"))
+
+
+def test_an_interrupted_cell_goes_on_from_its_checkpoint(recipe: Path, finished: Path, tmp_path: Path) -> None:
+    cell = read_comparison(recipe).cell("pool", 0)
+    with pytest.raises(KeyboardInterrupt):
+        run_cell(cell, tmp_path, callbacks=[StopAfterFirstSave()])
+    assert (tmp_path / cell.folder / "checkpoint-1").is_dir() and not is_finished(cell, tmp_path)
+    run_cell(cell, tmp_path)
+    assert is_finished(cell, tmp_path)
+    folders = [folder / cell.folder for folder in (tmp_path, finished)]
+    weights, whole = (load_file(folder / "model" / "model.safetensors") for folder in folders)
+    assert all(torch.equal(weight, whole[name]) for name, weight in weights.items())
+    assert len(json.loads((folders[0] / "cost.json").read_text())["step_seconds"]) == 2  # both steps, one of each run
+    contents = [json.loads((folder / "cell.json").read_text()) for folder in folders]
+    assert [entry.get("lm_loss") for entry in contents[0]["history"]] == [
+        entry.get("lm_loss") for entry in contents[1]["history"]
+    ]
+
+
+def test_changed_arguments_are_refused_by_name(recipe: Path, finished: Path, tmp_path: Path) -> None:
+    path = changed(recipe, tmp_path, base={"training": {"max_steps": 3}})
+    with pytest.raises(ArgumentError, match="training.max_steps was 2 and is 3; choose another output folder"):
+        run_cell(read_comparison(path).cell("pool", 0), finished)
+    path = changed(recipe, tmp_path, methods={"pool": {"model": {"prompt_pool": {"pool_size": 13}}}})
+    with pytest.raises(ArgumentError, match="model.prompt_pool.pool_size was 12 and is 13"):
+        is_finished(read_comparison(path).cell("pool", 0), finished)
+
+
+def test_methods_extend_methods(recipe: Path, tmp_path: Path) -> None:
+    methods = {**METHODS, "fixed k": {"extends": "pool", "model": {"prompt_pool": {"stochastic": False}}}}
+    path = changed(recipe, tmp_path, methods=methods)
+    pool = read_comparison(path).cell("fixed k", 1).sections["model"]["prompt_pool"]
+    assert pool == {"pool_size": 12, "num_prompts": 4, "stochastic": False}
+    assert read_comparison(path).reference == "connector alone"
+
+
+def test_unequal_arguments_are_named(recipe: Path, tmp_path: Path) -> None:
+    assert unequal_arguments(read_comparison(recipe)) == []
+    methods = {**METHODS, "longer": {"extends": "pool", "training": {"max_steps": 4}}}
+    (sentence,) = unequal_arguments(read_comparison(changed(recipe, tmp_path, methods=methods)))
+    assert "`training.max_steps` is 2, but 4 for longer" in sentence
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"method": {}}, "unknown argument method; did you mean methods"),
+        ({"seeds": []}, "needs methods .* and seeds"),
+        ({"reference": "pol"}, "reference='pol' is no method; did you mean pool"),
+        ({"methods": {"pool": {"modle": {}}}}, "unknown argument methods.pool.modle; did you mean model"),
+        ({"methods": {"pool": {"extends": "x"}}}, "method 'pool' extends 'x', which is none"),
+        ({"methods": {"a": {"extends": "b"}, "b": {"extends": "a"}}}, "circle: a -> b -> a"),
+        ({"methods": {"a b": {}, "a-b": {}}}, "two methods need the same folder"),
+        ({"methods": {"pool": {"training": {"seed": 4}}}}, "methods.pool.training.seed is set by the comparison"),
+        ({"methods": {"pool": {"training": {"max_step": 4}}}}, "unknown argument training.max_step"),
+        ({"evaluation": {"data": []}}, "evaluation.data names no manifest"),
+    ],
+)
+def test_recipes_that_cannot_be_are_refused(recipe: Path, tmp_path: Path, content: dict, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        read_comparison(changed(recipe, tmp_path, **content))
+
+
+def test_backbones_named_by_hub_id_are_read_from_a_folder(recipe: Path, finished: Path, tmp_path: Path) -> None:
+    """The identity of a cell holds the id, so a finished one stays finished wherever the folder is."""
+    places = yaml.safe_load((recipe.parent / "base.yaml").read_text())["model"]
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "tiny-llm").symlink_to(places["language_model"])
+    path = changed(recipe, tmp_path, base={"model": {"language_model": "someone/Tiny-LLM"}})
+    cell = read_comparison(path).cell("pool", 0)
+    run_cell(cell, tmp_path / "output", tmp_path / "models")
+    assert cell.identity()["model"]["language_model"] == "someone/Tiny-LLM"
+    folders = (tmp_path / "output" / cell.folder, finished / cell.folder)
+    weights, same = (load_file(folder / "model" / "model.safetensors") for folder in folders)
+    assert all(torch.equal(weight, same[name]) for name, weight in weights.items())
+
+
+@pytest.mark.slow
+def test_the_command_runs_cells_in_processes_and_compares_two_evaluations(recipe: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, str(REPOSITORY / "examples" / "compare.py")]
+
+    def call(*arguments: str) -> str:
+        done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=True)
+        return done.stdout
+
+    path = changed(recipe, tmp_path, seeds=[0])
+    first = call("--config", str(path), "--jobs", "2", "--output", str(tmp_path))
+    assert first.count(": done, ") == 2 and (tmp_path / "comparison.md").is_file()
+    again = call("--config", str(path), "--output", str(tmp_path))
+    assert "done" not in again and "table: " in again
+    pair = [str(tmp_path / name / "seed-0" / "evaluation" / "metrics.json") for name in ("pool", "connector-alone")]
+    text = call(*pair)
+    assert "| asr | wer ↓ |" in text and "Two runs, not two methods" in text
