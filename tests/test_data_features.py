@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import tiny_model
 from datasets import Dataset, Features
 from datasets.arrow_writer import ArrowWriter
+from fixtures_backbones import model_section, save_backbones
+from fixtures_examples import load_example
 from fixtures_training import small_corpus, tiny_processor, write_clip, write_manifest
 
 from listen.data import FeatureStore, FeatureStoreError, load_manifest, precompute_features
@@ -260,3 +263,28 @@ def test_a_store_of_an_earlier_version_is_read_and_extended(tmp_path: Path) -> N
         writer.finalize()
     store = compute(dataset, folder)
     assert len(store) == 4 and len(shards(folder)) == 2 and store.verify() == []
+
+
+def test_the_script_encodes_and_verifies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    manifest, script = small_corpus(tmp_path, num_rows=3), load_example("precompute_features")
+    training = {"use_cpu": True, "report_to": "none", "output_dir": str(tmp_path / "run")}
+    data = {"train": [str(manifest)], "features": str(tmp_path / "features")}
+    recipe = {"model": model_section(save_backbones(tmp_path / "backbones")), "data": data, "training": training}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+    def call(*options: str) -> str:
+        monkeypatch.setattr("sys.argv", ["precompute_features.py", "--config", str(tmp_path / "recipe.yaml"), *options])
+        script.main()
+        return capsys.readouterr().out
+
+    with pytest.raises(SystemExit, match="error: .*is not a feature store"):
+        call("--verify")
+    assert "3 recordings" in call() and "3 recordings in" in call("--verify")
+    write_clip(tmp_path / "audio" / "1.wav", 0.8)
+    with pytest.raises(SystemExit, match="2 problems"):
+        call("--verify")
+    assert "'../audio/1.wav'" in capsys.readouterr().out
+    call()
+    assert "complete" in call("--verify")
