@@ -255,6 +255,7 @@ class ListenModel(ListenPreTrainedModel):
         query_mask: torch.Tensor | None = None,
         task_ids: torch.Tensor | None = None,
         adapter_names: list[str] | None = None,
+        for_layers: bool = False,
     ) -> tuple[torch.Tensor, PromptOutput | None]:
         """The LLM's input embeddings with audio and prompts in their places.
 
@@ -265,13 +266,15 @@ class ListenModel(ListenPreTrainedModel):
             query_mask: `(batch, length)` positions, from the first on, that the query averages; all by default.
             task_ids: `(batch,)`, for pools of strategy `"task"`.
             adapter_names: Adapter of each row; the active one by default, `"__base__"` for none.
+            for_layers: Whether prompts of form `"layers"`, which are no part of the embeddings, are allowed: the caller
+                runs the LLM with them by `run_with_layer_prompts`.
 
         Returns:
-            `(batch, sequence, text width)` and the prompts that were picked, `None` where no row asks for any. Prompts
-            of form `"layers"` are no part of the embeddings: `run_with_layer_prompts` runs the LLM with them.
+            `(batch, sequence, text width)` and the prompts that were picked, `None` where no row asks for any.
 
         Raises:
-            ValueError: placeholders and audio do not match, or the mask does not fit the form of the prompts.
+            ValueError: placeholders and audio do not match, the mask does not fit the form of the prompts, or prompts
+                of form `"layers"` would be lost.
         """
         active = ADAPTERS_OF_THREAD.get().get(self._of_thread, self._active_adapter)  # self.active_adapter
         names = adapter_names or [active] * len(input_ids)
@@ -299,6 +302,8 @@ class ListenModel(ListenPreTrainedModel):
         if picked.layers or (attention_mask is not None and (is_prompt & (attention_mask == 0)).any()):
             # static caches have masks of four axes, but `generate` gives the flat one as `query_mask` too
             check_prompt_mask(picked.layers, is_prompt, query_mask if attention_mask is None else attention_mask)
+        if picked.layers and not for_layers:
+            raise ValueError("embeddings do not hold prompts of form='layers'; give the model input_ids")
         return embeds.masked_scatter(is_prompt[..., None], prompts.to(embeds.dtype)), picked
 
     def _query(
@@ -344,7 +349,8 @@ class ListenModel(ListenPreTrainedModel):
         Raises:
             ValueError: the input asks for no prompts.
         """
-        _, prompts = self.embed(input_ids, attention_mask, self._encoded(**audio), query_mask, task_ids, adapter_names)
+        encoded, choices = self._encoded(**audio), (query_mask, task_ids, adapter_names)
+        _, prompts = self.embed(input_ids, attention_mask, encoded, *choices, for_layers=True)
         if prompts is None:
             raise ValueError("the input asks for no prompts; process it with num_prompts of at least 1")
         return prompts
@@ -377,7 +383,7 @@ class ListenModel(ListenPreTrainedModel):
         own_mask = attention_mask if covers_input else None
         if position_ids is not None:
             check_not_packed(position_ids, own_mask, is_prompt)
-        embeds, prompts = self.embed(input_ids, own_mask, encoded, **choices)
+        embeds, prompts = self.embed(input_ids, own_mask, encoded, **choices, for_layers=True)
         if position_ids is None and own_mask is not None:  # padding takes no position
             given["position_ids"] = (own_mask.long().cumsum(-1) - 1).clamp_min(0)
         return {**given, **embedded_inputs(self.language_model, input_ids, is_placeholder, embeds)}, prompts

@@ -291,6 +291,14 @@ def test_a_run_trains_them(tmp_path: Path) -> None:
     assert all(not torch.equal(parameter, before[name]) for name, parameter in pool.named_parameters())
 
 
+def test_embeddings_never_lose_prompts(shared: ListenForConditionalGeneration) -> None:
+    inputs = inputs_of(shared, [ROWS[1]], [2])
+    with pytest.raises(ValueError, match="embeddings do not hold prompts of form='layers'"):
+        shared.embed(**inputs)
+    assert shared.select_prompts(**inputs).indices.shape == (1, 2)
+    assert shared.embed(**inputs_of(shared, [ROWS[1]], [0]))[1] is None
+
+
 def test_processor_and_collator_mask_their_placeholders(shared: ListenForConditionalGeneration) -> None:
     processor = tiny_processor(shared.config)
     inputs = processor("Hello", num_prompts=3, return_tensors="pt")
