@@ -28,7 +28,8 @@ _ENTRY = np.dtype([("norm", "<i2"), ("sums", "<i2", 2), ("kind", "u1")])
 # By kind, of the sums and of the norm's logarithm: six standard deviations of what rounding to bfloat16 (a relative
 # error of 2 ** -9 at most, twice) does to a sum; errors of 4 bits are about a tenth of the norm.
 _TOLERANCES = np.array([(0.0125, 0.01), (0.75, 0.1), (np.inf, np.inf), (-1.0, -1.0)])
-_EXACT = 1e-4  # of both, where nothing was rounded in between
+# the same where nothing was rounded in between; bitsandbytes stores scales in another way after the first pass on a CPU
+_EXACT = np.array([(1e-4, 1e-4), (0.02, 0.02), (np.inf, np.inf), (-1.0, -1.0)])
 _TINY = 1e-5  # root mean square below which float16 keeps little precision; such weights count as zeros
 
 
@@ -78,7 +79,7 @@ class Sketch:
         """
         kinds = np.stack([self.kinds, other.kinds])  # (2, weights)
         unreadable = (kinds == _UNKNOWN).any(0) | (exact & (kinds == _NOT_FINITE).all(0))
-        limits = np.minimum(_TOLERANCES, _EXACT if exact else np.inf)[kinds.max(0)]  # (weights, 2), of the coarser kind
+        limits = (_EXACT if exact else _TOLERANCES)[kinds.max(0)]  # (weights, 2), of the coarser kind
         sums = np.abs(self.sums - other.sums).max(-1)
         norms = np.abs(self.norms - other.norms)
         return ((sums > limits[:, 0]) | (norms > limits[:, 1])) & ~unreadable
