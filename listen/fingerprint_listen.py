@@ -21,7 +21,8 @@ from torch import nn
 
 _PLAIN = {nn.Parameter, torch.Tensor}
 _VERSION = "v2:"
-_COLUMNS, _ROWS, _CHUNK_ROWS = 4096, 8192, 256  # a chunk of 1 M values stays in the cache of a processor
+_COLUMNS, _ROWS = 4096, 8192
+_CHUNK_ROWS, _CHUNK_ROWS_GPU = 64, 4096  # a chunk of 1 MB stays in the cache of a processor
 _FLOAT, _QUANTISED, _UNKNOWN, _NOT_FINITE = range(4)
 _NORM_STEPS, _SUM_STEPS = 512, 4096  # how finely values are stored in 16 bits
 _ENTRY = np.dtype([("norm", "<i2"), ("sums", "<i2", 2), ("kind", "u1")])
@@ -88,7 +89,7 @@ class Sketch:
 def fingerprint(module: nn.Module) -> str:
     """A description of all weights of a frozen module that does not depend on its dtype, `v2:vectors-matrices`.
 
-    Reads each value once: about 3 s for 8 billion parameters on a GPU, and a minute on two processor cores.
+    Reads each value once. One processor core takes about 0.1 s for 100 million values, hence 8 s for 8 billion.
     """
     return encode_sketches(sketches(module))
 
@@ -237,9 +238,10 @@ def _sums(flat: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Sum of squares, and sum over random coefficients, of either half of the columns, both `(2,)` in float64."""
     signs, factors = (torch.from_numpy(part).to(flat.device) for part in _coefficients())
     squares, sums = torch.zeros(2, 2, dtype=torch.float64, device=flat.device)
-    for number, chunk in enumerate(flat.split(_CHUNK_ROWS * _COLUMNS)):
+    size = _CHUNK_ROWS if flat.device.type == "cpu" else _CHUNK_ROWS_GPU
+    for number, chunk in enumerate(flat.split(size * _COLUMNS)):
         rows = F.pad(chunk.float(), (0, -len(chunk) % _COLUMNS)).view(-1, 2, _COLUMNS // 2)  # (rows, 2, columns / 2)
-        start = number * _CHUNK_ROWS % _ROWS
+        start = number * size % _ROWS
         weights = factors[start : start + len(rows), None]  # (rows, 1)
         sums += ((rows * signs).sum(-1).double() * weights).sum(0)
         squares += rows.square().sum(-1).double().sum(0)
