@@ -2,9 +2,14 @@
 
     python examples/build_tiny_backbones.py --output model_cards/listen-tiny/backbones
 
-Four folders are written: a tokenizer and the Llama that learned the tasks as text (`language_model`), a Whisper encoder
-(`speech_encoder`), a BEATs (`audio_encoder`), and `build.json` with scores and CPU seconds. Only training speakers and
+Writes a tokenizer and a Llama whose skills prompts unlock (`language_model`), a Whisper encoder (`speech_encoder`), a
+BEATs (`audio_encoder`), and `build.json` with scores and CPU seconds. Only training speakers and
 training sentences are used; scores are on dev speakers and sentences. Weights are kept in float16.
+
+The LLM of `model_cards/speech-emotion-miniature`, which knows the tasks by their instructions, is built by:
+
+    python examples/build_tiny_backbones.py --parts aligned_language_model \
+        --output model_cards/speech-emotion-miniature/backbones
 """
 
 from __future__ import annotations
@@ -18,15 +23,17 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_backbones.aligned_text import AlignedExampleWriter
 from tiny_backbones.audio_encoder import make_audio_encoder, train_audio_encoder
 from tiny_backbones.clips import SceneClips, SpeechClips, make_scene_clips, make_speech_clips
 from tiny_backbones.language_model import make_language_model, score_language_model, train_language_model
-from tiny_backbones.soft_text import measure_durations
+from tiny_backbones.latent_text import LatentExampleWriter, header_words
+from tiny_backbones.soft_text import ExampleWriter, measure_durations
 from tiny_backbones.speech_encoder import make_speech_encoder, train_speech_encoder
 from tiny_backbones.tokenizer import build_tokenizer
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-PARTS = ("language_model", "speech_encoder", "audio_encoder")
+PARTS = ("language_model", "speech_encoder", "audio_encoder")  # those of model_cards/listen-tiny
 DEV_SEED_OFFSET = 1000  # dev clips are drawn from another stream than training clips
 
 
@@ -50,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("model_cards/listen-tiny/backbones"))
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=list(BUILDERS), default=PARTS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="threads of torch; one is best for models of this size")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes that render audio")
@@ -59,16 +66,31 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def build_language_model(options: argparse.Namespace) -> dict[str, float]:
-    """Tokenizer and Llama."""
+    """Tokenizer and Llama with latent skills."""
+    return build_llama(options, LatentExampleWriter, build_tokenizer(header_words()), steps=(2000, 1200))
+
+
+def build_aligned_language_model(options: argparse.Namespace) -> dict[str, float]:
+    """Tokenizer and Llama that knows the tasks, those of behavioural alignment included, by their instructions."""
+    return build_llama(options, AlignedExampleWriter, build_tokenizer(), steps=(2400, 1500))
+
+
+def build_llama(
+    options: argparse.Namespace,
+    make_writer: type[ExampleWriter],
+    tokenizer: PreTrainedTokenizerFast,
+    steps: tuple[int, int],
+) -> dict[str, float]:
+    """Train a Llama on what `make_writer` draws, in two runs of so many steps."""
     torch.manual_seed(options.seed)
-    tokenizer = build_tokenizer()
     model = eager(make_language_model(tokenizer))
     durations = measure_durations(seed=options.seed, num_workers=options.workers)
-    for seed, steps, learning_rate in ((options.seed, 2400, 2e-3), (options.seed + 100, 1500, 1.2e-3)):
+    for seed, count, learning_rate in zip((options.seed, options.seed + 100), steps, (2e-3, 1.2e-3), strict=True):
         train_language_model(
-            model, tokenizer, durations, seed, scaled(steps, options), learning_rate, easy_start=seed == options.seed
-        )
-    scores = score_language_model(model, tokenizer, durations, seed + 2, examples_per_task=400)
+            model, tokenizer, durations, seed, scaled(count, options), learning_rate,
+            easy_start=seed == options.seed, make_writer=make_writer,
+        )  # fmt: skip
+    scores = score_language_model(model, tokenizer, durations, seed + 2, examples_per_task=400, make_writer=make_writer)
     save(model, options.output / "language_model")
     tokenizer.save_pretrained(options.output / "language_model")
     return scores
@@ -96,7 +118,12 @@ def build_audio_encoder(options: argparse.Namespace) -> dict[str, float]:
     return scores
 
 
-BUILDERS = dict(zip(PARTS, (build_language_model, build_speech_encoder, build_audio_encoder), strict=True))
+BUILDERS = {
+    "language_model": build_language_model,
+    "speech_encoder": build_speech_encoder,
+    "audio_encoder": build_audio_encoder,
+    "aligned_language_model": build_aligned_language_model,
+}
 
 
 def speech_clips(split: str, count: int, options: argparse.Namespace) -> SpeechClips:

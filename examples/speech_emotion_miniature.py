@@ -27,7 +27,7 @@ from listen.data.files import write_text
 FOLDER = Path("runs/speech-emotion")
 CORPUS = Path("runs/demo/corpus")  # the demo's own, so that it is made once
 CONFIGS = Path("examples/configs/speech_emotion")
-LANGUAGE_MODEL = Path("model_cards/listen-tiny/backbones/language_model")
+LANGUAGE_MODEL = Path("model_cards/speech-emotion-miniature/backbones/language_model")
 CLASSIFIER = FOLDER / "classifier"
 console = Console(markup=False)
 

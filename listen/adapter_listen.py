@@ -15,7 +15,7 @@ from transformers.utils import cached_file
 
 from .checkpoint_listen import HUB_KWARGS, check_backbone
 from .configuration_listen import BACKBONES, ListenConnectorConfig, ListenPromptPoolConfig, check_padding
-from .language_models_listen import mean_embedding
+from .language_models_listen import mean_embedding, random_embeddings
 from .layer_prompts_listen import LayerPrompts
 from .lora_listen import ADAPTERS_OF_THREAD, LoraMixin
 from .modeling_connector import ConvRotary, WindowQFormer
@@ -213,11 +213,20 @@ class AdapterMixin(LoraMixin):
     """Several adapters over the same backbones, LoRA on the LLM, trainable parameters and their counts."""
 
     def _start_fresh(self) -> None:
-        """Prompt values start at the mean of the LLM's input embeddings, as in the authors' code."""
-        embedding = mean_embedding(self.language_model)[None]  # (1, width)
         for adapter in self.adapters.values():
-            if adapter.prompt_pool is not None:
-                adapter.prompt_pool.initialize_values(embedding)
+            self._start_values(adapter.prompt_pool)
+
+    def _start_values(self, pool: ListenPromptPool | None) -> None:
+        """Prompt values start from the LLM's input embeddings, see `ListenPromptPoolConfig.value_start`.
+
+        Prompts in the LLM's layers start without effect and stay so.
+        """
+        if pool is None or self.language_model is None or pool.config.form == "layers":
+            return
+        if pool.config.value_start == "vocabulary":
+            pool.initialize_values(random_embeddings(self.language_model, pool.config.pool_size))
+        else:
+            pool.initialize_values(mean_embedding(self.language_model)[None])
 
     # ------------------------------------------------------------------ several adapters
 
@@ -248,8 +257,7 @@ class AdapterMixin(LoraMixin):
             pool = adapter_config if adapter_config is not None else self.config.prompt_pool_config
             self._add_listen_adapter(adapter_name, self.config.connector_config, pool)
             self.adapters[adapter_name].apply(self._init_weights)
-            if pool is not None and self.language_model is not None:
-                self.adapters[adapter_name].prompt_pool.initialize_values(mean_embedding(self.language_model)[None])
+            self._start_values(self.adapters[adapter_name].prompt_pool)
         self.freeze()
 
     def load_adapter(self, peft_model_id: Any = None, adapter_name: str = "default", **kwargs: Any) -> Any:

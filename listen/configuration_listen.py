@@ -17,6 +17,8 @@ STRATEGIES = ("similarity", "attention", "residual", "fixed", "random", "task")
 QUERY_STRATEGIES = ("similarity", "attention", "residual")
 PROMPT_FORMS = ("input", "layers")
 KEY_LOSSES = ("relative", "distance", "similarity")
+QUERY_SOURCES = ("all", "text")
+VALUE_STARTS = ("mean", "vocabulary")
 CONNECTORS = ("window_qformer", "conv_rotary")
 BACKBONES = {"speech_encoder": "speech_config", "audio_encoder": "audio_config", "language_model": "text_config"}
 TRAINABLE = ("adapter", "connector", "prompt_pool", "speech_encoder", "audio_encoder")
@@ -261,9 +263,13 @@ class ListenPromptPoolConfig(_StrictConfig):
         query_momentum: Momentum of that running mean, with `center_query`.
         tasks: Names of the tasks that own a part of the pool, with `strategy="task"`.
         shared_fraction: Fraction of the pool that all tasks share, with `strategy="task"`.
+        query_source: The embeddings whose mean is the query: `"all"`, audio and text (the paper), or `"text"` alone. In
+            a mean of all, many audio embeddings outweigh a short instruction, and the query hardly depends on the task.
+        value_start: Where new values start: at the `"mean"` of the LLM's input embeddings, plus small noise (the
+            authors' code), or at those of random tokens, `"vocabulary"` (Lester et al., arXiv 2104.08691).
 
     Raises:
-        ValueError: an unknown field, strategy or key loss, or values that cannot work together.
+        ValueError: an unknown field, strategy, source, start or key loss, or values that cannot work together.
     """
 
     model_type = "listen_prompt_pool"
@@ -282,12 +288,18 @@ class ListenPromptPoolConfig(_StrictConfig):
     query_momentum: float = 0.99
     tasks: list[str] | None = None
     shared_fraction: float = 0.4
+    query_source: str = "all"
+    value_start: str = "mean"
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         _check_choice("prompt pool form", self.form, PROMPT_FORMS)
         _check_choice("prompt pool strategy", self.strategy, STRATEGIES)
         _check_choice("prompt pool key_loss_type", self.key_loss_type, KEY_LOSSES)
+        _check_choice("prompt pool query_source", self.query_source, QUERY_SOURCES)
+        _check_choice("prompt pool value_start", self.value_start, VALUE_STARTS)
+        if self.form == "layers" and self.value_start != "mean":
+            raise ValueError(f"value_start={self.value_start!r} has no effect with form='layers'; leave it out")
         if not 1 <= self.num_prompts <= self.pool_size:
             raise ValueError(
                 f"num_prompts={self.num_prompts} must lie in 1..pool_size={self.pool_size}; "

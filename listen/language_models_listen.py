@@ -44,6 +44,20 @@ def mean_embedding(language_model: PreTrainedModel) -> torch.Tensor:
     return total / size
 
 
+@torch.no_grad()
+def random_embeddings(language_model: PreTrainedModel, count: int) -> torch.Tensor:
+    """Outputs of the LLM's embedding layer for `count` random ids, `(count, text width)` in fp32.
+
+    No id is drawn twice while there are enough. The layer is called, as in `mean_embedding`.
+    """
+    layer, device = language_model.get_input_embeddings(), language_model.device
+    if device.type == "meta":  # offloaded: weights are fetched to the CPU
+        device = torch.device("cpu")
+    rounds = -(-count // layer.num_embeddings)
+    ids = torch.cat([torch.randperm(layer.num_embeddings) for _ in range(rounds)])[:count]  # (count,)
+    return layer(ids.to(device)).float()
+
+
 def embedded_inputs(
     language_model: PreTrainedModel, input_ids: torch.Tensor, is_placeholder: torch.Tensor, embeds: torch.Tensor
 ) -> dict[str, torch.Tensor]:
@@ -230,5 +244,6 @@ __all__ = [
     "embedded_inputs",
     "is_outdated",
     "mean_embedding",
+    "random_embeddings",
     "train_frozen",
 ]

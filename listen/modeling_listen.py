@@ -297,7 +297,7 @@ class ListenModel(ListenPreTrainedModel):
             )
         if not is_prompt.any():
             return embeds, None
-        query = self._query(embeds, is_prompt, attention_mask, query_mask)  # (batch, text width)
+        query = self._query(embeds, is_audio, is_prompt, names, attention_mask, query_mask)  # (batch, text width)
         prompts, picked = self.adapters.pick(query, is_prompt.sum(-1), task_ids, names)  # (total, text width)
         if picked.layers or (attention_mask is not None and (is_prompt & (attention_mask == 0)).any()):
             # static caches have masks of four axes, but `generate` gives the flat one as `query_mask` too
@@ -309,12 +309,23 @@ class ListenModel(ListenPreTrainedModel):
     def _query(
         self,
         embeds: torch.Tensor,
+        is_audio: torch.Tensor,
         is_prompt: torch.Tensor,
+        names: list[str | None],
         attention_mask: torch.Tensor | None,
         query_mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The mean of the audio and text embeddings that pick the prompts, `(batch, text width)` in fp32."""
+        """The mean of the text embeddings, and of the audio unless a row's pool leaves it out: what picks the prompts.
+
+        `(batch, text width)` in fp32.
+        """
+        of_text = []
+        for name in names:
+            pool = self.adapters[name].prompt_pool if name in self.adapters else None
+            of_text.append(pool is not None and pool.config.query_source == "text")
         mask = ~is_prompt  # (batch, sequence)
+        if any(of_text):
+            mask = mask & ~(is_audio & torch.tensor(of_text, device=mask.device)[:, None])
         if attention_mask is not None:
             mask = mask & attention_mask.bool()
         if query_mask is not None and query_mask.shape[1] > mask.shape[1]:

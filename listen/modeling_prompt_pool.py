@@ -242,7 +242,7 @@ class ListenPromptPool(nn.Module):
         """Pick prompts for each query.
 
         Args:
-            query: `(batch, width)` mean of audio and text embeddings before the response.
+            query: `(batch, width)` mean of the embeddings before the response, see `query_source`.
             counts: `(batch,)` prompts that each row asks for.
             task_ids: `(batch,)` indices into `config.tasks`, for `strategy="task"`.
 
@@ -285,18 +285,24 @@ class ListenPromptPool(nn.Module):
 
     @torch.no_grad()
     def initialize_values(self, embedding: torch.Tensor) -> None:
-        """Move the values to the mean of the LLM's input `embedding` `(vocabulary, width)`, as the authors do.
+        """Start the values from the LLM's input `embedding`.
 
-        Prompts in the LLM's layers start without effect and stay so.
+        Args:
+            embedding: `(rows, width)`; with `value_start="mean"` the values are moved to the mean of the rows, with
+                `"vocabulary"` the rows, one for each value, replace them.
         """
-        if self.config.form != "layers":
-            self.values += embedding.float().mean(0).to(self.values.device)
+        embedding = embedding.float().to(self.values.device)
+        if self.config.value_start == "vocabulary":
+            self.values.copy_(embedding)
+        else:
+            self.values += embedding.mean(0)
 
     @torch.no_grad()
     def initialize_keys(self, queries: torch.Tensor) -> None:
-        """Set the keys to `queries` `(n, width)` drawn with replacement, slightly moved, so that all start in use.
+        """Set the keys to some of `queries` `(n, width)`, plus small noise, so that all start in use.
 
-        With `center_query` their mean becomes the running mean.
+        They are drawn as by k-means++ (Arthur and Vassilvitskii, 2007), so that rare queries get keys too. With
+        `center_query` the mean of the queries becomes the running mean.
 
         Raises:
             ValueError: the strategy has no keys.
@@ -307,8 +313,19 @@ class ListenPromptPool(nn.Module):
         if self.config.center_query:
             self.query_mean.copy_(queries.mean(0))
             queries = queries - self.query_mean
-        drawn = queries[torch.randint(len(queries), (len(self.keys),), device=queries.device)]  # (pool, width)
+        drawn = queries[_spread(F.normalize(queries, dim=-1), len(self.keys))]  # (pool, width)
         self.keys.copy_(drawn + 0.1 * drawn.std() * torch.randn_like(drawn))
+
+
+def _spread(directions: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices `(count,)` into unit vectors `(n, width)`: each drawn by its distance to the nearest one so far."""
+    chosen = [int(torch.randint(len(directions), ()))]
+    nearest = directions @ directions[chosen[0]]  # (n,), cosine to the nearest drawn one
+    for _ in range(count - 1):
+        distances = (1.0 - nearest).clamp_min(1e-6)  # not 0: once all are drawn, any may follow
+        chosen.append(int(torch.multinomial(distances, 1)))
+        nearest = torch.maximum(nearest, directions @ directions[chosen[-1]])
+    return torch.tensor(chosen, device=directions.device)
 
 
 def _without_scores(indices: torch.Tensor, query: torch.Tensor) -> PromptSelection:

@@ -87,10 +87,17 @@ def _listen_tiny() -> dict[str, Any]:
             "max_distance": 256,
         },
         "connector_config": {"hidden_size": 192, "num_attention_heads": 4, "intermediate_size": 768},
-        "prompt_pool_config": {"pool_size": 24, "num_prompts": 10, **_KEY_LOSS},
+        "prompt_pool_config": {
+            "pool_size": 96,
+            "num_prompts": 4,
+            "query_source": "text",
+            "center_query": True,
+            "value_start": "vocabulary",
+            **_KEY_LOSS,
+        },
         "text_config": {
             "model_type": "llama",
-            "vocab_size": 864,
+            "vocab_size": 928,
             "hidden_size": 224,
             "intermediate_size": 640,
             "num_hidden_layers": 4,
@@ -125,7 +132,7 @@ def _speech_emotion_llama3_8b() -> dict[str, Any]:
 
 
 def _speech_emotion_tiny() -> dict[str, Any]:
-    """SpeechEmotionLlama in miniature: speech encoder and LLM of `listen-tiny`, an embedding for each 0.32 s."""
+    """SpeechEmotionLlama in miniature: the speech encoder of `listen-tiny`, an embedding for each 0.32 s."""
     tiny = _listen_tiny()
     return {
         "speech_config": tiny["speech_config"],
@@ -136,7 +143,7 @@ def _speech_emotion_tiny() -> dict[str, Any]:
             "num_attention_heads": 4,
             "intermediate_size": 768,
         },
-        "text_config": tiny["text_config"],
+        "text_config": {**tiny["text_config"], "vocab_size": 864},
         "trainable": ["speech_encoder", "connector"],
     }
 

@@ -34,6 +34,7 @@ TASK_INSTRUCTIONS = {
     "en2zh": "Translate the speech into Chinese.",
     "acap": "Describe the sounds.",
     "voice": "Describe the voice.",
+    "first_sound": "Which sound comes first?",
     "response": "{input}",
     "repeat": "Repeat after me in English: {input}",
     "speech_caption": (

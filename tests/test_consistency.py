@@ -46,7 +46,7 @@ UNPLAIN = re.compile(
 # Instructions that models read, in the words of those who wrote them or in the language of users.
 INSTRUCTIONS = re.compile(
     "You will hear a speech utterance|Do you only hear the same person|Answer from what you hear"
-    "|Say in Chinese what you hear|What can be heard"
+    "|Say in Chinese what you hear|What can be heard|What is heard before all else"
 )
 
 # What tests are about that is no one module: each a file `test_<theme>.py`.

@@ -81,7 +81,7 @@ def test_built_folder_is_left_alone_and_another_recipe_refused(corpus: Path) -> 
     before = {path: path.stat().st_mtime_ns for path in corpus.rglob("*")}
     assert build_corpus(corpus, SIZES, seed=3) == corpus
     assert before == {path: path.stat().st_mtime_ns for path in corpus.rglob("*")}
-    with pytest.raises(FileExistsError, match="another corpus"):
+    with pytest.raises(FileExistsError, match="has a corpus of"):
         build_corpus(corpus, SIZES, seed=4)
 
 
@@ -120,7 +120,7 @@ def test_manifests_name_existing_audio_known_tasks_and_answers(corpus: Path, row
             assert (row["task"] == "sqa") == ("question" in row)
             assert len(_clips(row)) == (2 if row["task"] == "sv" else 1)
     assert {row["task"] for row in rows["test"]} == {"asr", "er", "sv", "sqa", "en2zh", "acap"}
-    assert {row["task"] for row in rows["train"]} == {"asr", "er", "sv", "sqa", "en2zh", "acap", "voice"}
+    assert {row["task"] for row in rows["train"]} == {"asr", "er", "sv", "sqa", "en2zh", "acap", "voice", "first_sound"}
 
 
 def test_answers_are_balanced(rows: dict[str, list[dict]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,18 @@ def test_weights_are_small_and_say_nothing_of_the_machine_they_were_made_on() ->
         assert "/work" not in path.read_text() and "/home" not in path.read_text()
     config = json.loads((FOLDER / "config.json").read_text())
     assert all(base["base_model_name_or_path"].startswith("./") for base in config["base_models"].values())
+
+
+def test_the_card_shows_the_measured_scores_with_and_without_prompts() -> None:
+    card, scores = (FOLDER / "README.md").read_text(), json.loads((FOLDER / "metrics.json").read_text())
+    rows = re.findall(r"^\| `(\w+)` \| ([\w ()]+) \| ([\d.]+) \| ([\d.]+) - ([\d.]+) \| ([\d.]+) \|$", card, flags=re.M)
+    assert [row[0] for row in rows] == ["asr", "er", "sv", "sqa", "en2zh", "acap"]
+    for task, title, *shown in rows:
+        metric, digits = title.split(" (")[0].lower().replace(" ", "_"), len(shown[0].split(".")[1])
+        details = scores["details"]
+        values = [scores[task][metric], *details["confidence_95"][task][metric]]
+        values.append(details["without_prompts"][task][metric])
+        assert shown == [f"{value:.{digits}f}" for value in values], task
 
 
 def test_it_hears_its_samples(listen: ListenPipeline) -> None:

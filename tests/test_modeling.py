@@ -180,6 +180,16 @@ def test_the_query_is_the_mean_of_audio_and_text(shared_model: ListenForConditio
     torch.testing.assert_close(shared_model(**inputs).query[0], torch.cat([heard, text]).mean(0))
 
 
+def test_the_query_of_the_text_alone_does_not_hear_the_audio() -> None:
+    pool = {"pool_size": 12, "num_prompts": 4, "query_source": "text"}
+    model = tiny_model(prompt_pool_config=pool).eval()
+    inputs, other = make_inputs(model, [[clip(1.0)]]), make_inputs(model, [[clip(2.0, seed=1)]])
+    text = model.get_input_embeddings()(torch.tensor([1, 10, 7, 8, 9]))
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).query[0], text.mean(0))
+        torch.testing.assert_close(model(**other).query[0], text.mean(0))
+
+
 def test_encoder_frames_replace_features(shared_model: ListenForConditionalGeneration) -> None:
     inputs = make_inputs(shared_model, ROWS)
     audio = {k: inputs.pop(k) for k in list(inputs) if k.startswith("input_") and k != "input_ids"}

@@ -64,7 +64,7 @@ def audio_inputs(model: ListenForConditionalGeneration, clips: list[torch.Tensor
         ({"preset": "speech-emotion-tiny"}, None, ["speech_encoder", "connector"]),
         ({"preset": "speech-emotion-tiny", "trainable": ["connector"]}, None, ["connector"]),
         ({"preset": "speech-emotion-tiny", "prompt_pool": {"pool_size": 8, "num_prompts": 2}}, 8, None),
-        ({"preset": "listen-tiny"}, 24, ["adapter"]),
+        ({"preset": "listen-tiny"}, 96, ["adapter"]),
         ({}, 400, ["adapter"]),
     ],
 )

@@ -265,6 +265,20 @@ def test_values_start_at_the_mean_embedding() -> None:
     torch.testing.assert_close(pool.values.data, before + embedding.mean(0))
 
 
+def test_values_start_at_embeddings_of_the_vocabulary() -> None:
+    pool, embedding = make_pool("similarity", value_start="vocabulary"), torch.randn(POOL, WIDTH)
+    pool.initialize_values(embedding)
+    assert torch.equal(pool.values.data, embedding)
+
+
+def test_keys_start_spread_over_the_queries_and_rare_ones_get_theirs() -> None:
+    often, rare = torch.eye(WIDTH)[:1].repeat(200, 1), torch.eye(WIDTH)[1:]
+    pool = make_pool("similarity")
+    pool.initialize_keys(torch.cat([often, rare]))
+    nearest = (torch.nn.functional.normalize(pool.keys.detach(), dim=-1) @ torch.eye(WIDTH)).argmax(-1)
+    assert set(nearest.tolist()) == set(range(WIDTH))
+
+
 def test_mixed_precision_does_not_change_the_choice(query: torch.Tensor) -> None:
     pool = make_pool("similarity")
     with torch.autocast("cpu", dtype=torch.bfloat16):

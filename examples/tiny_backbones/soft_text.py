@@ -25,6 +25,7 @@ WINDOW = 0.34  # seconds: 17 frames at 50 Hz
 SILENCE = "<|silence|>"
 ATTRIBUTES = (tuple(REGISTERS), tuple(TIMBRES), tuple(SIZES), tuple(ACCENTS))
 TASK_SHARES = {"asr": 0.17, "sqa": 0.17, "en2zh": 0.17, "er": 0.08, "acap": 0.12, "sv": 0.2, "voice": 0.09}
+ADVERSARIAL, FIRST_ADVERSARIAL, NUM_ADVERSARIAL = "<adversarial>", 1_000_000, 16  # trained vectors, not tokens
 CLIP_END = "\n"  # what the chat template writes after a clip
 
 Position = list[tuple[str, float]]  # weighted words at one position
@@ -35,13 +36,15 @@ Row = list[tuple[list[tuple[int, float]], float, bool]]  # weighted ids, noise l
 class Example:
     """One conversation: `parts` of the user's turn are texts or clips (rows of positions); then the response.
 
-    `noise` is the noise on the clips, relative to the usual size of an embedding.
+    `noise` is the noise on the clips, relative to the usual size of an embedding. `header` comes first, where an
+    adapter puts its prompts; without one, random vectors take that place.
     """
 
     task: str
     parts: list[str | list[Position]]
     response: str
     noise: float
+    header: list[Position] | None = None
 
 
 @dataclass
@@ -56,6 +59,11 @@ class ExampleWriter:
     difficulty: float = 1.0
     tasks: dict[str, float] = field(default_factory=lambda: dict(TASK_SHARES))
 
+    @property
+    def scored(self) -> list[str]:
+        """Arguments of `draw` that an evaluation scores one by one."""
+        return list(self.tasks)
+
     def draw(self, task: str | None = None) -> Example:
         """Draw an example of `task`, or of a random one."""
         return getattr(self, f"_draw_{task or self._any_task()}")()
@@ -65,11 +73,14 @@ class ExampleWriter:
 
     def _draw_asr(self) -> Example:
         if self.rng.random() < 0.12:  # any words in any order: learn to copy, not only to know the grammar
-            words = self.rng.choice(spoken_words(), size=int(self.rng.integers(1, 9))).tolist()
-            words = [word for index, word in enumerate(words) if index == 0 or words[index - 1] != word]
+            words = self._any_words()
             return self._example("asr", [self._speech(words)], " ".join(words))
         sentence = draw_sentence(self.rng, "train")
         return self._example("asr", [self._speech(sentence.words)], sentence.text)
+
+    def _any_words(self) -> list[str]:
+        words = self.rng.choice(spoken_words(), size=int(self.rng.integers(1, 9))).tolist()
+        return [word for index, word in enumerate(words) if index == 0 or words[index - 1] != word]
 
     def _draw_en2zh(self) -> Example:
         sentence = draw_sentence(self.rng, "train")
@@ -98,6 +109,11 @@ class ExampleWriter:
         return self._example("sv", clips, "yes" if same else "no")
 
     def _draw_acap(self) -> Example:
+        clip, events, background = self._scene()
+        return self._example("acap", [clip], write_caption(events, background))
+
+    def _scene(self) -> tuple[list[Position], list[str], str | None]:
+        """A scene, its events in order, and its background sound."""
         background = str(self.rng.choice(BACKGROUNDS)) if self.rng.random() < BACKGROUND_SHARE else None
         choices = [event for event in EVENTS if event != background]
         count = int(self.rng.integers(1, 3 if background else 4))
@@ -111,7 +127,7 @@ class ExampleWriter:
         if background:
             strength = self.rng.uniform(0.3, 1.0)
             clip = [[*position, (background, strength)] for position in clip]
-        return self._example("acap", [clip], write_caption(events, background))
+        return clip, events, background
 
     def _example(self, task: str, clips: list[list[Position]], response: str, question: str | None = None) -> Example:
         wording = get_task(task).instruction(question, rng=random.Random(int(self.rng.integers(2**31))))
@@ -235,7 +251,7 @@ def collate(rows: list[Row], depth: int = 12) -> SoftBatch:
 
 
 def write_row(example: Example, tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator) -> Row:
-    """`k` random vectors for prompts, BOS, the user's turn, the response.
+    """The header or random vectors in place of prompts, BOS, the user's turn, the response.
 
     Noise levels are relative to the usual size of an embedding; a position of noise alone has no ids.
     """
@@ -244,19 +260,21 @@ def write_row(example: Example, tokenizer: PreTrainedTokenizerFast, rng: np.rand
         ids = tokenizer(text, add_special_tokens=False).input_ids if text else []
         return [([(token, 1.0)], 0.0, is_label) for token in ids]
 
-    row = [([], rng.uniform(0.5, 1.5), False) for _ in range(int(rng.integers(0, 13)))] + hard("<s><|user|>")
+    def soft(clip: list[Position], scale: float, noise: float) -> Row:
+        return [([(_token_id(word, tokenizer), weight * scale) for word, weight in p], noise, False) for p in clip]
+
+    if example.header is None:
+        row: Row = [([], rng.uniform(0.5, 1.5), False) for _ in range(int(rng.integers(0, 13)))]
+    else:
+        row = soft(example.header, 1.0, rng.uniform(0.0, 0.5))
+    row += hard("<s><|user|>")
     for part in example.parts:
-        if isinstance(part, str):
-            row += hard(part)
-            continue
-        scale = rng.uniform(0.7, 1.4)
-        row += [
-            ([(_token_id(word, tokenizer), weight * scale) for word, weight in position], example.noise, False)
-            for position in part
-        ]
+        row += hard(part) if isinstance(part, str) else soft(part, rng.uniform(0.7, 1.4), example.noise)
     return row + hard("<|assistant|>") + hard(example.response, True) + hard("</s>", True)
 
 
 def _token_id(word: str, tokenizer: PreTrainedTokenizerFast) -> int:
+    if word.startswith(ADVERSARIAL):
+        return FIRST_ADVERSARIAL + int(word.removeprefix(ADVERSARIAL))
     token = word if word == SILENCE else "▁" + word
     return tokenizer.convert_tokens_to_ids(token)

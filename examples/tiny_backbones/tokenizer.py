@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Iterable
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -30,9 +31,13 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Return the tokenizer. Any text can be encoded: what is not a known word falls back to characters, then bytes."""
-    pieces = list(dict.fromkeys([*SPECIAL_TOKENS, *_byte_pieces(), *_characters(), *_words()]))
+def build_tokenizer(more_words: Iterable[str] = ()) -> PreTrainedTokenizerFast:
+    """Return the tokenizer of the words of corpus and tasks, and of `more_words`.
+
+    Any text can be encoded: what is not a known word falls back to characters, then bytes.
+    """
+    pieces = [*SPECIAL_TOKENS, *_byte_pieces(), *_characters(), *_words(), *(SPACE + word for word in more_words)]
+    pieces = list(dict.fromkeys(pieces))
     # longer pieces first: a word always beats its letters
     scores = [(piece, 0.0 if piece in SPECIAL_TOKENS else -1.0 if len(piece) > 1 else -20.0) for piece in pieces]
     tokenizer = Tokenizer(models.Unigram(scores, unk_id=0, byte_fallback=True))

@@ -1,7 +1,7 @@
 """Text LLMs that answer chats: in this process by transformers, or behind any OpenAI-compatible endpoint.
 
 >>> from listen.data.chat_models import LocalChatModel
->>> llm = LocalChatModel("model_cards/listen-tiny/backbones/language_model")  # doctest: +SKIP
+>>> llm = LocalChatModel("model_cards/speech-emotion-miniature/backbones/language_model")  # doctest: +SKIP
 >>> llm.answer([[{"role": "user", "content": "Hello!"}]])[0].text  # doctest: +SKIP
 """
 

@@ -307,6 +307,16 @@ _register_shipped(
     ),
 )
 _register_shipped(
+    "first_sound",
+    "First sound",
+    ("exact_match", "rouge_l"),
+    (
+        "Name the first sound.",
+        "What is heard before all else?",
+        "What does the recording begin with?",
+    ),
+)
+_register_shipped(
     "response",
     "Spoken dialogue",
     ("rouge_l",),

@@ -3,8 +3,9 @@
     >>> from listen.data.corpus import CorpusSizes, build_corpus
     >>> build_corpus("runs/corpus", CorpusSizes(), seed=0)  # doctest: +SKIP
 
-Every sentence and every speaker belongs to one split. The training and dev manifests also contain the auxiliary
-task "voice" (describe the voice), which trains an adapter on what speaker verification compares.
+Every sentence and every speaker belongs to one split. The training and dev manifests also contain two auxiliary tasks:
+"voice" (describe the voice) trains an adapter on what speaker verification compares, and "first_sound" asks for
+something else than the caption of a scene, so that the task does not follow from the clip alone.
 """
 
 import json
@@ -27,7 +28,7 @@ from .speech import SAMPLING_RATE
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 SPLITS = ("train", "dev", "test")
 
 
@@ -110,7 +111,7 @@ def _build_split(
             bar.update()
     clips = dict(zip(names, plans, strict=True))
     rows = _take(_speech_rows(clips, split, rng), sizes.rows_per_task, rng)
-    rows += _take(_scene_rows(scenes), sizes.rows_per_task, rng) + list(_pair_rows(clips, sizes.pairs, rng))
+    rows += _take(_scene_rows(scenes, split), sizes.rows_per_task, rng) + list(_pair_rows(clips, sizes.pairs, rng))
     return [rows[index] for index in rng.permutation(len(rows))]
 
 
@@ -145,10 +146,13 @@ def _row(name: str, task: str, response: str, plan: SpeechPlan) -> dict[str, Any
     }
 
 
-def _scene_rows(scenes: dict[str, Scene]) -> Iterator[dict[str, Any]]:
+def _scene_rows(scenes: dict[str, Scene], split: str) -> Iterator[dict[str, Any]]:
+    """A row of `acap` for each clip, and outside the test split one of `first_sound`."""
     for name, scene in scenes.items():
-        identity = f"{Path(name).stem}-acap"
-        yield {"id": identity, "audio": name, "task": "acap", "response": scene.caption, "events": scene.events}
+        row = {"audio": name, "events": scene.events}
+        yield {**row, "id": f"{Path(name).stem}-acap", "task": "acap", "response": scene.caption}
+        if split != "test":
+            yield {**row, "id": f"{Path(name).stem}-first_sound", "task": "first_sound", "response": scene.events[0]}
 
 
 def _pair_rows(clips: dict[str, SpeechPlan], count: int, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
