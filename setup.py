@@ -5,45 +5,57 @@ from shutil import rmtree
 
 from setuptools import find_packages, setup
 
+# Answering, the data and `listen cost`. Ten packages are those of the design; the rest is what the code imports beside
+# them and what they bring anyway.
 REQUIRED = [
     # model and checkpoints
     "torch>=2.11",  # tensors and autograd; the oldest release that transformers 5.23 is run with here
     "transformers>=5.23",  # SubConfigSpec, slice_logits_to_keep, dropping of audio inputs after prefill
     "huggingface_hub>=1.31",  # downloads and uploads of checkpoints; the bound that transformers 5.23 sets itself
-    "tokenizers>=0.23",  # trains the tokeniser of the tiny language model
     "safetensors>=0.8",  # every file of weights; the bound that transformers 5.23 sets itself
-    "peft>=0.20",  # LoRA baselines on the inner LLM; the bound that transformers 5.23 sets itself
+    "peft>=0.20",  # LoRA and relation adapters of checkpoints; the bound that transformers 5.23 sets itself
     "numpy>=2.0",  # waveforms before they become tensors
     "jinja2>=3.1.6",  # chat templates and the HTML report
     # audio
     "soundfile>=0.12",  # reads and writes wav, flac, ogg and mp3 without ffmpeg
-    "librosa>=0.10.2",  # resampling (through soxr) for transformers' load_audio and the corpus
-    "scipy>=1.13",  # filters of the corpus's sounds
-    "soxr>=0.5",  # the resampler itself, block by block
+    "librosa>=0.10.2",  # brings audioread, which decodes by FFmpeg what soundfile lacks, such as m4a
+    "audioread>=3.0",  # that decoder, which is imported directly
+    "scipy>=1.13",  # filters of the corpus's sounds; librosa brings it
+    "soxr>=0.5",  # resamples in transformers and here, block by block
     "fsspec>=2024.2",  # opens audio behind URLs, as datasets does
-    # data and training
-    "accelerate>=1.12",  # devices and processes below transformers' Trainer
+    # data
+    "accelerate>=1.12",  # devices and processes below transformers, for device_map and the Trainer
     "filelock>=3.20",  # locks of folders that several runs may write to; datasets and huggingface_hub bring it
     "datasets>=4.4",  # manifests, streaming, cached encoder features
-    "pyyaml>=6.0",  # recipes in examples/configs
+    "evaluate>=0.4.6",  # metric modules share its interface
+    "pyyaml>=6.0",  # recipes; transformers brings it
     "requests>=2.32",  # LLMs behind an endpoint, with retries; huggingface_hub's client refuses all when offline
     "urllib3>=2.0",  # connections below requests, whose whole duration is bounded here
-    "tensorboard>=2.16",  # default log of losses and pool health
-    "rich>=13.7",  # result tables
-    "tqdm>=4.66",  # progress bars
-    # evaluation and analysis
-    "evaluate>=0.4.6",  # metric modules share its interface
+    "rich>=13.7",  # result tables; huggingface_hub brings it
+    "tqdm>=4.66",  # progress bars; transformers brings it
+]
+
+EVALUATION = [
     "jiwer>=4.0",  # word and character error rates
     "sacrebleu>=2.4",  # BLEU and chrF with the zh tokeniser
     "rouge-score>=0.1.2",  # ROUGE of free answers
     "nltk>=3.9.1",  # Treebank tokeniser of the caption scores
-    "scikit-learn>=1.5",  # recalls, ROC for the equal error rate, clusters of the pool
+    "scikit-learn>=1.5",  # recalls, ROC for the equal error rate, clusters of the pool; librosa brings it today
     "matplotlib>=3.9",  # plots of prompt usage and training curves
+]
+TRAINING = [
+    *EVALUATION,  # a run scores its answers
+    "tensorboard>=2.16",  # default log of losses and pool health
 ]
 
 EXTRAS = {
-    # speech synthesis of the built-in corpus; espeak-ng is GPL-3.0, hence never a hard dependency
-    "demo": ["espeakng-loader==0.2.4"],
+    "eval": EVALUATION,
+    "train": TRAINING,
+    "demo": [
+        *TRAINING,
+        "espeakng-loader==0.2.4",  # speech of the built-in corpus; espeak-ng is GPL-3.0, hence never a hard dependency
+        "tokenizers>=0.23",  # trains the tokeniser of the tiny language model
+    ],
     "quantization": [
         "bitsandbytes>=0.50",  # LLMs held in 4 or 8 bit
         "torchao>=0.18",  # LLMs held in int8, and other types
@@ -62,7 +74,7 @@ ROOT = Path(__file__).parent
 rmtree(ROOT / "build" / "lib", ignore_errors=True)  # modules of an earlier build would be shipped too
 
 setup(
-    name="listen",
+    name="listen-audio-llm",  # `listen` is another project on PyPI; the import stays `listen`
     version="0.1.0",
     description="Audio language models that learn by selecting soft prompts, on Hugging Face transformers",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),

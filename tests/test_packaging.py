@@ -62,6 +62,71 @@ def requirements(wheel: Path) -> dict[str, Requirement]:
     return {canonicalize_name(r.name): r for r in parsed}
 
 
+BASE_PROGRAM = """
+import sys
+from importlib.machinery import PathFinder
+
+class Base(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in {refused!r} else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Base
+{program}
+"""
+ANSWER = """
+from transformers import AutoModel, pipeline
+import listen, listen.data
+ask = pipeline("audio-llm", model={model!r}, trust_remote_code=True)
+print(ask({model!r} + "/samples/speech.wav", "What is being said?", max_new_tokens=2)[0]["generated_text"])
+"""
+REFUSALS = """
+def refusal(ask):
+    try:
+        ask()
+    except (ImportError, ValueError) as error:
+        print(error)
+
+import importlib
+refusal(lambda: importlib.import_module("listen.evaluation"))
+refusal(lambda: importlib.import_module("listen.analysis.queries"))
+from listen.data.corpus.espeak import find_espeak_library
+refusal(find_espeak_library)
+from listen.training import ListenTrainingArguments
+refusal(lambda: ListenTrainingArguments(output_dir={folder!r}, use_cpu=True))
+"""
+
+
+def modules_of_extras(requirements: dict[str, Requirement]) -> set[str]:
+    """Import names of the packages that extras alone install, and that nothing of the base brings."""
+    providers = importlib.metadata.packages_distributions()
+    extras = {name for name, requirement in requirements.items() if requirement.marker}
+    brought = {"packaging", "setuptools", "tokenizers"}  # by torch and transformers
+    names = {module for module, by in providers.items() for one in by if canonicalize_name(one) in extras - brought}
+    assert names >= {"jiwer", "matplotlib", "nltk", "sacrebleu", "sklearn", "tensorboard", "torchao"}
+    return names
+
+
+def test_answering_needs_no_extra(requirements: dict[str, Requirement], tmp_path: Path) -> None:
+    model = ROOT / "model_cards" / "listen-tiny"
+    if not (model / "config.json").exists():
+        pytest.skip("model_cards/listen-tiny is absent")
+    program = ANSWER.format(model=str(model)) + REFUSALS.format(folder=str(tmp_path / "run"))
+    text = BASE_PROGRAM.format(refused=modules_of_extras(requirements), program=program)
+    answer, *refusals = python("-c", text, cwd=tmp_path, PYTHONPATH=str(ROOT)).strip().splitlines()
+    assert answer
+    named = [re.search(r"(\w+).*is not installed.*pip install 'listen-audio-llm\[(\w+)\]'", line) for line in refusals]
+    assert [match and match[2] for match in named] == ["eval", "eval", "demo", "train"], refusals
+
+
+def test_no_text_installs_the_other_project_of_that_name() -> None:
+    texts = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "listen").rglob("*.py"), ROOT / "setup.py"]
+    texts += [*(ROOT / "examples").rglob("*.py"), *ROOT.glob("*.txt")]
+    pattern = re.compile(r"pip install (-\S+ )*['\"]?listen(?![\w-])")
+    assert [path for path in texts if pattern.search(path.read_text(encoding="utf-8"))] == []
+    assert 'name="listen-audio-llm"' in (ROOT / "setup.py").read_text(encoding="utf-8")
+
+
 def pins() -> list[Requirement]:
     """The lines of requirements.txt, and of those that the tests need beside it."""
     texts = [(ROOT / name).read_text() for name in ("requirements.txt", "requirements-quantization.txt")]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from .pool import PoolAnalysis, analyse_pool
-from .queries import QueryClusters, project_queries, query_clusters, query_key_similarity
-from .usage import PromptUsage, prompt_usage, task_names
+from ..data.extras import extra
+
+with extra("eval"):
+    from .pool import PoolAnalysis, analyse_pool
+    from .queries import QueryClusters, project_queries, query_clusters, query_key_similarity
+    from .usage import PromptUsage, prompt_usage, task_names
 
 __all__ = [
     "PoolAnalysis",

@@ -8,14 +8,17 @@
 
 from __future__ import annotations
 
+from ..data.extras import extra
 from ..data.processes import launched_processes
-from .evaluator import evaluate_model, select_rows
-from .generate import Prediction, generate_predictions
-from .probe import Probe, plot_embeddings, probe_groups, probe_split
-from .report import metrics_table, write_report
-from .result import EvaluationResult
-from .scoring import TaskScores, score_task
-from .sweep import Sweep, default_counts, sweep_num_prompts
+
+with extra("eval"):
+    from .evaluator import evaluate_model, select_rows
+    from .generate import Prediction, generate_predictions
+    from .probe import Probe, plot_embeddings, probe_groups, probe_split
+    from .report import metrics_table, write_report
+    from .result import EvaluationResult
+    from .scoring import TaskScores, score_task
+    from .sweep import Sweep, default_counts, sweep_num_prompts
 
 __all__ = [
     "EvaluationResult",

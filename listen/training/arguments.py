@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from ..data.mixing import STRATEGIES
 from ..data.sources import DataSource
 from ..data.tasks import UnknownTaskError, get_task
-from .values import ArgumentError, check_values, field_names, refuse_unknown
+from .values import ArgumentError, check_report_to, check_values, field_names, refuse_unknown
 
 ALIGNMENTS = ("lm", "distill")
 
@@ -206,6 +206,7 @@ class ListenTrainingArguments(TrainingArguments):
                 "or a task's score such as asr_wer"
             )
         super().__post_init__()
+        check_report_to(self.report_to)
         if self.metric_for_best_model == "loss":  # the default of transformers, where one is needed
             self.metric_for_best_model = "lm_loss"
         for name, least in _LEAST.items():

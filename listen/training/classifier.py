@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets
-from sklearn.metrics import accuracy_score, recall_score
 from transformers import EvalPrediction, set_seed
 from transformers.utils import logging
 
 from ..configuration_audio_classification import ListenAudioClassificationConfig
 from ..data.classification import ClipCollator, collate_states, hold_out_speakers, row_label, row_speakers
+from ..data.extras import extra
 from ..feature_extraction_audio_classification import ListenAudioClassificationFeatureExtractor
 from ..modeling_audio_classification import ListenForAudioClassification
 from .arguments import DataArguments, DataSource
@@ -30,6 +30,9 @@ from .resumable import ResumableTrainer
 from .run import train_and_save
 from .run_folder import Run, open_run
 from .values import ArgumentError
+
+with extra("train"):
+    from sklearn.metrics import accuracy_score, recall_score
 
 logger = logging.get_logger(__name__)
 

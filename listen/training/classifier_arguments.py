@@ -8,7 +8,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from .arguments import parse_sources
-from .values import ArgumentError
+from .values import ArgumentError, check_report_to
 
 
 @dataclass
@@ -111,6 +111,7 @@ class ClassifierTrainingArguments(TrainingArguments):
             ArgumentError: the Trainer's own label smoothing.
         """
         super().__post_init__()
+        check_report_to(self.report_to)
         if self.label_smoothing_factor:
             raise ArgumentError("training.label_smoothing_factor would replace the model's loss; use model.head")
 

@@ -11,6 +11,10 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
 
+from transformers.integrations import is_tensorboard_available
+
+from ..data.extras import DISTRIBUTION
+
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
 
 
@@ -35,6 +39,19 @@ def check_values(prefix: str, kind: type, values: Mapping[str, Any]) -> dict[str
     hints = typing.get_type_hints(kind)
     notes = {entry.name: entry.metadata for entry in dataclasses.fields(kind)}
     return {name: _checked(f"{prefix}{name}", hints[name], notes[name], value) for name, value in values.items()}
+
+
+def check_report_to(report_to: Sequence[str]) -> None:
+    """Refuse the default log where it is not installed, before anything loads.
+
+    Raises:
+        ArgumentError: it names the extra to install.
+    """
+    if "tensorboard" in report_to and not is_tensorboard_available():
+        raise ArgumentError(
+            f"training.report_to=tensorboard: it is not installed; pip install '{DISTRIBUTION}[train]', or set "
+            "training.report_to=none"
+        )
 
 
 def field_names(kind: type) -> list[str]:

@@ -1,6 +1,6 @@
 """espeak-ng through ctypes: from text to samples and word times.
 
-The library comes from the PyPI package ``espeakng-loader`` (extra ``corpus``). espeak-ng is licensed GPL-3.0-or-later:
+The library comes from the PyPI package ``espeakng-loader`` (extra ``demo``). espeak-ng is licensed GPL-3.0-or-later:
 it is an optional run-time dependency, none of it is part of this package.
 """
 
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from ..extras import DISTRIBUTION
 
 ESPEAK_SAMPLING_RATE = 22050
 
@@ -68,7 +70,8 @@ def find_espeak_library() -> tuple[Path, str]:
     except ImportError as error:
         raise ImportError(
             "The built-in corpus is synthesised by espeak-ng (GPL-3.0-or-later), which is not installed. "
-            "Install it with `pip install espeakng-loader==0.2.4` (the extra `corpus`)."
+            "Install it with `pip install espeakng-loader==0.2.4`, or all that the demo needs with "
+            f"`pip install '{DISTRIBUTION}[demo]'`."
         ) from error
     return Path(espeakng_loader.get_library_path()), espeakng_loader.get_data_path()
 
