@@ -61,6 +61,7 @@ EXTRAS = {
         "torchao>=0.18",  # LLMs held in int8, and other types
     ],
     "dev": [
+        "hypothesis>=6.140",  # odd inputs for the processor's fuzz test
         "packaging>=24.0",  # reads requirements in the packaging tests
         "pytest>=8.4",  # tests
         "pytest-xdist>=3.6",  # one test process per core

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -138,11 +139,42 @@ def _rendered_or_empty(messages: list[dict[str, Any]], render: Callable[[list], 
         return ""
 
 
+def answer_start(messages: list[dict[str, Any]], text: str, render: Callable[..., tuple[list[str], Any]]) -> int:
+    """Where the last answer starts in a rendered conversation; the text's length where it ends without one.
+
+    Args:
+        messages: What `plain_message` makes.
+        text: The conversation, rendered as a whole.
+        render: As in `fit_template`; it also takes `add_generation_prompt`.
+    """
+    if messages[-1]["role"] != "assistant" or not messages[-1].get("content"):
+        return len(text)
+    before = fit_template(messages[:-1], render)
+    prompt = _rendered_or_empty(before, partial(render, add_generation_prompt=True)) if before else ""
+    if prompt and text.startswith(prompt):
+        return len(prompt)
+    # some templates render an assistant's turn differently from the start of one for generation
+    found = text.rfind(messages[-1]["content"].strip())
+    return found if found >= 0 else len(text)
+
+
 def _with_lists(messages: list[dict[str, Any]], indices: set[int]) -> list[dict[str, Any]]:
     return [
         {**message, "content": [{"type": "text", "text": message["content"]}]} if index in indices else message
         for index, message in enumerate(messages)
     ]
+
+
+def check_counts(texts: list[str], counts: list[int] | None, num_clips: int) -> None:
+    """One `<|audio|>` for each clip, in each text where `counts` are those of the texts, else over all texts."""
+    wanted = [text.count(AUDIO_TOKEN) for text in texts]
+    grouped = counts is not None and len(counts) == len(texts)
+    given = counts if grouped else num_clips
+    if given != (wanted if grouped else sum(wanted)):
+        raise ValueError(
+            f"the texts hold {wanted} {AUDIO_TOKEN} but {given} clips were given; write one {AUDIO_TOKEN} in the text "
+            "for each clip, or use chat messages with audio content, which place them"
+        )
 
 
 def place_input(instruction: str, text: str, separator: str = "") -> str:
@@ -214,6 +246,8 @@ def clips_or_none(conversations: list[list[dict[str, Any]]]) -> list[list[Any]] 
 __all__ = [
     "DEFAULT_CHAT_TEMPLATE",
     "INPUT_FIELD",
+    "answer_start",
+    "check_counts",
     "as_conversations",
     "clips_or_none",
     "conversation_clips",

@@ -195,7 +195,28 @@ def check_context(limit: int | None, positions: int, num_prompts: int, num_audio
     )
 
 
-def check_input(config: PreTrainedConfig, input_ids: torch.Tensor | None, attention_mask: Any) -> None:
+def shape_error(name: str, value: torch.Tensor, shape: tuple[int, ...]) -> ValueError:
+    """The error for a mask or labels of another shape than the inputs that they belong to."""
+    return ValueError(
+        f"{name} has the shape {tuple(value.shape)}, but needs {tuple(shape)}; give it as the processor does"
+    )
+
+
+def unfit_stream(config: PreTrainedConfig, name: str) -> ValueError:
+    """The error for the input of an audio encoder that the model lacks, or for one that is missing."""
+    if config.audio_config is None:
+        return ValueError(f"{name} was given but the model has no audio encoder; use the model's own processor")
+    return ValueError(f"the model has an audio encoder but {name} is missing; use the model's own processor")
+
+
+def check_input(
+    config: PreTrainedConfig,
+    input_ids: torch.Tensor | None,
+    attention_mask: Any,
+    labels: torch.Tensor | None = None,
+    query_mask: torch.Tensor | None = None,
+    cached: bool = True,
+) -> None:
     """Refuse an input that the LLM cannot read, before its audio is encoded.
 
     Args:
@@ -203,12 +224,22 @@ def check_input(config: PreTrainedConfig, input_ids: torch.Tensor | None, attent
         input_ids: `(batch, sequence)` with placeholder ids; `None` where embeddings are given in their place.
         attention_mask: `(batch, positions)`, 1 on real positions, those in the cache too; masks of other shapes, which
             static caches make, are not looked at.
+        labels: `(batch, sequence)`.
+        query_mask: `(batch, positions)`, see `ListenModel.embed`.
+        cached: Whether there may be more positions in a cache.
 
     Raises:
-        ValueError: audio or prompts do not fit into the LLM's context (text alone is left to the LLM), or there is
-            padding and the LLM's layers ignore masks.
+        ValueError: audio or prompts do not fit into the LLM's context (text alone is left to the LLM), a mask or labels
+            have another shape, or there is padding and the LLM's layers ignore masks.
     """
     mask = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 else None
+    if input_ids is not None:
+        if mask is not None and (len(mask) != len(input_ids) or (mask.shape != input_ids.shape and not cached)):
+            raise shape_error("attention_mask", mask, input_ids.shape)
+        if labels is not None and labels.shape != input_ids.shape:
+            raise shape_error("labels", labels, input_ids.shape)
+        if query_mask is not None and (query_mask.dim() != 2 or len(query_mask) != len(input_ids)):
+            raise shape_error("query_mask", query_mask, input_ids.shape)
     limit = context_limit(config.text_config)
     positions = 0 if input_ids is None else max(input_ids.shape[1], 0 if mask is None else mask.shape[1])
     if limit is not None and positions > limit:
@@ -238,6 +269,8 @@ __all__ = [
     "check_cache",
     "check_context",
     "check_input",
+    "shape_error",
+    "unfit_stream",
     "check_language_model",
     "check_not_packed",
     "context_limit",

@@ -29,6 +29,8 @@ from .language_models_listen import (
     check_language_model,
     check_not_packed,
     embedded_inputs,
+    shape_error,
+    unfit_stream,
 )
 from .layer_prompts_listen import check_prompt_mask, kept_prompts, run_with_layer_prompts
 from .lora_listen import ADAPTERS_OF_THREAD, ThreadAdapter
@@ -123,7 +125,15 @@ class ListenModel(ListenPreTrainedModel):
             ValueError: the filter-bank is missing, or given to a model without an audio encoder.
         """
         if (self.config.audio_config is None) != (input_values is None):
-            raise self._unfit_stream("input_values")
+            raise unfit_stream(self.config, "input_values")
+        shape = (
+            len(input_features),
+            input_features.shape[2 if self.config.speech_config.model_type == "whisper" else 1],
+        )
+        if input_features_mask is not None and input_features_mask.shape != shape:
+            raise shape_error("input_features_mask", input_features_mask, shape)
+        if input_values_mask is not None and input_values_mask.shape != input_values.shape[:2]:
+            raise shape_error("input_values_mask", input_values_mask, input_values.shape[:2])
         if input_features_mask is None:
             input_features_mask = self.speech_encoder.full_mask(input_features)
         speech_inputs_mask = None if self.config.pad_to_30s else input_features_mask
@@ -223,19 +233,18 @@ class ListenModel(ListenPreTrainedModel):
         if self.training and torch.is_grad_enabled():
             self.check_encoders_need_no_features()
         if (self.config.audio_config is None) != (audio_hidden_states is None):
-            raise self._unfit_stream("audio_hidden_states")
+            raise unfit_stream(self.config, "audio_hidden_states")
         if speech_hidden_states_mask is None:
             speech_hidden_states_mask = torch.ones_like(speech_hidden_states[..., 0], dtype=torch.long)
         if audio_hidden_states is not None and audio_hidden_states_mask is None:
             audio_hidden_states_mask = torch.ones_like(audio_hidden_states[..., 0], dtype=torch.long)
+        if speech_hidden_states_mask.shape != speech_hidden_states.shape[:2]:
+            raise shape_error("speech_hidden_states_mask", speech_hidden_states_mask, speech_hidden_states.shape[:2])
+        if audio_hidden_states is not None and audio_hidden_states_mask.shape != audio_hidden_states.shape[:2]:
+            raise shape_error("audio_hidden_states_mask", audio_hidden_states_mask, audio_hidden_states.shape[:2])
         return EncodedAudio(
             speech_hidden_states, speech_hidden_states_mask, audio_hidden_states, audio_hidden_states_mask
         )
-
-    def _unfit_stream(self, name: str) -> ValueError:
-        if self.config.audio_config is None:
-            return ValueError(f"{name} was given but the model has no audio encoder; use the model's own processor")
-        return ValueError(f"the model has an audio encoder but {name} is missing; use the model's own processor")
 
     # ------------------------------------------------------------------ placeholders
 
@@ -336,6 +345,12 @@ class ListenModel(ListenPreTrainedModel):
         if query_mask is not None:  # generation appends positions that the query must not see
             mask = mask & F.pad(query_mask.bool(), (0, mask.shape[1] - query_mask.shape[1]))
         weights = mask[..., None].float()  # (batch, sequence, 1)
+        empty = is_prompt.any(-1) & ~mask.any(-1)  # (batch,)
+        if empty.any():
+            raise ValueError(
+                f"row {int(empty.long().argmax())} has nothing to pick its prompts by: give audio or text, and labels "
+                "of -100 before the answer, or the query_mask of apply_chat_template"
+            )
         return (embeds.float() * weights).sum(1) / weights.sum(1).clamp_min(1.0)
 
     def select_prompts(
@@ -441,7 +456,7 @@ class ListenModel(ListenPreTrainedModel):
     ) -> ListenModelOutput:
         """Hidden states of the LLM for text, audio and prompts; see `ListenForConditionalGeneration.forward`."""
         llm_kwargs = self._llm_kwargs(use_cache, kwargs)
-        check_input(self.config, input_ids, attention_mask)
+        check_input(self.config, input_ids, attention_mask, None, query_mask, past_key_values is not None)
         encoded = self._encoded(
             input_features,
             input_features_mask,
@@ -524,7 +539,7 @@ class ListenForConditionalGeneration(ListenGenerationMixin, ListenModel):
             position_ids: `(batch, sequence)`; counted from the first real position by default.
             past_key_values: The LLM's cache.
             inputs_embeds: `(batch, sequence, text width)` in place of `input_ids`, for text alone.
-            labels: `(batch, sequence)` ids to predict, -100 to ignore.
+            labels: `(batch, sequence)` ids to predict, -100 to ignore; placeholders are ignored too.
             use_cache: Whether to return the cache.
             logits_to_keep: Number of last positions that pass the head; 0 for all. With `labels`, the loss too is
                 taken there, exact when no label stands before them.
@@ -542,7 +557,7 @@ class ListenForConditionalGeneration(ListenGenerationMixin, ListenModel):
             TypeError: an unknown argument.
         """
         llm_kwargs = self._llm_kwargs(use_cache, kwargs)
-        check_input(self.config, input_ids, attention_mask)
+        check_input(self.config, input_ids, attention_mask, labels, query_mask, past_key_values is not None)
         encoded = self._encoded(
             input_features,
             input_features_mask,
@@ -555,6 +570,10 @@ class ListenForConditionalGeneration(ListenGenerationMixin, ListenModel):
         )
         if labels is None and num_items_in_batch is not None:
             raise ValueError(_LABELS_TAKEN)
+        if labels is not None and input_ids is not None:
+            labels = labels.masked_fill(
+                torch.stack(self.placeholder_masks(input_ids)).any(0), -100
+            )  # no text to predict
         if labels is not None and query_mask is None:
             query_mask = (labels != -100).cumsum(-1) == 0  # (batch, sequence): the query sees no answer
         choices = {"query_mask": query_mask, "task_ids": task_ids, "adapter_names": adapter_names}

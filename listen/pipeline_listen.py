@@ -117,6 +117,8 @@ class ListenPipeline(Pipeline):
             raise ValueError(f"torch_dtype={asked}, but the model is in {self.model.dtype}; load it with dtype={asked}")
         if self.processor is None:
             raise ValueError("the pipeline needs the model's processor; pass processor=ListenProcessor...")
+        if self.processor.vocab_size is None:
+            self.processor.vocab_size = self.model.config.text_config.get_text_config().vocab_size
         self._generation_defaults["pad_token_id"] = self.processor.tokenizer.pad_token_id
         for info in (getattr(self.model.config, "custom_pipelines", None) or {}).values():
             # `pipeline()` replaces names in the config by classes, with which it cannot be saved

@@ -1,8 +1,12 @@
 """The two placeholders of a LiSTEN text, and their ids in the vocabulary of any LLM."""
 
+import math
 import re
 
-from transformers import AddedToken, PreTrainedTokenizerBase
+from transformers import AddedToken, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 AUDIO_TOKEN = "<|audio|>"
 PROMPT_TOKEN = "<|prompt|>"
@@ -74,19 +78,54 @@ def check_unicode(text: str) -> None:
         ) from error
 
 
-def prepare_padding(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make a tokenizer pad on the left, with its end-of-sequence token if it has no padding token.
+def tokenizer_for(config: PreTrainedConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of the LLM that a config names.
+
+    Raises:
+        ValueError: it names none.
+    """
+    found = config.backbone_place("language_model")
+    if found is None:
+        raise ValueError("config.base_models names no language_model to take the tokenizer from; pass tokenizer=")
+    place, options = found
+    return AutoTokenizer.from_pretrained(place, **options)
+
+
+def prepare_padding(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> None:
+    """Make a tokenizer pad on the left, by a token that the LLM has an embedding for.
+
+    Without such a padding token, its end-of-sequence token is taken: padding is masked, so any token does.
+
+    Args:
+        tokenizer: Changed in place.
+        vocab_size: Rows of the LLM's embedding matrix; unchecked if `None`.
 
     Raises:
         ValueError: it has neither.
     """
     tokenizer.padding_side = "left"
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token is None:
+    is_added = vocab_size is not None and (tokenizer.pad_token_id or 0) >= vocab_size
+    if tokenizer.pad_token_id is None or is_added:
+        if tokenizer.eos_token is None or tokenizer.eos_token_id >= (vocab_size or math.inf):
             raise ValueError(
-                "the tokenizer has neither a pad_token nor an eos_token to pad with; set tokenizer.pad_token"
+                f"the LLM has no embedding for the pad_token {tokenizer.pad_token!r}, nor for the eos_token "
+                f"{tokenizer.eos_token!r} in its place: the tokenizer has neither a pad_token nor an eos_token to pad "
+                "with; set tokenizer.pad_token"
+            )
+        if is_added:
+            logger.warning(
+                f"the LLM has no embedding for the pad_token {tokenizer.pad_token!r} (id {tokenizer.pad_token_id} of "
+                f"{vocab_size}); padding by {tokenizer.eos_token!r}"
             )
         tokenizer.pad_token = tokenizer.eos_token
 
 
-__all__ = ["AUDIO_TOKEN", "PROMPT_TOKEN", "RESERVED_TOKENS", "check_unicode", "place_token", "prepare_padding"]
+__all__ = [
+    "AUDIO_TOKEN",
+    "PROMPT_TOKEN",
+    "RESERVED_TOKENS",
+    "check_unicode",
+    "place_token",
+    "prepare_padding",
+    "tokenizer_for",
+]

@@ -7,13 +7,13 @@ own placeholders where it has them, else reserved tokens of its vocabulary, else
 
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 from operator import index
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import (
-    AutoTokenizer,
     BatchFeature,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
@@ -36,7 +36,9 @@ from .arguments_listen import (
 from .audio_listen import cut_waveform, flat_clips, load_waveform, resample
 from .chat_listen import (
     DEFAULT_CHAT_TEMPLATE,
+    answer_start,
     as_conversations,
+    check_counts,
     clips_or_none,
     fit_template,
     numbered_messages,
@@ -46,10 +48,12 @@ from .chat_listen import (
 from .configuration_listen import ListenConnectorConfig, check_padding
 from .feature_extraction_listen import feature_extractor_for
 from .language_models_listen import check_context, context_limit
-from .placeholders_listen import AUDIO_TOKEN, PROMPT_TOKEN, check_unicode, place_token, prepare_padding
+from .placeholders_listen import AUDIO_TOKEN, PROMPT_TOKEN, check_unicode, place_token, prepare_padding, tokenizer_for
 from .tasks_listen import TASK_ALIASES, TASK_INSTRUCTIONS
 
 logger = logging.get_logger(__name__)
+
+_MOST_POSITIONS = 2**22  # that a text is padded to: more than any LLM reads, and what fits into memory
 
 
 class ListenProcessor(ProcessorMixin):
@@ -75,6 +79,7 @@ class ListenProcessor(ProcessorMixin):
         context_length: Positions of the LLM; a longer input with audio or prompts raises an error before its features
             are computed. Unchecked if `None`.
         max_audio_seconds: Longer clips are cut to it, with a warning; no limit if `None`.
+        vocab_size: Rows of the LLM's embedding matrix; ids of tokens that were added above them are refused.
 
     Raises:
         ValueError: a placeholder id that the tokenizer cannot provide, or no token to pad with.
@@ -98,10 +103,11 @@ class ListenProcessor(ProcessorMixin):
         task_instructions: dict[str, str] | None = None,
         context_length: int | None = None,
         max_audio_seconds: float | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         template = chat_template or getattr(tokenizer, "chat_template", None) or DEFAULT_CHAT_TEMPLATE
         super().__init__(feature_extractor, tokenizer, chat_template=template)
-        prepare_padding(tokenizer)
+        prepare_padding(tokenizer, vocab_size)
         self.audio_token_id = place_token(tokenizer, AUDIO_TOKEN, audio_token_id)
         self.prompt_token_id = place_token(tokenizer, PROMPT_TOKEN, prompt_token_id, taken=self.audio_token_id)
         # the names of both ids in the tokenizer's vocabulary
@@ -118,6 +124,7 @@ class ListenProcessor(ProcessorMixin):
         self.task_instructions = dict(TASK_INSTRUCTIONS if task_instructions is None else task_instructions)
         self.context_length = context_length
         self.max_audio_seconds = max_audio_seconds
+        self.vocab_size = vocab_size
 
     # ------------------------------------------------------------------ making one
 
@@ -147,9 +154,10 @@ class ListenProcessor(ProcessorMixin):
             "tasks": pool.tasks if pool is not None and pool.strategy == "task" else None,
             "connector": config.connector_config.settings(),
             "context_length": context_limit(config.text_config),
+            "vocab_size": config.text_config.get_text_config().vocab_size,
         }
         extractor = feature_extractor_for(config)
-        processor = cls(extractor, tokenizer or _tokenizer_for(config), **{**settings, **kwargs})
+        processor = cls(extractor, tokenizer or tokenizer_for(config), **{**settings, **kwargs})
         config.audio_token_id, config.prompt_token_id = processor.audio_token_id, processor.prompt_token_id
         return processor
 
@@ -222,7 +230,7 @@ class ListenProcessor(ProcessorMixin):
             data = {}
         else:
             texts = self._checked_texts(text)
-            _check_counts(texts, counts, len(lengths))
+            check_counts(texts, counts, len(lengths))
             k = self._checked_num_prompts(self.num_prompts if num_prompts is None else num_prompts)
             data = self._padded(self._encode(texts, lengths, k, options), k, options)
             data.update(self._task_ids(task, len(texts)))
@@ -257,7 +265,11 @@ class ListenProcessor(ProcessorMixin):
         lengths = {"num_samples": num_samples}
         replacements = [self.replace_audio_token(lengths, index) for index in range(len(num_samples))]
         expanded, offsets = self.get_text_with_replacements(list(texts), audio_replacements=replacements)
-        encoded = dict(self.tokenizer(expanded, **self._tokenizer_options(texts, k, options)))
+        chosen = self._tokenizer_options(texts, k, options)
+        try:
+            encoded = dict(self.tokenizer(expanded, **chosen))
+        except Exception as error:  # of any type: tokenizers come from many packages
+            raise ValueError(f"the tokenizer cannot read the texts with {chosen}: {error or type(error)}") from error
         self._check_special_mm_tokens(expanded, encoded, modalities=["audio"])
         if options.get("return_mm_token_type_ids"):
             encoded["mm_token_type_ids"] = self.create_mm_token_type_ids(encoded["input_ids"])
@@ -371,12 +383,24 @@ class ListenProcessor(ProcessorMixin):
 
     def _check_special_mm_tokens(self, text: list[str], text_inputs: Any, modalities: list[str]) -> None:
         """As upstream, for a symbol that need not be `<|audio|>`: no audio placeholder is lost or added."""
+        self.check_ids(text_inputs["input_ids"])
         wanted = [sample.count(self._audio_symbol) for sample in text]
         found = [list(ids).count(self.audio_token_id) for ids in text_inputs["input_ids"]]
         if wanted != found:
             raise ValueError(
                 f"the texts hold {wanted} audio embeddings, but {found} are left after tokenization: truncation cut "
                 "audio off; raise max_length or shorten the clips"
+            )
+
+    def check_ids(self, rows: list[list[int]]) -> None:
+        """Raise a `ValueError` for ids in the rows that the LLM has no embedding for, other than placeholders."""
+        if self.vocab_size is None or len(self.tokenizer) <= self.vocab_size:
+            return
+        added = {i for row in rows for i in row if i >= self.vocab_size} - {self.audio_token_id, self.prompt_token_id}
+        if added:
+            raise ValueError(
+                f"the LLM has {self.vocab_size} embeddings, none for {self.tokenizer.convert_ids_to_tokens([*added])}; "
+                "take them out of the text, or use the LLM's own tokenizer"
             )
 
     # ------------------------------------------------------------------ chat
@@ -421,7 +445,8 @@ class ListenProcessor(ProcessorMixin):
             **kwargs: Variables of the template (`enable_thinking=...`).
 
         Returns:
-            The rendered conversation, or a list of them, or the result of `__call__`.
+            The rendered conversation, or a list of them, or the result of `__call__`. For conversations that end with
+            an answer, `query_mask` `(batch, sequence)` is 0 from it on: what the prompts are picked by in training.
 
         Raises:
             TypeError: a keyword that neither the template nor `__call__` accepts.
@@ -442,28 +467,40 @@ class ListenProcessor(ProcessorMixin):
             plain = [numbered_messages(messages) for messages in plain]
         variables = {**self.tokenizer.special_tokens_map, **variables, "tools": tools, "documents": documents}
         render = partial(render_jinja_template, chat_template=template, **variables)
-        texts, spans = render(
-            conversations=[fit_template(messages, render) for messages in plain],
-            return_assistant_tokens_mask=return_assistant_tokens_mask,
-            continue_final_message=continue_final_message,
-            add_generation_prompt=add_generation_prompt,
-        )
+        fitted = [fit_template(messages, render) for messages in plain]
+        flags = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+        try:
+            texts, spans = render(fitted, return_assistant_tokens_mask=return_assistant_tokens_mask, **flags)
+        except Exception as error:  # of any type: of jinja2, the template itself, or an operation in it
+            raise ValueError(f"the chat template cannot render these messages: {error or type(error)}") from error
         if not tokenize:
             return texts if is_batch else texts[0]
-        if return_assistant_tokens_mask:
-            inputs = self._with_assistant_masks(texts, spans, conversations, return_tensors, options)
-        else:
-            inputs = self(texts, clips_or_none(conversations), return_tensors=return_tensors, **options)
+        marked = {"assistant_masks": spans} if return_assistant_tokens_mask else {}
+        if options.get("num_prompts", self.num_prompts) and self.tokenizer.is_fast and not any(flags.values()):
+            starts = [answer_start(messages, text, render) for messages, text in zip(plain, texts, strict=True)]
+            if any(start < len(text) for start, text in zip(starts, texts, strict=True)):
+                marked["query_mask"] = [[[start, len(text)]] for start, text in zip(starts, texts, strict=True)]
+        inputs = self._with_masks(texts, clips_or_none(conversations), marked, return_tensors, options)
         return inputs if return_dict else inputs["input_ids"]
 
-    def _with_assistant_masks(
-        self, texts: list[str], spans: list, conversations: list, return_tensors: str | None, options: dict[str, Any]
+    def _with_masks(
+        self, texts: list[str], clips: Any, marked: dict[str, list], return_tensors: str | None, options: dict[str, Any]
     ) -> BatchFeature:
+        """Model inputs with masks `(batch, sequence)`: 1 on spans of the texts, for the query 0 from the span on."""
+        if not marked:
+            return self(texts, clips, return_tensors=return_tensors, **options)
         if not self.tokenizer.is_fast:
             raise ValueError("return_assistant_tokens_mask needs a fast tokenizer, which gives the position of tokens")
         wanted = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
-        inputs = self(texts, clips_or_none(conversations), return_tensors=None, **wanted, **options)
-        inputs = self._adjust_assistant_masks_indices(inputs, spans)
+        inputs = self(texts, clips, return_tensors=None, **{**options, **wanted})
+        for name, spans in marked.items():
+            rows = self._adjust_assistant_masks_indices(dict(inputs), spans)["assistant_masks"]
+            if name == "query_mask":
+                rows = [[1 - seen for seen in accumulate(row, max)] for row in rows]
+            inputs[name] = rows
+        for name, key in zip(wanted, ("offset_mapping", "text_replacement_offsets"), strict=True):
+            if not options.get(name):
+                inputs.pop(key)
         return inputs.convert_to_tensors(tensor_type=return_tensors)
 
     # ------------------------------------------------------------------ tasks and answers
@@ -515,17 +552,6 @@ class ListenProcessor(ProcessorMixin):
         return max(self.tokenizer.vocab_size, *(token_id + 1 for token_id in self.tokenizer.added_tokens_decoder))
 
 
-# ---------------------------------------------------------------------- parts of a processor
-
-
-def _tokenizer_for(config: PreTrainedConfig) -> PreTrainedTokenizerBase:
-    found = config.backbone_place("language_model")
-    if found is None:
-        raise ValueError("config.base_models names no language_model to take the tokenizer from; pass tokenizer=")
-    place, options = found
-    return AutoTokenizer.from_pretrained(place, **options)
-
-
 # ---------------------------------------------------------------------- reading arguments
 
 
@@ -553,18 +579,6 @@ def _flattened(kwargs: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _check_counts(texts: list[str], counts: list[int] | None, num_clips: int) -> None:
-    """One `<|audio|>` for each clip, in each text where `counts` are those of the texts, else over all texts."""
-    wanted = [text.count(AUDIO_TOKEN) for text in texts]
-    grouped = counts is not None and len(counts) == len(texts)
-    given = counts if grouped else num_clips
-    if given != (wanted if grouped else sum(wanted)):
-        raise ValueError(
-            f"the texts hold {wanted} {AUDIO_TOKEN} but {given} clips were given; write one {AUDIO_TOKEN} in the text "
-            "for each clip, or use chat messages with audio content, which place them"
-        )
-
-
 def _padded_widths(lengths: list[int], options: dict[str, Any]) -> list[int]:
     """The width of each row after padding."""
     padding, max_length = options.get("padding", True), options.get("max_length")
@@ -577,7 +591,10 @@ def _padded_widths(lengths: list[int], options: dict[str, Any]) -> list[int]:
         raise ValueError("padding='max_length' needs max_length=")
     width = max(*lengths, max_length) if strategy == "max_length" else max(lengths)
     step = options.get("pad_to_multiple_of") or 1
-    return [-(-width // step) * step] * len(lengths)
+    padded = -(-width // step) * step
+    if padded > max(_MOST_POSITIONS, *lengths):
+        raise ValueError(f"max_length={max_length} and pad_to_multiple_of={step} pad to {padded} positions; lower them")
+    return [padded] * len(lengths)
 
 
 ListenProcessor.register_for_auto_class()

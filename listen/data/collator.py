@@ -131,6 +131,7 @@ class ListenCollator:
             return {**inputs, "rows": [_describe(row, item) for row, item in zip(rows, examples, strict=True)]}
         texts = [item.answer for item in examples]
         answers = self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        self.processor.check_ids(answers)
         batch = self._with_answers(inputs, answers)
         return {**batch, **self._teacher_inputs(rows, examples, answers)} if self.teacher else batch
 
