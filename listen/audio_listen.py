@@ -12,6 +12,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
+from transformers.utils import logging
 
 from .sources_listen import (
     MAX_SAMPLES,
@@ -27,6 +28,8 @@ from .sources_listen import (
 
 if TYPE_CHECKING:
     import soundfile
+
+logger = logging.get_logger(__name__)
 
 _LOUDEST = 128.0  # far above any float waveform, far below 16-bit samples stored as float
 _BLOCK_SAMPLES = 2**20  # read at once, over all channels
@@ -95,6 +98,25 @@ def load_waveform(
     return waveform if isinstance(rate, int) and rate == target_rate else resample(waveform, rate, target_rate)
 
 
+def check_rate(sampling_rate: Any) -> int:
+    """A sampling rate as a plain number.
+
+    Raises:
+        ValueError: not one whole number of plausible size.
+    """
+    sampling_rate = sampling_rate.item() if getattr(sampling_rate, "ndim", None) == 0 else sampling_rate
+    if not isinstance(sampling_rate, Real) or isinstance(sampling_rate, bool):
+        raise ValueError(
+            f"sampling_rate={sampling_rate!r:.80} must be one number; give clips that differ in it as "
+            "{'array': ..., 'sampling_rate': ...}"
+        )
+    if not RATES[0] <= sampling_rate <= RATES[1] or sampling_rate % 1:
+        raise ValueError(
+            f"sampling_rate={sampling_rate!r} must be a whole number of samples a second from {RATES[0]} to {RATES[1]}"
+        )
+    return sampling_rate
+
+
 def resample(waveform: np.ndarray, sampling_rate: int, target_rate: int) -> np.ndarray:
     """Band-limited resampling by soxr, sample for sample as `transformers.audio_utils.load_audio` does it.
 
@@ -110,16 +132,7 @@ def resample(waveform: np.ndarray, sampling_rate: int, target_rate: int) -> np.n
         ValueError: `sampling_rate` is not one whole number of plausible size, or the result is too long.
         ImportError: soxr is missing.
     """
-    sampling_rate = sampling_rate.item() if getattr(sampling_rate, "ndim", None) == 0 else sampling_rate
-    if not isinstance(sampling_rate, Real) or isinstance(sampling_rate, bool):
-        raise ValueError(
-            f"sampling_rate={sampling_rate!r:.80} must be one number; give clips that differ in it as "
-            "{'array': ..., 'sampling_rate': ...}"
-        )
-    if not RATES[0] <= sampling_rate <= RATES[1] or sampling_rate % 1:
-        raise ValueError(
-            f"sampling_rate={sampling_rate!r} must be a whole number of samples a second from {RATES[0]} to {RATES[1]}"
-        )
+    sampling_rate = check_rate(sampling_rate)
     if sampling_rate == target_rate:
         return waveform
     try:
@@ -145,6 +158,44 @@ def cut_waveform(waveform: np.ndarray, max_seconds: float | None, sampling_rate:
     if max_seconds * sampling_rate < 1:
         raise ValueError(f"max_audio_seconds={max_seconds!r} holds no sample at {sampling_rate} Hz; raise it")
     return waveform[: int(min(max_seconds * sampling_rate, len(waveform)))]
+
+
+def load_clips(
+    audio: Any,
+    sampling_rate: int | None = None,
+    target_rate: int = 16000,
+    max_seconds: float | None = None,
+    timeout: float | None = None,
+    max_bytes: int | None = None,
+) -> tuple[list[np.ndarray], list[int] | None]:
+    """The waveforms of all clips, cut to `max_seconds` with a warning, and the number of clips of each text.
+
+    Args:
+        audio: One clip, a list of them, or a list for each text, see `flat_clips`; for the others see `load_waveform`.
+        sampling_rate: Rate of raw samples.
+        target_rate: Rate of the result.
+        max_seconds: Length of the result at most.
+        timeout: Of addresses.
+        max_bytes: Of addresses and file objects.
+
+    Raises:
+        OSError, TypeError, ValueError: see `load_waveform`.
+    """
+    if sampling_rate is not None:
+        check_rate(sampling_rate)  # for files too, which do not need it
+    clips, counts = flat_clips(audio)
+    whole = [load_waveform(clip, sampling_rate, target_rate, max_seconds, timeout, max_bytes) for clip in clips]
+    cut = [cut_waveform(waveform, max_seconds, target_rate) for waveform in whole]
+    longer = [
+        f"{len(w) / target_rate:.1f} s" + (" or more" if len(w) >= (max_seconds + 1) * target_rate else "")
+        for w, kept in zip(whole, cut, strict=True)
+        if len(kept) < len(w)
+    ]
+    if longer:
+        logger.warning(
+            f"{len(longer)} of {len(whole)} clips cut to max_audio_seconds={max_seconds:g}: {', '.join(longer)}"
+        )
+    return cut, counts
 
 
 def read_clips(
@@ -370,10 +421,12 @@ def _mp3_promise(file: BinaryIO, head: bytes, size: int) -> int:
 
 __all__ = [
     "ROW_KEYS",
+    "check_rate",
     "check_seconds",
     "cut_waveform",
     "flat_clips",
     "is_one_clip",
+    "load_clips",
     "load_waveform",
     "read_clips",
     "resample",

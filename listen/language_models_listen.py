@@ -202,6 +202,19 @@ def shape_error(name: str, value: torch.Tensor, shape: tuple[int, ...]) -> Value
     )
 
 
+def frame_mask(name: str, frames: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The mask of encoder frames `(chunks, frames, width)`: `(chunks, frames)`, all ones by default.
+
+    Raises:
+        ValueError: another shape.
+    """
+    if frames is None or mask is None:
+        return torch.ones_like(frames[..., 0], dtype=torch.long) if frames is not None else None
+    if mask.shape != frames.shape[:2]:
+        raise shape_error(name, mask, frames.shape[:2])
+    return mask
+
+
 def unfit_stream(config: PreTrainedConfig, name: str) -> ValueError:
     """The error for the input of an audio encoder that the model lacks, or for one that is missing."""
     if config.audio_config is None:
@@ -269,6 +282,7 @@ __all__ = [
     "check_cache",
     "check_context",
     "check_input",
+    "frame_mask",
     "shape_error",
     "unfit_stream",
     "check_language_model",

@@ -29,6 +29,7 @@ from .language_models_listen import (
     check_language_model,
     check_not_packed,
     embedded_inputs,
+    frame_mask,
     shape_error,
     unfit_stream,
 )
@@ -36,6 +37,7 @@ from .layer_prompts_listen import check_prompt_mask, kept_prompts, run_with_laye
 from .lora_listen import ADAPTERS_OF_THREAD, ThreadAdapter
 from .modeling_beats import BeatsModel
 from .modeling_connector import resample_frames
+from .modeling_prompt_pool import pool_query
 from .modeling_speech_encoder import build_speech_encoder
 from .outputs_listen import AudioEmbeddings, EncodedAudio, ListenModelOutput, ListenOutput, PromptOutput
 from .pipeline_listen import ListenPipeline  # noqa: F401 (checkpoints carry the files that are imported here)
@@ -126,10 +128,8 @@ class ListenModel(ListenPreTrainedModel):
         """
         if (self.config.audio_config is None) != (input_values is None):
             raise unfit_stream(self.config, "input_values")
-        shape = (
-            len(input_features),
-            input_features.shape[2 if self.config.speech_config.model_type == "whisper" else 1],
-        )
+        is_mel = self.config.speech_config.model_type == "whisper"  # (chunks, mel bins, frames), else time comes second
+        shape = (len(input_features), input_features.shape[1 + is_mel])
         if input_features_mask is not None and input_features_mask.shape != shape:
             raise shape_error("input_features_mask", input_features_mask, shape)
         if input_values_mask is not None and input_values_mask.shape != input_values.shape[:2]:
@@ -234,17 +234,9 @@ class ListenModel(ListenPreTrainedModel):
             self.check_encoders_need_no_features()
         if (self.config.audio_config is None) != (audio_hidden_states is None):
             raise unfit_stream(self.config, "audio_hidden_states")
-        if speech_hidden_states_mask is None:
-            speech_hidden_states_mask = torch.ones_like(speech_hidden_states[..., 0], dtype=torch.long)
-        if audio_hidden_states is not None and audio_hidden_states_mask is None:
-            audio_hidden_states_mask = torch.ones_like(audio_hidden_states[..., 0], dtype=torch.long)
-        if speech_hidden_states_mask.shape != speech_hidden_states.shape[:2]:
-            raise shape_error("speech_hidden_states_mask", speech_hidden_states_mask, speech_hidden_states.shape[:2])
-        if audio_hidden_states is not None and audio_hidden_states_mask.shape != audio_hidden_states.shape[:2]:
-            raise shape_error("audio_hidden_states_mask", audio_hidden_states_mask, audio_hidden_states.shape[:2])
-        return EncodedAudio(
-            speech_hidden_states, speech_hidden_states_mask, audio_hidden_states, audio_hidden_states_mask
-        )
+        speech_mask = frame_mask("speech_hidden_states_mask", speech_hidden_states, speech_hidden_states_mask)
+        audio_mask = frame_mask("audio_hidden_states_mask", audio_hidden_states, audio_hidden_states_mask)
+        return EncodedAudio(speech_hidden_states, speech_mask, audio_hidden_states, audio_mask)
 
     # ------------------------------------------------------------------ placeholders
 
@@ -306,7 +298,9 @@ class ListenModel(ListenPreTrainedModel):
             )
         if not is_prompt.any():
             return embeds, None
-        query = self._query(embeds, is_audio, is_prompt, names, attention_mask, query_mask)  # (batch, text width)
+        query = pool_query(
+            self.adapters, names, embeds, is_audio, is_prompt, attention_mask, query_mask
+        )  # (batch, text width)
         prompts, picked = self.adapters.pick(query, is_prompt.sum(-1), task_ids, names)  # (total, text width)
         if picked.layers or (attention_mask is not None and (is_prompt & (attention_mask == 0)).any()):
             # static caches have masks of four axes, but `generate` gives the flat one as `query_mask` too
@@ -314,44 +308,6 @@ class ListenModel(ListenPreTrainedModel):
         if picked.layers and not for_layers:
             raise ValueError("embeddings do not hold prompts of form='layers'; give the model input_ids")
         return embeds.masked_scatter(is_prompt[..., None], prompts.to(embeds.dtype)), picked
-
-    def _query(
-        self,
-        embeds: torch.Tensor,
-        is_audio: torch.Tensor,
-        is_prompt: torch.Tensor,
-        names: list[str | None],
-        attention_mask: torch.Tensor | None,
-        query_mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """The mean of the text embeddings, and of the audio unless a row's pool leaves it out: what picks the prompts.
-
-        `(batch, text width)` in fp32.
-        """
-        of_text = []
-        for name in names:
-            pool = self.adapters[name].prompt_pool if name in self.adapters else None
-            of_text.append(pool is not None and pool.config.query_source == "text")
-        mask = ~is_prompt  # (batch, sequence)
-        if any(of_text):
-            mask = mask & ~(is_audio & torch.tensor(of_text, device=mask.device)[:, None])
-        if attention_mask is not None:
-            mask = mask & attention_mask.bool()
-        if query_mask is not None and query_mask.shape[1] > mask.shape[1]:
-            raise ValueError(
-                f"the whole input of {query_mask.shape[1]} positions picks the prompts, but this pass reads "
-                f"{mask.shape[1]} of them; generate without prefill_chunk_size"
-            )
-        if query_mask is not None:  # generation appends positions that the query must not see
-            mask = mask & F.pad(query_mask.bool(), (0, mask.shape[1] - query_mask.shape[1]))
-        weights = mask[..., None].float()  # (batch, sequence, 1)
-        empty = is_prompt.any(-1) & ~mask.any(-1)  # (batch,)
-        if empty.any():
-            raise ValueError(
-                f"row {int(empty.long().argmax())} has nothing to pick its prompts by: give audio or text, and labels "
-                "of -100 before the answer, or the query_mask of apply_chat_template"
-            )
-        return (embeds.float() * weights).sum(1) / weights.sum(1).clamp_min(1.0)
 
     def select_prompts(
         self,
@@ -571,9 +527,8 @@ class ListenForConditionalGeneration(ListenGenerationMixin, ListenModel):
         if labels is None and num_items_in_batch is not None:
             raise ValueError(_LABELS_TAKEN)
         if labels is not None and input_ids is not None:
-            labels = labels.masked_fill(
-                torch.stack(self.placeholder_masks(input_ids)).any(0), -100
-            )  # no text to predict
+            placeholders = torch.stack(self.placeholder_masks(input_ids)).any(0)  # (batch, sequence)
+            labels = labels.masked_fill(placeholders, -100)
         if labels is not None and query_mask is None:
             query_mask = (labels != -100).cumsum(-1) == 0  # (batch, sequence): the query sees no answer
         choices = {"query_mask": query_mask, "task_ids": task_ids, "adapter_names": adapter_names}

@@ -1,5 +1,6 @@
 """The prompt pool of LiSTEN (arXiv 2505.18517): trained key-value pairs from which each input picks its prompts."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -333,4 +334,56 @@ def _without_scores(indices: torch.Tensor, query: torch.Tensor) -> PromptSelecti
     return PromptSelection(indices, ones, None, query.new_zeros(len(query)))
 
 
-__all__ = ["ListenPromptPool", "PromptRequest", "PromptSelection", "SelectionStrategy", "STRATEGIES"]
+def pool_query(
+    adapters: Mapping[str, nn.Module],
+    names: list[str | None],
+    embeds: torch.Tensor,
+    is_audio: torch.Tensor,
+    is_prompt: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    query_mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """The mean of the text embeddings, and of the audio unless a row's pool leaves it out: what picks the prompts.
+
+    Args:
+        adapters: Each with its `prompt_pool`.
+        names: Adapter of each row.
+        embeds: `(batch, sequence, text width)`.
+        is_audio: `(batch, sequence)`.
+        is_prompt: `(batch, sequence)`.
+        attention_mask: `(batch, sequence)`, 1 on real positions.
+        query_mask: `(batch, length)` positions, from the first on, that count; all by default.
+
+    Returns:
+        `(batch, text width)` in fp32.
+
+    Raises:
+        ValueError: no position is left for a row, or the pass is shorter than `query_mask`.
+    """
+    of_text = []
+    for name in names:
+        pool = adapters[name].prompt_pool if name in adapters else None
+        of_text.append(pool is not None and pool.config.query_source == "text")
+    mask = ~is_prompt  # (batch, sequence)
+    if any(of_text):
+        mask = mask & ~(is_audio & torch.tensor(of_text, device=mask.device)[:, None])
+    if attention_mask is not None:
+        mask = mask & attention_mask.bool()
+    if query_mask is not None and query_mask.shape[1] > mask.shape[1]:
+        raise ValueError(
+            f"the whole input of {query_mask.shape[1]} positions picks the prompts, but this pass reads "
+            f"{mask.shape[1]} of them; generate without prefill_chunk_size"
+        )
+    if query_mask is not None:  # generation appends positions that the query must not see
+        mask = mask & F.pad(query_mask.bool(), (0, mask.shape[1] - query_mask.shape[1]))
+    weights = mask[..., None].float()  # (batch, sequence, 1)
+    empty = is_prompt.any(-1) & ~mask.any(-1)  # (batch,)
+    if empty.any():
+        raise ValueError(
+            f"row {int(empty.long().argmax())} has nothing to pick its prompts by: give audio or text, and labels "
+            "of -100 before the answer, or the query_mask of apply_chat_template"
+        )
+    return (embeds.float() * weights).sum(1) / weights.sum(1).clamp_min(1.0)
+
+
+__all__ = ["ListenPromptPool", "PromptRequest", "PromptSelection", "SelectionStrategy", "STRATEGIES", "pool_query"]

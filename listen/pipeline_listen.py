@@ -12,7 +12,7 @@ from transformers import BatchFeature, GenerationConfig, Pipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 from transformers.utils.chat_template_utils import Chat, is_valid_message
 
-from .audio_listen import ROW_KEYS, is_one_clip
+from .audio_listen import ROW_KEYS, check_rate, is_one_clip
 from .chat_listen import conversation_clips, place_audio
 from .model_card_listen import write_model_card
 from .processing_listen import ListenProcessor
@@ -20,6 +20,7 @@ from .processing_listen import ListenProcessor
 _INPUT_KEYS = ("audio", "sampling_rate", "text", "task")
 _PREPROCESS = ("text", "task", "sampling_rate", "num_prompts", "max_audio_seconds", "number_clips")
 _FORWARD = ("return_prompts",)
+_COUNTS = {"num_beams", "num_beam_groups", "num_return_sequences", "max_new_tokens", "max_length"}
 _POSTPROCESS = ("skip_special_tokens",)
 _GENERATE_INPUTS = (
     "generation_config",
@@ -149,6 +150,8 @@ class ListenPipeline(Pipeline):
 
     def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         generate = kwargs.pop("generate_kwargs", None) or {}
+        if not isinstance(generate, dict):
+            raise TypeError(f"generate_kwargs={generate!r:.80} must be a dict of arguments of generate")
         if generate.get("task") is not None and generate["task"] not in self.processor.task_instructions:
             raise TypeError(f"keyword 'task' in generate_kwargs: {_ADVICE['task']}")
         twice = generate.keys() & kwargs.keys()
@@ -158,6 +161,12 @@ class ListenPipeline(Pipeline):
         for name in kwargs.keys() - {*_PREPROCESS, *_FORWARD, *_POSTPROCESS, *_GENERATE}:
             if kwargs[name]:  # absent or switched off, it asks for nothing
                 raise TypeError(f"keyword {name!r} is unknown{_suggestion(name, (*_KEYWORDS, *_GENERATE))}")
+        for name in kwargs.keys() & _COUNTS:
+            value = kwargs[name]
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name}={value!r:.80} must be a whole number above 0")
+        if kwargs.get("sampling_rate") is not None:
+            check_rate(kwargs["sampling_rate"])
         preprocess = {name: value for name, value in kwargs.items() if name in _PREPROCESS}
         postprocess = {name: value for name, value in kwargs.items() if name in _POSTPROCESS}
         forward = {name: value for name, value in kwargs.items() if name in (*_FORWARD, *_GENERATE)}

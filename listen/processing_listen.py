@@ -33,7 +33,7 @@ from .arguments_listen import (
     is_idle,
     unknown_name,
 )
-from .audio_listen import cut_waveform, flat_clips, load_waveform, resample
+from .audio_listen import flat_clips, load_clips
 from .chat_listen import (
     DEFAULT_CHAT_TEMPLATE,
     answer_start,
@@ -214,7 +214,11 @@ class ListenProcessor(ProcessorMixin):
         limit = self.max_audio_seconds if limit is None else limit
         if return_tensors not in (None, "pt", "np"):
             raise ValueError(f"return_tensors={return_tensors!r:.80} must be 'pt', 'np' or None")
-        waveforms, counts = self._load(audio, sampling_rate, limit, options) if audio is not None else ([], None)
+        waveforms, counts = [], None
+        if audio is not None:
+            fetching = {name: options.get(name) for name in ("timeout", "max_bytes")}
+            rate = self.feature_extractor.sampling_rate
+            waveforms, counts = load_clips(audio, sampling_rate, rate, limit, **fetching)
         lengths = [*map(len, waveforms)]
         if num_samples is not None:
             nested = num_samples.tolist() if isinstance(num_samples, (np.ndarray, torch.Tensor)) else num_samples
@@ -237,28 +241,6 @@ class ListenProcessor(ProcessorMixin):
         if waveforms:
             data.update(self.feature_extractor.extract(waveforms))
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=self.skip_tensor_conversion)
-
-    def _load(
-        self, audio: Any, sampling_rate: int | None, limit: float | None, options: dict[str, Any]
-    ) -> tuple[list[np.ndarray], list[int] | None]:
-        """Waveforms of all clips, cut to `limit` seconds, and the number of clips of each text, see `flat_clips`."""
-        rate = self.feature_extractor.sampling_rate
-        if sampling_rate is not None:
-            resample(np.zeros(0, np.float32), sampling_rate, rate)  # checks it for files too, which do not need it
-        clips, counts = flat_clips(audio)
-        fetching = {name: options.get(name) for name in ("timeout", "max_bytes")}
-        whole = [load_waveform(clip, sampling_rate, rate, limit, **fetching) for clip in clips]
-        cut = [cut_waveform(waveform, limit, rate) for waveform in whole]
-        longer = [
-            f"{len(w) / rate:.1f} s" + (" or more" if len(w) >= (limit + 1) * rate else "")
-            for w, kept in zip(whole, cut, strict=True)
-            if len(kept) < len(w)
-        ]
-        if longer:
-            logger.warning(
-                f"{len(longer)} of {len(whole)} clips cut to max_audio_seconds={limit:g}: {', '.join(longer)}"
-            )
-        return cut, counts
 
     def _encode(self, texts: list[str], num_samples: list[int], k: int, options: dict[str, Any]) -> dict[str, list]:
         """Rows of ids without prompts and padding."""
