@@ -7,8 +7,9 @@ With `--config` each cell, one method with one seed, is a process of its own, `-
 GPU in turn or on one CPU core. A finished cell is never run again; a cell that was interrupted goes on from its last
 checkpoint; one that was started with other arguments is refused. Encoder features are computed once for all. The output
 folder gets `comparison.md` (the table, and the counts of all pairwise tests), `table.csv`, `pairs.csv`, `cells.csv`,
-`scores.png` and `curves.png`. `--table` writes these for the finished cells and runs nothing. On a cluster, run cells
-as jobs of their own with `--cell METHOD SEED` after `--prepare`, and `--table` at the end.
+`scores.png`, `curves.png` and `prompts.md` (which tasks share prompts and queries). `--table` writes these for the
+finished cells and runs nothing. On a cluster, run cells as jobs of their own with `--cell METHOD SEED` after
+`--prepare`, and `--table` at the end.
 
 With two evaluations (their folders or `metrics.json`, the `predictions.jsonl` beside) it compares these on the examples
 of each task.
@@ -29,9 +30,10 @@ from pathlib import Path
 
 import torch
 
+from listen.data.files import write_text
 from listen.evaluation.comparison import Cell as Evaluated
 from listen.evaluation.comparison import compare, load_cells, load_items
-from listen.evaluation.comparison_report import markdown_pairs, write_comparison
+from listen.evaluation.comparison_report import markdown_pairs, markdown_prompts, write_comparison
 from listen.training.comparison import (
     Cell,
     Comparison,
@@ -129,6 +131,7 @@ def write_table(comparison: Comparison, output: Path) -> None:
     known = [cell for cell in cells if cell.method.rpartition(", k = ")[0] in order or cell.method in order]
     known.sort(key=lambda cell: (_place(cell.method, order), cell.seed))
     write_comparison(known, output, comparison.reference, notes(comparison, known))
+    write_text(output / "prompts.md", markdown_prompts(output, comparison.methods))
     print(f"table: {output / 'comparison.md'}")
 
 

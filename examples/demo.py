@@ -60,7 +60,9 @@ def main() -> None:
     seconds = time.perf_counter() - started
     console.rule("4  Evaluation on held-out speakers and sentences")
     result = evaluate(trained, features)
-    result.without_prompts = evaluate(trained, features, num_prompts=0).metrics
+    without_prompts = evaluate(trained, features, num_prompts=0)
+    without_prompts.save(FOLDER / "without_prompts")
+    result.without_prompts = without_prompts.metrics
     result.save(FOLDER, extra={"train_seconds": round(seconds, 1)})
     console.rule("5  Three questions")
     ask(trained.model_folder)

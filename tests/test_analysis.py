@@ -16,6 +16,7 @@ from listen.analysis import (
     prompt_usage,
     query_clusters,
     query_key_similarity,
+    task_cosines,
     task_names,
 )
 
@@ -102,6 +103,13 @@ def test_query_key_similarity_by_hand():
     tasks, similarity = query_key_similarity(queries, ["asr", "asr", "er"], keys)
     assert tasks == ["asr", "er"]
     assert similarity == pytest.approx(np.array([[0.5, -0.5, 0.5**0.5], [1.0, 0.0, 0.5**0.5]]))
+
+
+def test_cosines_between_the_queries_of_tasks_by_hand():
+    queries = np.array([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]])
+    names, cosines = task_cosines(queries, ["er", "er", "asr"])
+    assert names == ["asr", "er"]
+    assert cosines == pytest.approx(np.array([[1.0, 0.5], [0.5, 0.0]]))  # a query and itself do not count
 
 
 def test_projection_keeps_clusters_apart():

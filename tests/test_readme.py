@@ -19,6 +19,7 @@ import yaml
 import listen
 from listen.data import get_task, list_tasks, load_manifest
 from listen.presets_listen import PRESETS
+from listen.training.comparison import read_comparison
 from listen.training import parse_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -197,6 +198,12 @@ def test_command_that_cannot_run_here_is_right(command: str) -> None:
 
 @pytest.mark.parametrize("block", blocks("yaml"), ids=lambda block: block.text.split()[2])
 def test_settings_are_known(block: Block, tmp_path: Path) -> None:
+    if "methods:" in block.text:
+        (tmp_path / "demo.yaml").symlink_to(ROOT / "examples" / "configs" / "demo.yaml")
+        (tmp_path / "compare").mkdir()
+        (tmp_path / "compare" / "settings.yaml").write_text(block.text, encoding="utf-8")
+        assert len(read_comparison(tmp_path / "compare" / "settings.yaml").methods) > 1
+        return
     (tmp_path / "settings.yaml").write_text(block.text, encoding="utf-8")
     run = parse_arguments(["--config", str(tmp_path / "settings.yaml"), "--training.use_cpu"])
     assert run.model.preset is None or run.model.preset in PRESETS
@@ -215,7 +222,8 @@ def test_named_files_exist() -> None:
     pattern = r"`([\w./-]+\.(?:py|yaml)|[\w-]+(?:/[\w.-]+)+/?|[a-z_]+/)`"
     named = {name for page in PAGES for name in re.findall(pattern, text_of(page))}
     assert len(named) > 20
-    places = (ROOT, ROOT / "listen", ROOT / "examples" / "configs", ROOT / "examples" / "configs" / "speech_emotion")
+    recipes = ROOT / "examples" / "configs"
+    places = (ROOT, ROOT / "listen", recipes, recipes / "speech_emotion", recipes / "compare")
     # made by users, or on the Hub
     elsewhere = {name for name in named if name.startswith(("runs/", "datasets/", "facebook/"))}
     if not MINIATURE.exists():

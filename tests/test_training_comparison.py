@@ -23,11 +23,12 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback, set_seed
 
 from listen.evaluation.comparison import load_cells
-from listen.evaluation.comparison_report import write_comparison
+from listen.evaluation.comparison_report import markdown_prompts, write_comparison
 from listen.training import ArgumentError, build_arguments, build_model, build_trainer
 from listen.training.comparison import is_finished, prepare, read_comparison, run_cell, unequal_arguments
 
 REPOSITORY = Path(__file__).parent.parent
+RECIPES = REPOSITORY / "examples" / "configs" / "compare"
 TRAINING = {
     "max_steps": 2,
     "per_device_train_batch_size": 2,
@@ -109,8 +110,11 @@ def test_a_comparison_runs_end_to_end(recipe: Path, finished: Path, tmp_path: Pa
     found = {(row["method"], row["value"]): float(row["number"]) for row in values}
     assert found["pool", "trainable_parameters"] - found["connector alone", "trainable_parameters"] == 12 * 48 * 2
     assert found["connector alone", "parameters_beside_connector"] == 0
-    for name in ("seconds_per_step", "peak_memory_bytes", "eval_lm_loss"):
+    for name in ("seconds_per_step", "peak_memory_bytes", "eval_lm_loss", "pool_used_share"):
         assert found["pool", name] > 0
+    prompts = markdown_prompts(finished, list(METHODS))
+    assert prompts.count("## ") == 1 and "## pool" in prompts and "| asr | " in prompts
+    assert "Overlap of the prompts" in prompts and "cosine between the queries" in prompts
 
 
 def test_a_finished_cell_is_not_run_again(recipe: Path, finished: Path) -> None:
@@ -159,7 +163,7 @@ def test_unequal_arguments_are_named(recipe: Path, tmp_path: Path) -> None:
     assert unequal_arguments(read_comparison(recipe)) == []
     methods = {**METHODS, "longer": {"extends": "pool", "training": {"max_steps": 4}}}
     (sentence,) = unequal_arguments(read_comparison(changed(recipe, tmp_path, methods=methods)))
-    assert "`training.max_steps` is 2, but 4 for longer" in sentence
+    assert "`training.max_steps` is 2, but 4 for 'longer'" in sentence
 
 
 @pytest.mark.parametrize(
@@ -194,6 +198,17 @@ def test_backbones_named_by_hub_id_are_read_from_a_folder(recipe: Path, finished
     folders = (tmp_path / "output" / cell.folder, finished / cell.folder)
     weights, same = (load_file(folder / "model" / "model.safetensors") for folder in folders)
     assert all(torch.equal(weight, same[name]) for name, weight in weights.items())
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_are_fair(path: Path) -> None:
+    comparison = read_comparison(path)
+    assert len(comparison.cells) >= 3 * len(comparison.methods)  # seeds
+    found = " ".join(unequal_arguments(comparison))
+    for name in ("max_steps", "batch_size", "learning_rate", "lr_scheduler", "warmup", "data.train", "evaluation"):
+        assert name not in found
+    for cell in comparison.cells:
+        assert cell.sections["training"]["save_strategy"] == "steps"  # else an interrupted cell starts again
 
 
 @pytest.mark.slow

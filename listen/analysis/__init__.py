@@ -6,7 +6,7 @@ from ..data.extras import extra
 
 with extra("eval"):
     from .pool import PoolAnalysis, analyse_pool
-    from .queries import QueryClusters, project_queries, query_clusters, query_key_similarity
+    from .queries import QueryClusters, project_queries, query_clusters, query_key_similarity, task_cosines
     from .usage import PromptUsage, prompt_usage, task_names
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "prompt_usage",
     "query_clusters",
     "query_key_similarity",
+    "task_cosines",
     "task_names",
 ]

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..data.files import write_json
 from .plots import plot_overlap, plot_query_keys, plot_query_map, plot_usage
-from .queries import QueryClusters, project_queries, query_clusters, query_key_similarity
+from .queries import QueryClusters, project_queries, query_clusters, query_key_similarity, task_cosines
 from .usage import PromptUsage, prompt_usage
 
 _MOST_MAPPED = 2000
@@ -54,6 +54,7 @@ class PoolAnalysis:
             "weighted_jaccard": _pairs(names, usage.weighted_jaccard()),
         }
         if self.clusters is not None:
+            summary["query_cosines"] = _pairs(*task_cosines(self.queries, self.tasks))
             summary["queries"] = {k: None if np.isnan(v) else v for k, v in asdict(self.clusters).items()}
         return summary
 

@@ -83,6 +83,26 @@ def query_key_similarity(queries: np.ndarray, tasks: Sequence[str], keys: np.nda
     return names, np.stack([cosines[of_task == name].mean(axis=0) for name in names])
 
 
+def task_cosines(queries: np.ndarray, tasks: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """Mean cosine between the queries of each two tasks, and between different queries of one task.
+
+    Args:
+        queries: `(examples, width)`.
+        tasks: task of each example.
+
+    Returns:
+        Names of the tasks and `(tasks, tasks)` mean cosines; 1 for a task with a single query and itself.
+    """
+    names, of_task, unit = task_names(tasks), np.asarray(tasks), normalize(queries)
+    counts = np.array([(of_task == name).sum() for name in names])  # (tasks,)
+    sums = np.stack([unit[of_task == name].sum(axis=0) for name in names])  # (tasks, width)
+    cosines = sums @ sums.T / np.outer(counts, counts)
+    pairs = np.maximum(counts * (counts - 1), 1)
+    own = (np.square(sums).sum(axis=1) - counts) / pairs  # without the cosine of a query and itself
+    np.fill_diagonal(cosines, np.where(counts > 1, own, 1.0))
+    return names, cosines
+
+
 def project_queries(queries: np.ndarray, seed: int = 0) -> np.ndarray:
     """`(examples, 2)` t-SNE of the queries by cosine distance (van der Maaten & Hinton 2008).
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,17 @@ from typing import Any
 import numpy as np
 
 from ..data.files import write_text
-from .comparison import SIGNIFICANCE, Cell, Comparison, compare, method_names, seed_interval, tasks_of
+from .comparison import (
+    CELL_FILE,
+    EVALUATION_FOLDER,
+    SIGNIFICANCE,
+    Cell,
+    Comparison,
+    compare,
+    method_names,
+    seed_interval,
+    tasks_of,
+)
 from .comparison_plots import plot_curves, plot_scores
 from .scoring import LOWER_IS_BETTER
 
@@ -39,6 +50,9 @@ FIGURES = (
     Figure("parameters_beside_connector", "of these beside the connector", ",.0f"),
     Figure("seconds_per_step", "seconds a step", ".2f"),
     Figure("peak_memory_bytes", "peak memory, GB", ".2f", 1e-9),
+    Figure("pool_used_share", "share of the prompts in use", ".2f"),
+    Figure("pool_query_cosine", "cosine of queries", ".2f"),
+    Figure("pool_key_cosine", "cosine of keys", ".2f"),
     Figure("eval_lm_loss", "eval LM loss", ".3f"),
 )
 
@@ -108,6 +122,41 @@ def markdown_comparison(
         *_pair_matrix(comparisons, method_names(cells)),
     ]
     return "\n".join([*lines, *(f"\n{note}" for note in notes)]) + "\n"
+
+
+def markdown_prompts(folder: str | Path, methods: Sequence[str]) -> str:
+    """Which tasks share prompts and queries, for every method with a pool, as means over its finished seeds.
+
+    Args:
+        folder: output folder of a comparison.
+        methods: names of the methods, in order.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(Path(folder).glob(f"*/*/{EVALUATION_FOLDER}/pool/pool.json")):
+        cell = json.loads((path.parents[2] / CELL_FILE).read_text(encoding="utf-8"))
+        found.setdefault(cell["method"], []).append(json.loads(path.read_text(encoding="utf-8")))
+    lines = ["# Prompts and queries of the tasks"]
+    for method in (name for name in methods if name in found):
+        lines += ["", f"## {method}"]
+        for name, title in (
+            ("weighted_jaccard", "Overlap of the prompts of two tasks: 1 for the same ones equally often, 0 for none"),
+            ("query_cosines", "Mean cosine between the queries of two tasks"),
+        ):
+            matrices = [pool[name] for pool in found[method] if name in pool]
+            lines += ["", f"{title}:", "", *_task_matrix(matrices)] if matrices else []
+    return "\n".join(lines) + "\n"
+
+
+def _task_matrix(matrices: Sequence[Mapping[str, Mapping[str, float]]]) -> list[str]:
+    """The mean of matrices of tasks; the nearest other task of each row in bold."""
+    tasks = list(matrices[0])
+    lines = [_line(["", *tasks]), _line(["---", *["---:"] * len(tasks)])]
+    for row in tasks:
+        means = {task: float(np.mean([matrix[row][task] for matrix in matrices])) for task in tasks}
+        nearest = max((task for task in tasks if task != row), key=means.__getitem__, default=row)
+        shown = [f"**{means[task]:.2f}**" if task == nearest else f"{means[task]:.2f}" for task in tasks]
+        lines.append(_line([row, *shown]))
+    return lines
 
 
 def markdown_pairs(comparisons: Sequence[Comparison]) -> str:

@@ -218,7 +218,7 @@ def unequal_arguments(comparison: Comparison) -> list[str]:
             groups.setdefault(json.dumps(values.get(name)), []).append(method)
         if len(groups) > 1:
             usual = max(groups, key=lambda value: len(groups[value]))
-            others = [f"{value} for {', '.join(methods)}" for value, methods in groups.items() if value != usual]
+            others = [f"{value} for {', '.join(map(repr, names))}" for value, names in groups.items() if value != usual]
             sentences.append(f"Not the same for all methods: `{name}` is {usual}, but {'; '.join(others)}.")
     return sentences
 
@@ -317,10 +317,12 @@ def _run(cell: Cell, folder: Path, models: str | Path | None, callbacks: Sequenc
     result = train(run.model, run.data, run.training, raw=run.raw, callbacks=[cost, *callbacks])
     further = _evaluate(cell, run, result, folder)
     losses = {name: value for name, value in result.eval_metrics.items() if name in ("eval_lm_loss", "eval_key_loss")}
+    logs = [entry for entry in result.history if "lm_loss" in entry]
+    pool = {name: value for name, value in logs[-1].items() if name.startswith("pool_")} if logs else {}
     content = {
         "method": cell.method,
         "seed": cell.seed,
-        "figures": {**parameter_counts(result.model), **cost.figures(), **losses},
+        "figures": {**parameter_counts(result.model), **cost.figures(), **losses, **pool},
         "further_num_prompts": further,
         "history": result.history,
     }
