@@ -19,8 +19,8 @@ import yaml
 import listen
 from listen.data import get_task, list_tasks, load_manifest
 from listen.presets_listen import PRESETS
-from listen.training.comparison import read_comparison
 from listen.training import parse_arguments
+from listen.training.comparison import read_comparison
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]  # their snippets run

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..analysis.escape import plot_text
 from ..analysis.plots import COLOURS
 from .comparison import Cell, Comparison, method_names, seed_interval, tasks_of
 from .scoring import LOWER_IS_BETTER
@@ -36,7 +37,8 @@ def plot_scores(cells: Sequence[Cell], comparisons: Sequence[Comparison], refere
         _plot_task(axes, cells, methods, task, reference, differing)
         if place % columns:
             axes.set_yticklabels([])
-    figure.suptitle(f"Mean over seeds, 95 % intervals; * differs significantly from {reference}", x=0.01, ha="left")
+    title = f"Mean over seeds, 95 % intervals; * differs significantly from {plot_text(reference)}"
+    figure.suptitle(title, x=0.01, ha="left")
     return figure
 
 
@@ -56,7 +58,7 @@ def _plot_task(
         if method in differing:
             end = max(*values, *(interval or ()))
             axes.annotate("*", (end, row), xytext=(3, -4), textcoords="offset points")
-    axes.set_yticks(range(len(methods)), methods, fontsize=8)
+    axes.set_yticks(range(len(methods)), [plot_text(method) for method in methods], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(left=0)
     better = "lower" if metric in LOWER_IS_BETTER else "higher"
@@ -75,7 +77,7 @@ def plot_curves(cells: Sequence[Cell]) -> Figure:
             continue
         losses = np.array([[curve[step] for step in steps] for curve in curves])  # (seeds, steps)
         style = {"color": COLOURS[place % len(COLOURS)], "linestyle": _LINES[place // len(COLOURS) % len(_LINES)]}
-        axes.plot(steps, losses.mean(axis=0), label=method, linewidth=1.3, **style)
+        axes.plot(steps, losses.mean(axis=0), label=plot_text(method), linewidth=1.3, **style)
         axes.fill_between(steps, losses.min(axis=0), losses.max(axis=0), color=style["color"], alpha=0.12, linewidth=0)
     axes.set(xlabel="step", ylabel="LM loss in training", yscale="log")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..analysis.escape import csv_cell, markdown
 from ..data.files import write_text
 from .comparison import (
     CELL_FILE,
@@ -107,12 +108,12 @@ def markdown_comparison(
         own = [cell for cell in cells if cell.method == method]
         costs = [_figure_cell(own, figure) for figure in figures]
         scores = [_score_cell(own, task, _mark(comparisons, task, reference, method)) for task in tasks]
-        lines.append(_line([method, str(len(own)), *costs, *scores]))
+        lines.append(_line([markdown(method), str(len(own)), *costs, *scores]))
     significant = sum(comparison.better is not None for comparison in comparisons)
     lines += [
         "",
         "Mean over seeds ± half of its 95 % interval (Student's t), which a single seed does not have. (+) and (-): "
-        f"significantly better and worse than {reference!r}.",
+        f"significantly better and worse than {markdown(reference)}.",
         "",
         f"All pairs of methods were compared on all tasks: of {len(comparisons)} comparisons {significant} are "
         f"significant at {SIGNIFICANCE} after Holm's correction for all {len(comparisons)} (paired bootstrap over "
@@ -137,7 +138,7 @@ def markdown_prompts(folder: str | Path, methods: Sequence[str]) -> str:
         found.setdefault(cell["method"], []).append(json.loads(path.read_text(encoding="utf-8")))
     lines = ["# Prompts and queries of the tasks"]
     for method in (name for name in methods if name in found):
-        lines += ["", f"## {method}"]
+        lines += ["", f"## {markdown(method)}"]
         for name, title in (
             ("weighted_jaccard", "Overlap of the prompts of two tasks: 1 for the same ones equally often, 0 for none"),
             ("query_cosines", "Mean cosine between the queries of two tasks"),
@@ -166,13 +167,13 @@ def markdown_pairs(comparisons: Sequence[Comparison]) -> str:
     for one in comparisons:
         interval = " .. ".join(f"{end:.4g}" for end in one.interval)
         values = [f"{value:.4g}" for value in (*one.values, one.difference)]
-        tail = [f"{one.p:.2g}", f"{one.p_holm:.2g}", str(one.num_items), one.better or "not decided"]
+        tail = [f"{one.p:.2g}", f"{one.p_holm:.2g}", str(one.num_items), markdown(one.better or "not decided")]
         lines.append(_line([one.task, f"{one.metric} {_arrow(one.metric)}", *values, interval, *tail]))
     return "\n".join(lines) + "\n"
 
 
 def _pair_matrix(comparisons: Sequence[Comparison], methods: Sequence[str]) -> list[str]:
-    lines = [_line(["", *methods]), _line(["---", *["---:"] * len(methods)])]
+    lines = [_line(["", *map(markdown, methods)]), _line(["---", *["---:"] * len(methods)])]
     for row in methods:
         cells = []
         for column in methods:
@@ -180,7 +181,7 @@ def _pair_matrix(comparisons: Sequence[Comparison], methods: Sequence[str]) -> l
             wins = [one.better for one in own]
             counts = (wins.count(row), wins.count(column), wins.count(None))
             cells.append(" / ".join(map(str, counts)) if own else "")
-        lines.append(_line([row, *cells]))
+        lines.append(_line([markdown(row), *cells]))
     return lines
 
 
@@ -262,5 +263,5 @@ def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]) if rows else ["method"], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: csv_cell(v) if isinstance(v, str) else v for name, v in row.items()} for row in rows)
     write_text(path, text.getvalue())
