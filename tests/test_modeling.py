@@ -15,6 +15,7 @@ from fixtures_training import tiny_processor
 from transformers import AutoModelForCausalLM
 
 from listen import ListenModel
+from listen.configuration_listen import ListenPromptPoolConfig
 from listen.modeling_connector import resample_frames
 from listen.modeling_listen import ListenForConditionalGeneration
 
@@ -180,7 +181,7 @@ def test_the_query_is_the_mean_of_audio_and_text(shared_model: ListenForConditio
     torch.testing.assert_close(shared_model(**inputs).query[0], torch.cat([heard, text]).mean(0))
 
 
-def test_the_query_of_the_text_alone_does_not_hear_the_audio() -> None:
+def test_the_query_of_the_text_alone_does_not_depend_on_the_audio() -> None:
     pool = {"pool_size": 12, "num_prompts": 4, "query_source": "text"}
     model = tiny_model(prompt_pool_config=pool).eval()
     inputs, other = make_inputs(model, [[clip(1.0)]]), make_inputs(model, [[clip(2.0, seed=1)]])
@@ -188,6 +189,28 @@ def test_the_query_of_the_text_alone_does_not_hear_the_audio() -> None:
     with torch.no_grad():
         torch.testing.assert_close(model(**inputs).query[0], text.mean(0))
         torch.testing.assert_close(model(**other).query[0], text.mean(0))
+
+
+def test_each_row_of_a_batch_gets_the_query_of_its_own_adapter() -> None:
+    model = tiny_model(prompt_pool_config={"pool_size": 12, "num_prompts": 4, "query_source": "text"})
+    model.add_adapter(ListenPromptPoolConfig(pool_size=12, num_prompts=4), "all")
+    inputs = make_inputs(model.eval(), ROWS)
+    names = ["all", "default", "all", "default"][: len(ROWS)]
+    with torch.no_grad():
+        mixed = model(**inputs, adapter_names=names).query
+        of_all, of_text = (model(**inputs, adapter_names=[n] * len(ROWS)).query for n in ("all", "default"))
+    assert not torch.allclose(of_all, of_text)
+    expected = [of_all[i] if name == "all" else of_text[i] for i, name in enumerate(names)]
+    torch.testing.assert_close(mixed, torch.stack(expected))
+
+
+def test_values_of_a_fresh_model_start_at_embeddings_of_distinct_tokens() -> None:
+    pool = ListenPromptPoolConfig(pool_size=12, num_prompts=4, value_start="vocabulary")
+    model = tiny_model()
+    model.add_adapter(pool, "fresh")
+    table = model.get_input_embeddings().weight
+    tokens = [int((table == value).all(-1).nonzero()) for value in model.adapters["fresh"].prompt_pool.values]
+    assert len(set(tokens)) == 12
 
 
 def test_encoder_frames_replace_features(shared_model: ListenForConditionalGeneration) -> None:
