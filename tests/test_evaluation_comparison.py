@@ -92,6 +92,32 @@ def test_seeds_that_disagree_widen_the_interval(tmp_path: Path) -> None:
     assert widths["unsteady"] > 3 * widths["steady"]
 
 
+@pytest.mark.parametrize("num_methods", [2, 8])
+def test_methods_that_differ_by_seeds_alone_are_rarely_told_apart(tmp_path: Path, num_methods: int) -> None:
+    """The same expected rate, moved by the seed: without the spread over seeds most pairs would differ."""
+    rng, p_values = np.random.default_rng(num_methods), []
+    for trial in range(32 // num_methods):
+        cells = [
+            cell(tmp_path / str(trial), f"m{method}", seed, er=draw(rng.uniform(0.35, 0.65), rng.integers(2**31)))
+            for method in range(num_methods)
+            for seed in range(3)
+        ]
+        p_values += [one.p for one in compare(cells, num_resamples=50)]
+    assert np.mean([p < 0.05 for p in p_values]) < 0.1
+
+
+def test_a_difference_beyond_the_seeds_is_found_among_many(tmp_path: Path) -> None:
+    """With eight methods the pooled spread decides what three seeds of two methods leave open."""
+    rates = [0.5, 0.5, 0.52, 0.48, 0.5, 0.51, 0.49, 0.9]
+    cells = [
+        cell(tmp_path, f"m{method}", seed, er=draw(rate, 100 * seed + method))
+        for method, rate in enumerate(rates)
+        for seed in range(3)
+    ]
+    found = [one.better for one in compare(cells)]
+    assert found.count("m7") == 7 and found.count(None) == 21
+
+
 def test_only_seeds_that_both_have_are_compared(tmp_path: Path) -> None:
     cells = [cell(tmp_path, "a", seed, er=draw(0.5, seed)) for seed in (0, 1)]
     (found,) = compare([*cells, cell(tmp_path, "b", 1, er=draw(0.5, 1))])

@@ -5,7 +5,10 @@ data order and their start. Its standard error has two parts:
 
 - examples: a paired bootstrap, all runs on the same resampled examples, for any metric that is a function of a set of
   examples (word error rate, BLEU, event F1, accuracy)
-- seeds: the standard deviation of the difference between seeds, over the square root of their number
+- seeds: the spread of the difference between seeds, over the square root of their number. A few seeds give a poor
+  estimate of it, so it is pooled over all methods of the table: the residual of a layout of methods by seeds, as in a
+  randomised block design. Methods whose scores do not vary with the seed are left out, and where the spread of the two
+  methods themselves is larger, that one is used.
 
 They are added in squares, and the quotient of difference and error is compared with a t distribution whose degrees of
 freedom follow Satterthwaite (1946). With one seed the second part is unknown: the test then speaks of these two models
@@ -195,13 +198,14 @@ def compare(cells: Sequence[Cell], num_resamples: int = NUM_RESAMPLES, seed: int
     for task in tasks_of(cells):
         runs = {(cell.method, cell.seed): cell.items[task] for cell in cells if task in cell.items}
         values = _resampled_values(task, runs, num_resamples, seed)
+        spread = _pooled_spread({run: float(points[0]) for run, points in values.items()})
         for first, second in itertools.combinations(methods, 2):
             seeds = [number for name, number in runs if name == first and (second, number) in runs]
             if seeds:
                 pair = [np.stack([values[name, number] for number in seeds]) for name in (first, second)]
                 items = runs[first, seeds[0]]
                 head = {"task": task, "metric": items.name, "first": first, "second": second}
-                found.append({**head, **_test(*pair, num_items=len(items.keys))})
+                found.append({**head, **_test(*pair, spread, num_items=len(items.keys))})
     corrected = holm([entry["p"] for entry in found])
     return [Comparison(**entry, p_holm=p) for entry, p in zip(found, corrected, strict=True)]
 
@@ -281,20 +285,51 @@ def _resampled_values(
     return {run: np.array([items.value(), *items.resampled(draws)]) for run, items in runs.items()}
 
 
-def _test(first: np.ndarray, second: np.ndarray, num_items: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Spread:
+    """Variance over seeds of the difference between two methods, and the degrees of freedom of its estimate."""
+
+    variance: float = 0.0
+    freedom: int = 0
+
+
+def _pooled_spread(values: Mapping[tuple[str, int], float]) -> _Spread:
+    """Spread over seeds, pooled over methods; empty with fewer than two methods that vary or two seeds that all have.
+
+    Args:
+        values: score of each method and seed.
+    """
+    by_method: dict[str, dict[int, float]] = {}
+    for (method, number), value in values.items():
+        by_method.setdefault(method, {})[number] = value
+    varying = [scores for scores in by_method.values() if len(scores) > 1 and len(set(scores.values())) > 1]
+    seeds = sorted(set.intersection(*(set(scores) for scores in varying))) if varying else []
+    if len(varying) < 2 or len(seeds) < 2:
+        return _Spread()
+    freedom = (len(varying) - 1) * (len(seeds) - 1)
+    table = np.array([[scores[number] for number in seeds] for scores in varying])  # (methods, seeds)
+    residuals = table - table.mean(axis=1, keepdims=True) - table.mean(axis=0, keepdims=True) + table.mean()
+    return _Spread(2 * float(np.square(residuals).sum()) / freedom, freedom)
+
+
+def _test(first: np.ndarray, second: np.ndarray, spread: _Spread, num_items: int) -> dict[str, Any]:
     """Test the difference between two methods.
 
     Args:
         first: `(seeds, 1 + resamples)` values of a method, the first column over all examples.
         second: the same of the other method.
+        spread: pooled over all methods.
         num_items: number of examples.
     """
     differences = first - second  # (seeds, 1 + resamples)
     num_seeds, point = len(differences), float(differences[:, 0].mean())
     from_items = float(np.nanvar(differences[:, 1:].mean(axis=0), ddof=1))
-    from_seeds = float(differences[:, 0].var(ddof=1)) / num_seeds if num_seeds > 1 else 0.0
+    from_seeds, seed_freedom = 0.0, num_seeds - 1
+    if num_seeds > 1:
+        from_seeds = max(float(differences[:, 0].var(ddof=1)), spread.variance) / num_seeds
+        seed_freedom = max(seed_freedom, spread.freedom)
     variance = from_items + from_seeds
-    freedom = (num_seeds - 1) * (variance / from_seeds) ** 2 if from_seeds > 0 else math.inf
+    freedom = seed_freedom * (variance / from_seeds) ** 2 if from_seeds > 0 else math.inf
     error = math.sqrt(variance)
     if error > 0:
         p = float(2 * stats.t.sf(abs(point) / error, freedom))
