@@ -25,6 +25,7 @@ from transformers import TrainerCallback, set_seed
 from listen.evaluation.comparison import load_cells
 from listen.evaluation.comparison_report import markdown_prompts, write_comparison
 from listen.training import ArgumentError, build_arguments, build_model, build_trainer
+from listen.training.build import build_config
 from listen.training.comparison import is_finished, prepare, read_comparison, run_cell, unequal_arguments
 
 REPOSITORY = Path(__file__).parent.parent
@@ -209,6 +210,9 @@ def test_shipped_recipes_are_fair(path: Path) -> None:
         assert name not in found
     for cell in comparison.cells:
         assert cell.sections["training"]["save_strategy"] == "steps"  # else an interrupted cell starts again
+        model = build_arguments(cell.sections).model
+        if Path(model.language_model).is_dir():
+            build_config(model)  # its pool's fields fit each other
 
 
 @pytest.mark.slow
