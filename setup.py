@@ -94,7 +94,9 @@ setup(
     ],
     package_dir={"": "."},  # makes the editable install a plain path, which type checkers follow
     packages=find_packages(include=["listen", "listen.*"]),
-    package_data={"listen": ["py.typed"]},
+    py_modules=["listen_command"],  # beside the package, so that `listen --help` need not import torch
+    entry_points={"console_scripts": ["listen = listen_command:main"]},
+    package_data={"listen": ["py.typed", "recipes/*.yaml", "recipes/*/*.yaml"]},  # a link to examples/configs
     include_package_data=False,
     python_requires=">=3.11",  # set by transformers 5.23; the code itself keeps to Python 3.10
     install_requires=REQUIRED,

@@ -1,47 +1,9 @@
-"""Train a classifier of speech over a frozen encoder, such as the emotion classifier of a cascade.
+"""The command `listen train-classifier` as a script, see `listen/commands/train_classifier.py`.
 
-    python examples/train_classifier.py --config examples/configs/speech_emotion/classifier.yaml
-    python examples/train_classifier.py ... --data.train my.jsonl --data.label_field label --training.seed 1
-
-Arguments are those of `listen.training.classifier_arguments`. The run's folder (`--training.output_dir`) gets the
-logs, what is needed to repeat the run, and the classifier under `model/`, ready for `pipeline("audio-classification")`
-and for `examples/evaluate_tasks.py --cascade`.
+accelerate launch examples/train_classifier.py ...
 """
 
-from __future__ import annotations
-
-import signal
-import sys
-
-from transformers.utils import logging
-
-from listen.data import ManifestError
-from listen.data.files import FolderInUseError
-from listen.training import ArgumentError, TrainingStopped, parse_arguments
-from listen.training.classifier import train_classifier
-from listen.training.classifier_arguments import CLASSIFIER_SECTIONS
-
-
-def main() -> None:
-    """Parse the command line, train, and print the scores on held-out rows."""
-    if "--help" in sys.argv or "-h" in sys.argv:
-        print(__doc__)
-        return
-    logging.set_verbosity_info()
-    try:
-        run = parse_arguments(sys.argv[1:], CLASSIFIER_SECTIONS)
-        result = train_classifier(run.model, run.data, run.training, raw=run.raw)
-    except (ArgumentError, ManifestError, FolderInUseError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
-    except TrainingStopped as stop:
-        print(stop)
-        sys.exit(128 + signal.SIGTERM)
-    for name in ("accuracy", "uar"):
-        if f"eval_{name}" in result.eval_metrics:
-            print(f"{name}: {result.eval_metrics[f'eval_{name}']:.3f}")
-    if run.training.should_save:
-        print(f"model saved to {result.model_folder}")
-
+from listen_command import run
 
 if __name__ == "__main__":
-    main()
+    run("train-classifier")

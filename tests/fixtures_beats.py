@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from fixtures_examples import load_example
-
+from listen.commands import convert_beats
 from listen.modeling_beats import BeatsForAudioClassification, BeatsModel
-
-convert_beats = load_example("convert_beats")
 
 
 def from_checkpoint(checkpoint: dict, attention: str = "sdpa") -> BeatsModel | BeatsForAudioClassification:

@@ -28,9 +28,9 @@ def tracked(pattern: str, *folders: str) -> list[Path]:
 
 
 LIBRARY = tracked("*.py", "listen")
-FLAT = [path for path in LIBRARY if path.parent == PACKAGE and path.stem != "__init__"]
+FLAT = [path for path in LIBRARY if path.parent == PACKAGE and path.stem not in ("__init__", "__main__")]
 DOORS = sorted(ROOT.glob("*_listen.py"))
-SCRIPTS = [*tracked("*.py", "examples", "benchmarks"), *DOORS, ROOT / "setup.py"]
+SCRIPTS = [*tracked("*.py", "examples", "benchmarks"), *DOORS, ROOT / "listen_command.py", ROOT / "setup.py"]
 TESTS = tracked("*.py", "tests")
 RECIPES = tracked("*.yaml", "examples")
 PAGES = tracked("*.md")

@@ -9,10 +9,10 @@ import pytest
 import torch
 from conftest import tiny_config, tiny_model
 from fixtures_classification import LABELS, noise, tiny_classifier
-from fixtures_examples import load_example
 from fixtures_training import RATE, tiny_processor, write_clip, write_manifest
 
 from listen import ListenAudioClassificationFeatureExtractor
+from listen.commands import evaluate
 from listen.data import ListenCollator, load_manifest
 from listen.evaluation import evaluate_model
 from listen.evaluation.cascade import classify_rows, tag_rows
@@ -99,7 +99,7 @@ def test_the_script_classifies_only_what_is_asked_and_keeps_it_when_a_sweep_fail
     data = ["--data", str(manifest), str(pair), "--tasks", "repeat", "--max-new-tokens", "2", "--sweep", "1000"]
     monkeypatch.setattr("sys.argv", ["evaluate_tasks.py", *folders, *data])
     with pytest.raises(ValueError, match="num_prompts=1000"):
-        load_example("evaluate_tasks").main()
+        evaluate.main()
     lines = (tmp_path / "results" / "predictions.jsonl").read_text().splitlines()
     assert len(lines) == 2 and all("English: <" in json.loads(line)["instruction"] for line in lines)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from fixtures_corpora import BUILDERS
-from fixtures_examples import load_example
 from fixtures_training import write_clip, write_manifest
 
+from listen.commands import check_data
 from listen.data.check import check_source
 from listen.data.sources import DataSource
 
@@ -75,7 +75,7 @@ def test_an_incomplete_or_absent_corpus_is_a_problem(tmp_path: Path) -> None:
 def run_script(monkeypatch: pytest.MonkeyPatch, *words: str) -> object:
     monkeypatch.setattr(sys, "argv", ["check_data.py", *words])
     with pytest.raises(SystemExit) as stopped:
-        load_example("check_data").main()
+        check_data.main()
     return stopped.value.code
 
 

@@ -10,20 +10,19 @@ import pytest
 import torch
 from conftest import clip, tiny_model
 from fixtures_backbones import save_backbones
-from fixtures_examples import load_example
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from salmonn_reference import FULL, LORA_ALPHA, LORA_RANK, TINY, embed, synthetic_checkpoint, tensor_shapes
 from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, LlamaConfig, LlamaTokenizer
 
 from listen import ListenConfig, ListenForConditionalGeneration, ListenProcessor
+from listen.commands import convert_salmonn
 from listen.data.features import EncodedRecording, collate_features
 from listen.data.precompute import _encode_batch
 from listen.feature_extraction_listen import ListenFeatureExtractor
 from listen.modeling_beats import BeatsModel
 from listen.outputs_listen import EncodedAudio
 
-convert_salmonn = load_example("convert_salmonn")
 TOKENS = 88  # of 30 s
 LORA = "llama_model.base_model.model.model.layers.{}.self_attn.{}_proj.lora_{}.default.weight"
 

@@ -15,9 +15,9 @@ from conftest import tiny_model
 from datasets import Dataset, Features
 from datasets.arrow_writer import ArrowWriter
 from fixtures_backbones import model_section, save_backbones
-from fixtures_examples import load_example
 from fixtures_training import small_corpus, tiny_processor, write_clip, write_manifest
 
+from listen.commands import precompute
 from listen.data import FeatureStore, FeatureStoreError, load_manifest, precompute_features
 from listen.data.audio import read_clips
 from listen.data.features import EncodedRecording, collate_features, recording_keys, store_info, write_shard
@@ -268,7 +268,7 @@ def test_a_store_of_an_earlier_version_is_read_and_extended(tmp_path: Path) -> N
 def test_the_script_encodes_and_verifies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    manifest, script = small_corpus(tmp_path, num_rows=3), load_example("precompute_features")
+    manifest, script = small_corpus(tmp_path, num_rows=3), precompute
     training = {"use_cpu": True, "report_to": "none", "output_dir": str(tmp_path / "run")}
     data = {"train": [str(manifest)], "features": str(tmp_path / "features")}
     recipe = {"model": model_section(save_backbones(tmp_path / "backbones")), "data": data, "training": training}

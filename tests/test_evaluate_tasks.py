@@ -10,16 +10,16 @@ from types import ModuleType
 import pytest
 from conftest import tiny_model
 from fixtures_corpora import BUILDERS
-from fixtures_examples import load_example
 from fixtures_training import tiny_processor, write_clip, write_manifest
 
+from listen.commands import evaluate
 from listen.training import ArgumentError, DataArguments, build_train_dataset
 from listen.training.datasets import build_eval_dataset
 
 
 @pytest.fixture()
 def script() -> ModuleType:
-    return load_example("evaluate_tasks")
+    return evaluate
 
 
 def read(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *words: str) -> DataArguments:

@@ -139,10 +139,16 @@ def expected_modules() -> set[str]:
     return {str(path.relative_to(ROOT)) for path in (ROOT / "listen").rglob("*.py")}
 
 
+def expected_recipes() -> set[str]:
+    """Archive names of the recipes, which lie below examples."""
+    configs = ROOT / "examples" / "configs"
+    return {f"listen/recipes/{path.relative_to(configs)}" for path in configs.rglob("*.yaml")}
+
+
 def test_wheel_holds_exactly_the_package(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     info = {name for name in names if ".dist-info/" in name}
-    assert names - info == expected_modules() | {"listen/py.typed"}
+    assert names - info == expected_modules() | expected_recipes() | {"listen/py.typed", "listen_command.py"}
     assert any(name.endswith("LICENSE") for name in info)
 
 

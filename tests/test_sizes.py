@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import clip, make_inputs, tiny_config, tiny_model
-from fixtures_examples import load_example
 from fixtures_language_models import family_text_config
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from listen import ListenConfig
 from listen.analysis.sizes import Sizes, cache_bytes, measure_sizes
+from listen.commands import cost
 from listen.presets_listen import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS, TEXT = 1.5, 9
-SCRIPT = load_example("sizes")
+SCRIPT = cost
 
 
 @pytest.fixture(scope="module")

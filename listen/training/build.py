@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file, logging
 
-from ..configuration_listen import ListenConfig
+from ..configuration_listen import ListenConfig, ListenPromptPoolConfig
 from ..data.collator import ListenCollator
 from ..modeling_listen import ListenForConditionalGeneration, ListenModel
 from ..presets_listen import PRESETS
@@ -105,11 +106,21 @@ def adapter_settings(arguments: ModelArguments) -> dict[str, Any]:
     preset = PRESETS[arguments.preset]() if arguments.preset else {}
     pool = {**(preset.get("prompt_pool_config") or {}), **arguments.prompt_pool}
     without_pool = pool.get("pool_size") == 0 or (preset and not pool)
+    if not without_pool:
+        _check_pool(pool)
     return {
         "connector_config": {**(preset.get("connector_config") or {}), **arguments.connector},
         "prompt_pool_config": None if without_pool else pool,
         "trainable": arguments.trainable or preset.get("trainable"),
     }
+
+
+def _check_pool(settings: Mapping[str, Any]) -> None:
+    """Refuse settings that exclude each other, such as a pool smaller than the preset's k, before anything loads."""
+    try:
+        ListenPromptPoolConfig(**settings)
+    except ValueError as error:
+        raise ArgumentError(f"model.prompt_pool: {error}") from error
 
 
 def stop_at_end_of_turn(model: ListenForConditionalGeneration, processor: ListenProcessor) -> None:

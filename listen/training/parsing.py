@@ -24,6 +24,9 @@ import yaml
 from .arguments import SECTIONS, DataArguments, ListenTrainingArguments, ModelArguments
 from .values import ArgumentError, check_values, closest_name, field_names, refuse_unknown
 
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+"""The recipes of the package: in the repository a link to `examples/configs`."""
+
 
 @dataclass(frozen=True)
 class RunArguments:
@@ -97,11 +100,34 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     A recipe may name another one as `extends`, by its path relative to its own folder, and give only what differs:
     mappings are merged, all other values, lists too, replace those of the other recipe.
 
+    Args:
+        path: of a file, or the name of a recipe of the package, such as `listen-llama3-8b`.
+
     Raises:
         ArgumentError: it is not YAML, or not a mapping, or recipes extend each other in a circle.
         FileNotFoundError: there is no such file.
     """
-    return _read_recipe(Path(path), ())
+    return _read_recipe(find_recipe(path), ())
+
+
+def find_recipe(path: str | os.PathLike[str]) -> Path:
+    """The file of a recipe that is given by its path, or by its name where the package has it.
+
+    Raises:
+        FileNotFoundError: there is no such file and no such name.
+    """
+    if Path(path).is_file():
+        return Path(path)
+    packaged = RECIPES / f"{os.fspath(path).removesuffix('.yaml')}.yaml"
+    if packaged.is_file():
+        return packaged
+    known = sorted(str(file.relative_to(RECIPES).with_suffix("")) for file in recipe_files())
+    raise FileNotFoundError(f"No such file or recipe {os.fspath(path)!r}{closest_name(os.fspath(path), known)}")
+
+
+def recipe_files() -> list[Path]:
+    """All recipes of the package."""
+    return [*RECIPES.glob("*.yaml"), *RECIPES.glob("*/*.yaml")]
 
 
 def _read_recipe(path: Path, heirs: tuple[Path, ...]) -> dict[str, Any]:

@@ -1,0 +1,79 @@
+"""The command `listen`, which lists the commands and runs one of them.
+
+It stands beside the package, as importing that takes seconds: `listen --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "ask": "ask a model about audio files",
+    "train": "train an adapter",
+    "train-classifier": "train a classifier over a frozen encoder",
+    "eval": "evaluate a model: metrics, predictions and a report",
+    "compare": "compare runs in one table",
+    "precompute": "encode all audio of a recipe once and store the features",
+    "targets": "generate the targets of behavioural alignment",
+    "check-data": "check data before a run: counts, hours, labels, broken files",
+    "cost": "print parameters, memory and FLOPs of a model before it is built",
+    "convert-beats": "convert a published BEATs checkpoint",
+    "convert-salmonn": "convert a published SALMONN checkpoint",
+}
+MODULES = {"eval": "evaluate"}  # where the module has another name than the command
+# Errors of use, of the machine or of what is installed. Others are errors of the code and keep their traceback.
+ERRORS = (ValueError, OSError, ImportError)
+
+
+def usage() -> str:
+    """The text of `listen --help`."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: listen COMMAND ...",
+            "",
+            "A frozen text LLM with audio input.",
+            "",
+            *lines,
+            "",
+            "`listen COMMAND --help` shows the arguments of a command.",
+            "The variable LISTEN_TRACEBACK=1 shows the traceback of an error.",
+        ]
+    )
+
+
+def run(name: str) -> None:
+    """Run one command with the words of `sys.argv`. An error of use ends it with one line and exit status 1."""
+    try:
+        module = importlib.import_module(f"listen.commands.{MODULES.get(name, name.replace('-', '_'))}")
+        module.main()
+    except ERRORS as error:
+        if os.environ.get("LISTEN_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error or type(error).__name__}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """The entry point: `given` in place of the words of the command line."""
+    words = list(sys.argv[1:] if given is None else given)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return
+    name, *rest = words
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(COMMANDS)}"
+        sys.exit(f"error: there is no command {name!r}; {hint}")
+    sys.argv = [f"listen {name}", *rest]  # argparse names the program by it
+    run(name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""The command `listen`: what it lists, how it ends, and what its scripts and recipes share."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import tiny_model
+from fixtures_repository import PACKAGE, RECIPES, ROOT
+
+import listen_command
+from listen.commands.train import parameter_counts, start_table
+from listen.training import ArgumentError, ModelArguments
+from listen.training.build import build_model
+from listen.training.parsing import find_recipe, read_config, recipe_files
+
+
+def test_help_lists_each_command_and_imports_no_torch() -> None:
+    program = "import sys, listen_command; listen_command.main(['--help']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    modules = {path.stem for path in (PACKAGE / "commands").glob("*.py")} - {"__init__", "published_checkpoint"}
+    named = {listen_command.MODULES.get(name, name.replace("-", "_")) for name in listen_command.COMMANDS}
+    assert named == modules
+    assert all(f"  {name} " in done.stdout for name in listen_command.COMMANDS)
+
+
+@pytest.mark.parametrize("name", listen_command.COMMANDS)
+def test_each_command_shows_its_help(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(sys, "argv", ["listen"])
+    try:
+        listen_command.main([name, "--help"])
+    except SystemExit as ended:
+        assert ended.code == 0
+    assert f"listen {name} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tarin"], "error: there is no command 'tarin'; did you mean train?"),
+        (["train", "--config", "no-such-recipe"], "error: No such file or recipe 'no-such-recipe'"),
+        (["train", "--model.preset", "none", "--training.use_cpu"], "error: name model.speech_encoder"),
+        (["check-data", "none.yaml"], "error: No such file or recipe 'none.yaml'"),
+        (["eval", "--model", "none"], "error: no data to evaluate on"),
+    ],
+)
+def test_an_error_of_use_is_one_line(words: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["listen"])
+    monkeypatch.delenv("LISTEN_TRACEBACK", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        listen_command.main(words)
+    assert str(ended.value.code).startswith(message) and "\n" not in str(ended.value.code)
+
+
+def test_recipes_are_found_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {path.resolve() for path in recipe_files()} == {path.resolve() for path in RECIPES}
+    monkeypatch.chdir(tmp_path)
+    assert read_config("listen-llama3-8b") == read_config(ROOT / "examples" / "configs" / "listen-llama3-8b.yaml")
+    assert read_config("speech_emotion/v2")["model"]
+    (tmp_path / "demo.yaml").write_text("model: {dtype: float32}\n")
+    assert find_recipe("demo.yaml") == Path("demo.yaml")  # a file of the user's comes first
+    with pytest.raises(FileNotFoundError, match=r"'listen-lama3-8b'; did you mean listen-llama3-8b\?"):
+        find_recipe("listen-lama3-8b")
+
+
+def test_a_pool_smaller_than_the_presets_k_is_refused_before_anything_loads() -> None:
+    names = {"speech_encoder": "none/at-all", "language_model": "none/at-all", "preset": "listen-llama3-8b"}
+    with pytest.raises(ArgumentError, match=r"model.prompt_pool: num_prompts=\d+ must lie in 1..pool_size=5"):
+        build_model(ModelArguments(**names, prompt_pool={"pool_size": 5}))
+
+
+def test_the_table_at_the_start_counts_each_parameter_once() -> None:
+    model = tiny_model()
+    counts = parameter_counts(model)
+    assert sum(total for total, _ in counts.values()) == sum(p.numel() for p in model.parameters())
+    assert {part for part, (_, trainable) in counts.items() if trainable} == {"adapters"}
+    assert start_table(model, {"asr": 3}, steps=7).row_count == len(counts) + 1 < 10
