@@ -73,7 +73,10 @@ def training_steps(
         ).backward()
 
     def whole() -> None:
-        model(**inputs, labels=labels, logits_to_keep=kept, use_cache=False).loss.backward()
+        # all the text is the answer, so some of it has to pick the prompts
+        model(
+            **inputs, labels=labels, query_mask=torch.ones_like(ids), logits_to_keep=kept, use_cache=False
+        ).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -54,6 +54,7 @@ THEMES = {
     *("consistency", "layers", "packaging", "readme", "benchmarks"),  # the repository
     *("modeling", "configuration", "listen_tiny", "real_models", "remote_code", "quantization"),  # the whole model
     *("context", "conv_rotary", "learned_encoder", "speech_features", "kills"),  # one feature across modules
+    *("ids_and_masks", "processing_fuzz"),  # inputs that are odd or wrong
     *("devices", "hf_callers"),  # machines and stock code around the whole model
 }
 
