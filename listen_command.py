@@ -48,9 +48,17 @@ def usage() -> str:
 
 
 def run(name: str) -> None:
-    """Run one command with the words of `sys.argv`. An error of use ends it with one line and exit status 1."""
+    """Run one command with the words of `sys.argv`. An error of use ends it with one line and exit status 1.
+
+    Progress bars are left out where the output is redirected.
+    """
+    quiet = not sys.stderr.isatty()
+    if quiet:
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read when datasets is imported
     try:
         module = importlib.import_module(f"listen.commands.{MODULES.get(name, name.replace('-', '_'))}")
+        if quiet:
+            importlib.import_module("transformers.utils.logging").disable_progress_bar()
         module.main()
     except ERRORS as error:
         if os.environ.get("LISTEN_TRACEBACK"):
