@@ -14,7 +14,8 @@ from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
 from .checkpoint_listen import HUB_KWARGS, check_backbone
-from .configuration_listen import BACKBONES, ListenConnectorConfig, ListenPromptPoolConfig, check_padding
+from .configuration_adapter import ListenConnectorConfig, ListenPromptPoolConfig, check_padding
+from .configuration_listen import BACKBONES
 from .language_models_listen import mean_embedding, random_embeddings
 from .layer_prompts_listen import LayerPrompts
 from .lora_listen import ADAPTERS_OF_THREAD, LoraMixin
@@ -356,6 +357,7 @@ class AdapterMixin(LoraMixin):
 
     @active_adapter.setter
     def active_adapter(self, name: str | None) -> None:
+        """Make an adapter the active one; `None` disables all."""
         if not self._of_thread.rename(name):
             self._active_adapter = name
 

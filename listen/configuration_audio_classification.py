@@ -7,7 +7,8 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .configuration_listen import BackbonesConfigMixin, _StrictConfig
+from .configuration_adapter import StrictConfig
+from .configuration_listen import BackbonesConfigMixin
 from .geometry_listen import speech_geometry
 
 _AUTO_MAP = {
@@ -17,7 +18,7 @@ _AUTO_MAP = {
 }
 
 
-class ListenAudioClassificationConfig(BackbonesConfigMixin, _StrictConfig):
+class ListenAudioClassificationConfig(BackbonesConfigMixin, StrictConfig):
     """A frozen speech encoder under a time- and layer-wise Transformer (TLTR; Gong et al. 2023, arXiv 2307.03183).
 
     The defaults are the paper's TL-TR-512 for Whisper large. Labels are given as `id2label`, `label2id` follows.

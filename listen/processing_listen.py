@@ -45,7 +45,7 @@ from .chat_listen import (
     plain_message,
     split_keywords,
 )
-from .configuration_listen import ListenConnectorConfig, check_padding
+from .configuration_adapter import ListenConnectorConfig, check_padding
 from .feature_extraction_listen import feature_extractor_for
 from .language_models_listen import check_context, context_limit
 from .placeholders_listen import AUDIO_TOKEN, PROMPT_TOKEN, check_unicode, place_token, prepare_padding, tokenizer_for

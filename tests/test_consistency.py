@@ -54,8 +54,8 @@ THEMES = {
     *("consistency", "layers", "packaging", "readme", "benchmarks"),  # the repository
     *("modeling", "configuration", "listen_tiny", "real_models", "remote_code", "quantization"),  # the whole model
     *("context", "conv_rotary", "learned_encoder", "speech_features", "kills"),  # one feature across modules
-    *("ids_and_masks", "processing_fuzz"),  # inputs that are odd or wrong
-    *("devices", "hf_callers"),  # machines and stock code around the whole model
+    *("prompts_in_layers", "ids_and_masks", "processing_fuzz"),  # likewise, and inputs that are odd or wrong
+    *("devices", "hf_callers", "publishing"),  # machines, stock code and the Hub around the whole model
 }
 
 

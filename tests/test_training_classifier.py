@@ -150,7 +150,7 @@ def test_data_that_tells_nothing_is_named(manifest: Path, tmp_path: Path) -> Non
         train(manifest, tmp_path / "run", held_out_speakers=0.0, eval=str(empty))
     lines = [line for line in manifest.read_text().splitlines() if '"hum"' in line]
     (manifest.parent / "hums.jsonl").write_text("\n".join(lines) + "\n")
-    with pytest.raises(ArgumentError, match=r"the training rows name the classes \['hum'\]; two or more"):
+    with pytest.raises(ArgumentError, match=r"the training rows name the classes \['hum'\]; .*two or more"):
         train(manifest, tmp_path / "run", train=str(manifest.parent / "hums.jsonl"))
 
 

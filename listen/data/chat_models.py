@@ -108,7 +108,8 @@ class LocalChatModel:
 
     def _render(self, messages: Conversation, **options: bool) -> str:
         render = partial(self.tokenizer.apply_chat_template, tokenize=False)
-        return render(fit_template(list(messages), render), **options)
+        fitted = fit_template(list(messages), lambda conversations: (render(conversations), None))
+        return render(fitted, **options)
 
     def _stop_ids(self) -> list[int]:
         """The tokens that end an answer: those of the checkpoint and that of its chat template."""
