@@ -462,7 +462,10 @@ def test_a_changed_backbone_is_written_and_named(backbones: Path, tmp_path: Path
         fresh(backbones), LoraConfig(target_modules=r"language_model.*q_proj", init_lora_weights=False)
     ).merge_and_unload()
     logging.get_logger("listen").addHandler(caplog.handler)
-    model.save_pretrained(tmp_path / "merged")
+    try:
+        model.save_pretrained(tmp_path / "merged")
+    finally:
+        logging.get_logger("listen").removeHandler(caplog.handler)
     assert "frozen language_model is not the one in" in caplog.text and "the folder language_model" in caplog.text
     bases = json.loads((tmp_path / "merged" / "config.json").read_text())["base_models"]
     assert bases["language_model"]["base_model_name_or_path"] == "./language_model"

@@ -378,5 +378,5 @@ def test_two_processes_give_what_one_gives(setup, manifest, result, tmp_path):
     for task in METRICS:
         assert metrics[task] == pytest.approx(result.metrics[task], rel=1e-3)
     assert metrics["details"]["settings"]["num_processes"] == 2
-    assert json.loads((tmp_path / "eval" / "sweep" / "sweep.json").read_text())["num_prompts"].keys() == {"2", "4"}
+    assert json.loads((tmp_path / "eval" / "sweep" / "sweep.json").read_text())["num_prompts"].keys() == {"0", "2", "4"}
     assert run.stdout.count("report.html") == 1

@@ -107,9 +107,11 @@ def test_the_settings_of_the_checkpoint_are_kept(tmp_path: Path) -> None:
     assert torch.equal(extractor(noise(5000), sampling_rate=RATE)["input_features"][0], torch.tensor(noise(5000)))
 
 
-def test_a_checkpoint_without_settings_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_checkpoint_without_settings_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     random_encoder("hubert").save_pretrained(tmp_path)
-    logging.getLogger("transformers").propagate = True
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     extractor = tiny_processor(named("hubert", tmp_path)).feature_extractor
     assert extractor.speech_features["do_normalize"] is True
     assert "has no preprocessor_config.json" in caplog.text

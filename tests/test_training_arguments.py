@@ -11,8 +11,8 @@ from listen.training import ArgumentError, build_arguments, build_config, parse_
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "configs"
 CONFIGS = sorted(
-    path for path in EXAMPLES.rglob("*.yaml") if "classifier" not in path.stem
-)  # those are another script's
+    path for path in EXAMPLES.rglob("*.yaml") if "classifier" not in path.stem and path.parent.name != "compare"
+)  # those are other scripts'
 BACKBONES = ["--model.speech_encoder", "s", "--model.language_model", "l"]
 
 
