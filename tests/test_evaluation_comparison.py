@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from listen.evaluation.comparison import Cell, compare, holm, load_items, seed_interval
+from listen.evaluation.comparison_plots import plot_scores
 
 LABELS = ("happy", "sad")
 
@@ -56,6 +57,12 @@ def test_a_constructed_difference_is_found_in_its_direction(tmp_path: Path) -> N
     assert found.better == "strong" and found.p < 1e-4
     assert found.difference == pytest.approx((sum(base) - sum(better)) / 200)
     assert found.interval[0] < found.difference < found.interval[1] < 0
+
+
+def test_a_method_with_one_seed_is_drawn_with_its_mark(tmp_path: Path) -> None:
+    cells = [cell(tmp_path, "weak", 0, er=draw(0.3, 0)), cell(tmp_path, "strong", 0, er=[True] * 200)]
+    figure = plot_scores(cells, compare(cells), "weak")
+    assert "*" in [text.get_text() for text in figure.axes[0].texts]
 
 
 def test_the_standard_error_is_that_of_paired_differences(tmp_path: Path) -> None:

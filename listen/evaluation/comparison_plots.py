@@ -56,7 +56,7 @@ def _plot_task(
             axes.plot(interval, (row, row), color="black", linewidth=1.2)
         axes.plot(values, [row] * len(values), linestyle="", marker="o", markersize=2.5, color=_GREY)
         if method in differing:
-            end = max(*values, *(interval or ()))
+            end = max([*values, *(interval or ())])
             axes.annotate("*", (end, row), xytext=(3, -4), textcoords="offset points")
     axes.set_yticks(range(len(methods)), [plot_text(method) for method in methods], fontsize=8)
     axes.invert_yaxis()
