@@ -4,11 +4,14 @@ import copy
 import difflib
 import os
 from collections.abc import Iterator, Sized
+from concurrent.futures import Future
+from contextvars import copy_context
+from threading import Event, Thread
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import BatchFeature, GenerationConfig, Pipeline
+from transformers import BatchFeature, GenerationConfig, Pipeline, TextIteratorStreamer
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 from transformers.utils.chat_template_utils import Chat, is_valid_message
 
@@ -147,6 +150,54 @@ class ListenPipeline(Pipeline):
         if type(inputs).__module__.partition(".")[0] == "datasets":
             inputs = (row for row in inputs)  # the base class treats it as a stream
         return super().__call__(inputs, **kwargs)
+
+    def stream(self, inputs: Any, text: str | None = None, **kwargs: Any) -> Iterator[dict[str, Any]]:
+        """The answer to one input while it is generated.
+
+        Generation runs in a thread of its own. It stops after the current token where the iterator is closed early.
+
+        Args:
+            inputs: One input; see the class.
+            text: As in a call.
+            **kwargs: Arguments of a call other than `streamer`; beam search cannot stream.
+
+        Yields:
+            `{"generated_text": text so far}` for each new piece of text; at the end the answer that a call returns.
+
+        Raises:
+            ValueError: a list of inputs, or what a call refuses.
+
+        Example:
+
+            >>> for answer in listen.stream("clip.wav", "What is being said?"):
+            ...     print(answer["generated_text"])
+        """
+        if not is_one_clip(inputs) and not _is_chat(inputs):
+            raise ValueError(f"stream answers one input, got a list of {len(inputs)}; call the pipeline with the list")
+        streamer = TextIteratorStreamer(
+            self.processor, skip_prompt=True, skip_special_tokens=kwargs.get("skip_special_tokens", True)
+        )
+        closed, result = Event(), Future()
+        kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or []), lambda *_, **__: closed.is_set()]
+
+        def generate() -> None:
+            try:
+                result.set_result(self(inputs, text, streamer=streamer, **kwargs))
+            except BaseException as error:  # raised again for the caller
+                result.set_exception(error)
+            finally:
+                streamer.on_finalized_text("", stream_end=True)
+
+        Thread(target=copy_context().run, args=(generate,), name="listen-stream", daemon=True).start()
+        try:
+            written = ""
+            for piece in streamer:
+                written += piece
+                if piece.strip():
+                    yield {"generated_text": written.strip()}
+            yield result.result()[0]
+        finally:
+            closed.set()
 
     def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         generate = kwargs.pop("generate_kwargs", None) or {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -297,3 +298,36 @@ def test_it_is_saved_with_its_processor_and_loaded(
     names = [{path.name for path in (tmp_path / folder).iterdir()} for folder in ("one", "two")]
     assert names[0] == names[1]
     assert {"pipeline_listen.py", "processing_listen.py", "processor_config.json", "chat_template.jinja"} <= names[0]
+
+
+def test_a_streamed_answer_grows_to_the_answer_of_a_call(listen: ListenPipeline, wav_files: list[str]) -> None:
+    for question in ({"audio": wav_files[0], "text": QUESTION}, [{"role": "user", "content": QUESTION}]):
+        options = {**NEW, "return_prompts": True}
+        *growing, last = listen.stream(question, **options)
+        assert [last] == listen(question, **options)
+        assert growing and all(last["generated_text"].startswith(part["generated_text"]) for part in growing)
+
+
+def test_errors_of_streaming_are_those_of_a_call(listen: ListenPipeline, wav_files: list[str]) -> None:
+    with pytest.raises(FileNotFoundError, match="no audio file at 'none.wav'"):
+        next(listen.stream("none.wav", QUESTION))
+    with pytest.raises(ValueError, match="one input, got a list of 3"):
+        next(listen.stream(wav_files, QUESTION))
+
+
+def test_generation_ends_when_a_stream_is_closed(listen: ListenPipeline, wav_files: list[str]) -> None:
+    steps = 0
+
+    def count(*_: object, **__: object) -> bool:
+        nonlocal steps
+        steps += 1
+        return False
+
+    options = {"max_new_tokens": 200, "min_new_tokens": 200, "stopping_criteria": [count]}
+    stream = listen.stream(wav_files[0], QUESTION, **options)
+    next(stream)
+    stream.close()
+    for thread in threading.enumerate():
+        if thread.name == "listen-stream":
+            thread.join()
+    assert 0 < steps < 200

@@ -52,6 +52,7 @@ class Task:
         target_instruction: instruction, with the transcript at `{input}`, by which the LLM writes the target response
             for a recording; `None` to use the task's own wording.
         tagged: whether that transcript starts with the emotion, as `<happy> i am here`.
+        clips: clips of one question, 2 where it compares them.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Task:
     language: str = "en"
     target_instruction: str | None = None
     tagged: bool = False
+    clips: int = 1
 
     def __post_init__(self) -> None:
         """Check the wordings.
@@ -261,6 +263,7 @@ _register_shipped(
         "Compare the two voices. Same speaker, yes or no?",
     ),
     labels=("yes", "no"),
+    clips=2,
 )
 _register_shipped(
     "sqa",
