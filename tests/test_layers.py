@@ -27,7 +27,8 @@ from fixtures_repository import (
 from packaging.utils import canonicalize_name
 
 HUB_PACKAGES = {"torch", "transformers", "numpy", "safetensors", "huggingface_hub"}  # all with transformers
-LAYERS = ("data", "analysis", "evaluation", "training", "serving", "commands")  # from below; the flat modules lie beneath them
+# from below; the flat modules lie beneath them
+LAYERS = ("data", "analysis", "evaluation", "training", "serving", "commands")
 ROOT_ENTRIES = {
     *("listen", "examples", "tests", "benchmarks", "model_cards", "docs", ".ci"),
     *("modeling_listen.py", "configuration_listen.py", "processing_listen.py", "setup.py"),
