@@ -45,6 +45,7 @@ EVALUATION = [
 ]
 TRAINING = [
     *EVALUATION,  # a run scores its answers
+    "jsonargparse[signatures]>=4.53",  # `--help` of the training commands, from types and docstrings
     "tensorboard>=2.16",  # default log of losses and pool health
 ]
 

@@ -8,6 +8,10 @@ import pytest
 
 from listen.data.targets import KINDS
 from listen.training import ArgumentError, build_arguments, build_config, parse_arguments, read_config
+from listen.training.arguments import SECTIONS
+from listen.training.classifier_arguments import CLASSIFIER_SECTIONS
+from listen.training.help import answer_questions, argument_parser
+from listen.training.values import field_names
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "configs"
 CONFIGS = sorted(
@@ -247,3 +251,34 @@ def test_an_unknown_preset_is_refused() -> None:
     run = parse_arguments([*BACKBONES, "--model.preset", "listen-8b"])
     with pytest.raises(ArgumentError, match="model.preset='listen-8b' is unknown; choose one of listen-llama3-8b"):
         build_config(run.model)
+
+
+@pytest.mark.parametrize("sections", [SECTIONS, CLASSIFIER_SECTIONS], ids=["train", "train-classifier"])
+def test_the_help_lists_every_argument_with_its_type_default_and_meaning(sections: dict[str, type]) -> None:
+    entries = {action.dest: action for action in argument_parser("", sections)._actions}
+    for name in (f"{section}.{field}" for section, kind in sections.items() for field in field_names(kind)):
+        assert entries[name].option_strings == [f"--{name}"]
+        assert len(entries[name].help) > 10, name
+    text = argument_parser("What it does.", sections).format_help()
+    assert "What it does." in text and "%%" not in text
+    assert "--model.dtype DTYPE" in text and "(type: str, default: auto)" in " ".join(text.split())
+
+
+def test_the_printed_config_is_a_recipe_of_the_same_run(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    argv = ["--config", str(config), "--training.save_strategy", "no", "--max_steps", "1e2", "--use_cpu"]
+    with pytest.raises(SystemExit) as ended:
+        answer_questions([*argv, "--print_config"], "")
+    assert not ended.value.code
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    printed, given = parse_arguments(["--config", str(tmp_path / "printed.yaml")]), parse_arguments(argv)
+    assert (printed.model, printed.data) == (given.model, given.data)
+    assert printed.training.to_dict() == given.training.to_dict()
+    assert printed.raw["training"]["max_steps"] == 100
+    answer_questions(argv, "")  # nothing to answer
+
+
+def test_a_config_with_an_invalid_value_is_not_printed(config: Path) -> None:
+    with pytest.raises(ArgumentError, match="training.max_steps=1.5 must be a whole number"):
+        answer_questions(["--config", str(config), "--max_steps", "1.5", "--print_config"], "")

@@ -23,15 +23,14 @@ from ..data import FeatureStore, FeatureStoreError, precompute_features
 from ..data.features import recording_keys, store_info
 from ..training import ArgumentError, RunArguments, build_encoders, parse_arguments
 from ..training.datasets import build_eval_dataset, build_train_dataset
+from ..training.help import answer_questions
 
 
 def main() -> None:
     """Parse the command line and encode."""
-    if "--help" in sys.argv or "-h" in sys.argv:
-        print(__doc__)
-        return
     arguments = [word for word in sys.argv[1:] if word != "--verify"]
     try:
+        answer_questions(arguments, __doc__)
         run = parse_arguments(arguments)
         if run.data.features is None:
             raise ArgumentError("name the folder for the features: --data.features DIR")

@@ -3,6 +3,7 @@
 One process:    listen train --config examples/configs/listen-llama3-8b.yaml
 Eight GPUs:     accelerate launch --num_processes 8 examples/train.py --config examples/configs/listen-llama3-8b.yaml
 Resume:         ... --training.resume
+Arguments:      listen train --help; with all values: ... --print_config
 Override:       ... --training.learning_rate 1e-4 --model.prompt_pool.pool_size 200 --data.train my.jsonl
 
 Arguments are those of `listen.training.arguments`. The run's folder (`--training.output_dir`) gets the checkpoints,
@@ -23,6 +24,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..modeling_listen import ListenForConditionalGeneration
 from ..training import RunArguments, TrainingStopped, parse_arguments, train
 from ..training.datasets import count_tasks
+from ..training.help import answer_questions
 
 
 class StartTable(TrainerCallback):
@@ -67,9 +69,7 @@ def parameter_counts(model: ListenForConditionalGeneration) -> dict[str, tuple[i
 
 def main() -> None:
     """Parse the command line, train, and print where the model is."""
-    if "--help" in sys.argv or "-h" in sys.argv:
-        print(__doc__)
-        return
+    answer_questions(sys.argv[1:], __doc__)
     run = parse_arguments(sys.argv[1:])
     quiet_when_redirected(run)
     try:

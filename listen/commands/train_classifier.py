@@ -20,15 +20,14 @@ from ..data.files import FolderInUseError
 from ..training import ArgumentError, TrainingStopped, parse_arguments
 from ..training.classifier import train_classifier
 from ..training.classifier_arguments import CLASSIFIER_SECTIONS
+from ..training.help import answer_questions
 
 
 def main() -> None:
     """Parse the command line, train, and print the scores on held-out rows."""
-    if "--help" in sys.argv or "-h" in sys.argv:
-        print(__doc__)
-        return
     logging.set_verbosity_info()
     try:
+        answer_questions(sys.argv[1:], __doc__, CLASSIFIER_SECTIONS)
         run = parse_arguments(sys.argv[1:], CLASSIFIER_SECTIONS)
         result = train_classifier(run.model, run.data, run.training, raw=run.raw)
     except (ArgumentError, ManifestError, FolderInUseError, FileNotFoundError) as error:
