@@ -45,7 +45,8 @@ EVALUATION = [
 ]
 TRAINING = [
     *EVALUATION,  # a run scores its answers
-    "jsonargparse[signatures]>=4.53",  # `--help` of the training commands, from types and docstrings
+    "jsonargparse>=4.53",  # help of the training commands, from types and docstrings
+    "docstring-parser>=0.15",  # reads docstrings of arguments for jsonargparse
     "tensorboard>=2.16",  # default log of losses and pool health
 ]
 

@@ -116,7 +116,13 @@ class ListenGenerationMixin(GenerationMixin):
     def _validate_generated_length(
         self, generation_config: GenerationConfig, input_ids_length: int, has_default_max_length: bool
     ) -> None:
-        """As upstream, and a warning where the answer may run out of the LLM's context."""
+        """As upstream, and a warning where the answer may run out of the LLM's context.
+
+        Raises:
+            ValueError: fewer than one beam.
+        """
+        if generation_config.num_beams is not None and generation_config.num_beams < 1:
+            raise ValueError(f"num_beams={generation_config.num_beams} must be a whole number above 0; 1 is greedy")
         super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
         limit = context_limit(self.config.text_config)
         if limit is not None and generation_config.max_length > limit:

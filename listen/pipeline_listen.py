@@ -25,6 +25,7 @@ _PREPROCESS = ("text", "task", "sampling_rate", "num_prompts", "max_audio_second
 _FORWARD = ("return_prompts",)
 _COUNTS = {"num_beams", "num_beam_groups", "num_return_sequences", "max_new_tokens", "max_length"}
 _POSTPROCESS = ("skip_special_tokens",)
+_FLAGS = {"number_clips", "return_prompts", "skip_special_tokens"}
 _GENERATE_INPUTS = (
     "generation_config",
     "logits_processor",
@@ -115,6 +116,7 @@ class ListenPipeline(Pipeline):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.pop("local_files_only", None)  # used by `pipeline()` already
+        _check_counts(kwargs, {"batch_size"})
         super().__init__(*args, **kwargs)
         asked = getattr(torch, str(kwargs.get("torch_dtype")).removeprefix("torch."), None)  # `dtype` has been applied
         if asked not in (None, self.model.dtype):
@@ -139,6 +141,7 @@ class ListenPipeline(Pipeline):
 
     def __call__(self, inputs: Any, text: str | None = None, **kwargs: Any) -> Any:
         """Answer one input, or a list, data set or generator of inputs; see the class."""
+        _check_counts(kwargs, {"batch_size"})
         if text is not None:
             kwargs["text"] = text
         if is_one_clip(inputs):
@@ -212,10 +215,10 @@ class ListenPipeline(Pipeline):
         for name in kwargs.keys() - {*_PREPROCESS, *_FORWARD, *_POSTPROCESS, *_GENERATE}:
             if kwargs[name]:  # absent or switched off, it asks for nothing
                 raise TypeError(f"keyword {name!r} is unknown{_suggestion(name, (*_KEYWORDS, *_GENERATE))}")
-        for name in kwargs.keys() & _COUNTS:
-            value = kwargs[name]
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name}={value!r:.80} must be a whole number above 0")
+        _check_counts(kwargs, _COUNTS)
+        for name in kwargs.keys() & _FLAGS:
+            if not isinstance(kwargs[name], (bool, type(None))):
+                raise ValueError(f"{name}={kwargs[name]!r:.80} must be True or False")
         if kwargs.get("sampling_rate") is not None:
             check_rate(kwargs["sampling_rate"])
         preprocess = {name: value for name, value in kwargs.items() if name in _PREPROCESS}
@@ -397,6 +400,13 @@ class ListenPipeline(Pipeline):
 
 def _is_chat(item: Any) -> bool:
     return isinstance(item, (list, tuple)) and len(item) > 0 and is_valid_message(item[0])
+
+
+def _check_counts(kwargs: dict[str, Any], names: set[str]) -> None:
+    for name in kwargs.keys() & names:
+        value = kwargs[name]
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"{name}={value!r:.80} must be a whole number above 0")
 
 
 def _suggestion(name: str, known: tuple[str, ...]) -> str:

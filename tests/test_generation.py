@@ -56,6 +56,11 @@ def test_several_return_sequences_keep_their_clips(shared_model: ListenForCondit
         assert torch.equal(together[2 * i : 2 * i + 2], alone)
 
 
+def test_no_beam_at_all_is_refused(shared_model: ListenForConditionalGeneration) -> None:
+    with pytest.raises(ValueError, match="num_beams=0 must be a whole number above 0"):
+        answers(shared_model, make_inputs(shared_model, ROWS[:1]), num_beams=0)
+
+
 def test_sampled_return_sequences_hear_the_right_clip(shared_model: ListenForConditionalGeneration) -> None:
     """With one candidate left to sample from, sampling is greedy: every copy must answer as its own row."""
     inputs = make_inputs(shared_model, ROWS)

@@ -243,6 +243,9 @@ def test_arguments_of_the_pipeline_are_defaults_of_its_calls(listen: ListenPipel
         (wave(1), {"task": ["asr"]}, ValueError, r"task \['asr'\] is unknown"),
         (wave(1), {"task": "asr", "num_beams": 0}, ValueError, "num_beams=0 must be a whole number above 0"),
         (wave(1), {"task": "asr", "max_new_tokens": "9"}, ValueError, "max_new_tokens='9' must be a whole number"),
+        (wave(1), {"task": "asr", "batch_size": 0}, ValueError, "batch_size=0 must be a whole number above 0"),
+        (wave(1), {"task": "asr", "number_clips": 3}, ValueError, "number_clips=3 must be True or False"),
+        (wave(1), {"task": "asr", "skip_special_tokens": 3}, ValueError, "skip_special_tokens=3 must be True or False"),
         (wave(1), {"task": "asr", "generate_kwargs": 3}, TypeError, "generate_kwargs=3 must be a dict"),
         (
             wave(1),
