@@ -1,10 +1,14 @@
 """Side-by-side measurement: variants of one computation, run in turns in one process, as ratios to the first.
 
-Absolute times belong to a machine; a ratio within one run says what a choice buys. Variants take turns (a, b, a, b),
-so a busy machine slows all of them equally, and the first round is discarded.
+Absolute times belong to a machine; a ratio within one run says what a choice costs. Variants take turns (a, b, a, b),
+so a busy machine slows all of them equally, and the first round is discarded. Ratios are taken within each round.
+
+With one thread on the CPU, time is the processor time of this process, so other processes on the machine add nothing
+to it but what they take from shared caches. Otherwise it is wall time.
 """
 
-import argparse
+from __future__ import annotations
+
 import ctypes
 import gc
 import platform
@@ -25,52 +29,72 @@ _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True)
 class Measurement:
-    """One variant's cost.
+    """The cost of one variant.
 
     Attributes:
         name: The variant.
-        seconds: Median wall time of a run.
-        fastest: Shortest run.
-        slowest: Longest run.
-        peak_bytes: Memory a run needs at most beyond what was there before; `None` where it is unknown.
+        rounds: Seconds of each run.
+        peak_bytes: Maximum memory of a run beyond what was in use before; `None` where it is unknown.
     """
 
     name: str
-    seconds: float
-    fastest: float
-    slowest: float
-    peak_bytes: int | None
+    rounds: tuple[float, ...]
+    peak_bytes: int | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Median time of a run."""
+        return statistics.median(self.rounds)
+
+    @property
+    def fastest(self) -> float:
+        """Shortest run."""
+        return min(self.rounds)
+
+    @property
+    def slowest(self) -> float:
+        """Longest run."""
+        return max(self.rounds)
 
 
-def arguments(description: str, given: list[str] | None, **options: object) -> argparse.Namespace:
-    """Parses the options that all benchmarks share and those of one benchmark.
+@dataclass(frozen=True)
+class Figure:
+    """One result.
 
-    Args:
-        description: Help text; the first paragraph of the script's docstring.
-        given: Arguments in place of the command line's.
-        **options: Name and default of each further option; a list takes several values.
+    Attributes:
+        name: `benchmark/variant`, with `/memory` for peaks.
+        ours: Median of our variant.
+        baseline: Median of the baseline.
+        ratio: `ours / baseline`, the median over rounds: below 1 is faster or smaller.
+        low: Lowest ratio of a round.
+        high: Highest ratio of a round.
+        unit: Of `ours` and `baseline`: `"s"`, `"MiB"` or `"exponent"`.
+        goal: Maximum ratio that is aimed at; `None` without a goal.
     """
-    parser = argparse.ArgumentParser(description=description.split("\n\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=10, help="measured runs of each variant")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--seed", type=int, default=0)
-    for name, default in options.items():
-        several = {"nargs": "+", "type": type(default[0])} if isinstance(default, list) else {"type": type(default)}
-        parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=f"default {default}", **several)
-    parsed = parser.parse_args(given)
-    torch.manual_seed(parsed.seed)
-    torch.set_num_threads(parsed.threads)
-    return parsed
+
+    name: str
+    ours: float
+    baseline: float
+    ratio: float
+    low: float
+    high: float
+    unit: str = "s"
+    goal: float | None = None
 
 
-def compare(variants: dict[str, Callable[[], object]], device: str, repeats: int) -> list[Measurement]:
-    """Measures all variants in turns.
+def compare(
+    variants: dict[str, Callable[[], object]],
+    device: str,
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[Measurement]:
+    """Measure all variants in turns.
 
     Args:
-        variants: What to run, by name; the first is the baseline.
+        variants: What to run, by name.
         device: Where the work happens.
         repeats: Measured runs of each, after one that warms up.
+        clock: Counts seconds: wall time, or `time.process_time` for work of one thread on the CPU.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     peaks: dict[str, list[int | None]] = {name: [] for name in variants}
@@ -78,30 +102,47 @@ def compare(variants: dict[str, Callable[[], object]], device: str, repeats: int
     gc.freeze()  # what lives by now need not be looked at before every run
     for turn in range(repeats + 1):
         for name, run in variants.items():
-            duration, peak = _run_once(run, device)
+            duration, peak = _run_once(run, device, clock)
             if turn:
                 seconds[name].append(duration)
                 peaks[name].append(peak)
     gc.unfreeze()
-    return [
-        Measurement(name, statistics.median(times), min(times), max(times), _largest(peaks[name]))
-        for name, times in seconds.items()
-    ]
+    return [Measurement(name, tuple(times), _largest(peaks[name])) for name, times in seconds.items()]
 
 
-def report(title: str, rows: list[Measurement], device: str) -> None:
-    """Prints a table; ratios above 1 mean faster or smaller than the baseline in the first row."""
+def time_figure(name: str, ours: Measurement, baseline: Measurement, goal: float | None = None) -> Figure:
+    """Times of two variants that ran in the same rounds."""
+    ratios = [mine / theirs for mine, theirs in zip(ours.rounds, baseline.rounds, strict=True)]
+    return Figure(name, ours.seconds, baseline.seconds, statistics.median(ratios), min(ratios), max(ratios), "s", goal)
+
+
+def memory_figure(name: str, ours: Measurement, baseline: Measurement, goal: float | None = None) -> list[Figure]:
+    """Peak memory of two variants; empty where it is unknown."""
+    if not ours.peak_bytes or not baseline.peak_bytes:
+        return []
+    ratio = ours.peak_bytes / baseline.peak_bytes
+    mine, theirs = ours.peak_bytes / MIB, baseline.peak_bytes / MIB
+    return [Figure(f"{name}/memory", mine, theirs, ratio, ratio, ratio, "MiB", goal)]
+
+
+def both_figures(name: str, ours: Measurement, baseline: Measurement, goal: float | None = None) -> list[Figure]:
+    """Time and peak memory of two variants."""
+    return [time_figure(name, ours, baseline, goal), *memory_figure(name, ours, baseline)]
+
+
+def report(title: str, figures: list[Figure], device: str) -> None:
+    """Print a table of results; ratios below 1 are faster or smaller than the baseline."""
     table = Table(title=title, caption=machine(device), caption_justify="left", title_justify="left")
-    for heading in ("variant", "median", "min .. max", "speed-up", "peak memory", "saving"):
-        table.add_column(heading, justify="left" if heading == "variant" else "right")
-    for row in rows:
+    for heading in ("figure", "ours", "baseline", "ratio", "min .. max", "goal"):
+        table.add_column(heading, justify="left" if heading == "figure" else "right")
+    for figure in figures:
         table.add_row(
-            row.name,
-            f"{row.seconds * 1e3:.1f} ms",
-            f"{row.fastest * 1e3:.1f} .. {row.slowest * 1e3:.1f}",
-            f"{rows[0].seconds / row.seconds:.2f}x",
-            "-" if row.peak_bytes is None else f"{row.peak_bytes / MIB:.1f} MiB",
-            f"{rows[0].peak_bytes / row.peak_bytes:.2f}x" if rows[0].peak_bytes and row.peak_bytes else "-",
+            figure.name,
+            f"{figure.ours:.4g} {figure.unit}",
+            f"{figure.baseline:.4g} {figure.unit}",
+            f"{figure.ratio:.3f}",
+            f"{figure.low:.3f} .. {figure.high:.3f}",
+            "" if figure.goal is None else f"<= {figure.goal:.2f}",
         )
     Console(width=120).print(table)
 
@@ -109,23 +150,25 @@ def report(title: str, rows: list[Measurement], device: str) -> None:
 def machine(device: str) -> str:
     """Names what the figures belong to."""
     where = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{platform.machine()} CPU"
-    return f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {sys.version.split()[0]}"
+    threads = torch.get_num_threads()
+    versions = f"torch {torch.__version__}, Python {sys.version.split()[0]}"
+    return f"{where}, {threads} threads, {versions}, {time.strftime('%Y-%m-%d')}"
 
 
-def _run_once(run: Callable[[], object], device: str) -> tuple[float, int | None]:
+def _run_once(run: Callable[[], object], device: str, clock: Callable[[], float]) -> tuple[float, int | None]:
     gc.collect()
-    before = _start_peak(device)
-    start = time.perf_counter()
+    before = start_peak(device)
+    start = clock()
     run()
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
-    duration = time.perf_counter() - start
-    peak = _read_peak(device)
+    duration = clock() - start
+    peak = read_peak(device)
     return duration, None if peak is None or before is None else max(peak - before, 0)
 
 
-def _start_peak(device: str) -> int | None:
-    """Resets the memory peak and returns the bytes in use."""
+def start_peak(device: str) -> int | None:
+    """Reset the memory peak and return the bytes in use."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -137,7 +180,8 @@ def _start_peak(device: str) -> int | None:
     return _resident("VmRSS")
 
 
-def _read_peak(device: str) -> int | None:
+def read_peak(device: str) -> int | None:
+    """Return the peak of memory in use since `start_peak`, in bytes."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
     return _resident("VmHWM") if _CLEAR_REFS.exists() else None

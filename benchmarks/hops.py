@@ -1,6 +1,6 @@
 """How far a reader has to go: own functions entered by one forward pass, and by one row on its way to a batch.
 
-    python benchmarks/hops.py
+    python -m benchmarks.hops
 
 Counts functions of `listen/`, each once, the files that they stand in, and how often a call leads from one file of ours
 into another. Comprehensions, generator expressions and lambdas count too: a reader has to go through them as well.

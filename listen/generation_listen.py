@@ -76,6 +76,8 @@ class ListenGenerationMixin(GenerationMixin):
         first = is_first_iteration or (whole and cache is not None and cache.get_seq_length() == 0)
         kwargs |= {"is_first_iteration": first, "inputs_embeds": inputs_embeds}
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        # a generated token is never a placeholder, so a pass over one alone needs no search
+        inputs["text_only"] = not first and inputs.get("input_ids") is not None and inputs["input_ids"].shape[1] == 1
         dropped = _NOT_FORWARDED if first or not kwargs.get("use_cache", True) else (*_NOT_FORWARDED, *_PREFILL_ONLY)
         return {name: value for name, value in inputs.items() if name not in dropped}
 
@@ -200,20 +202,25 @@ class PlaceholderBlindProcessors(LogitsProcessorList):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: object) -> torch.FloatTensor:
         """`input_ids` `(rows, sequence)`, `scores` `(rows, vocabulary)`."""
         scores = super().__call__(ordinary_ids(input_ids, self.placeholder_ids, self.padding), scores, **kwargs)
-        placeholders = torch.tensor(self.placeholder_ids, device=input_ids.device)
-        return scores.index_fill(-1, placeholders[placeholders < scores.shape[-1]], -torch.inf)
+        scores = scores.clone()
+        for token_id in self.placeholder_ids:
+            if token_id < scores.shape[-1]:  # one by one: a tensor of the ids would be copied to the device
+                scores[:, token_id] = -torch.inf
+        return scores
 
 
 def ordinary_ids(
     input_ids: torch.LongTensor, placeholder_ids: list[int], padding: torch.Tensor | None = None
 ) -> torch.LongTensor:
     """`input_ids` `(rows, sequence)` with stand-ins for what `PlaceholderBlindProcessors` hides; its arguments."""
-    hidden = torch.isin(input_ids, torch.tensor(placeholder_ids, device=input_ids.device))  # (rows, seq)
+    if not input_ids.shape[1]:  # an answer to embeddings begins without ids
+        return input_ids
+    hidden = torch.zeros_like(input_ids, dtype=torch.bool)  # (rows, sequence)
+    for token_id in placeholder_ids:
+        hidden |= input_ids == token_id
     if padding is not None:
         padding = padding.to(input_ids.device)
         hidden[:, : padding.shape[1]] |= padding & hidden.any(-1, keepdim=True)
-    if not hidden.any():  # an answer to embeddings begins without ids
-        return input_ids
     first = (~hidden).int().argmax(-1, keepdim=True)  # (rows, 1)
     stand_in = input_ids.gather(1, first).masked_fill(hidden.all(-1, keepdim=True), 0)  # (rows, 1)
     return torch.where(hidden, stand_in, input_ids)

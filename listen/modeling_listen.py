@@ -346,6 +346,7 @@ class ListenModel(ListenPreTrainedModel):
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         encoded: EncodedAudio | None,
+        text_only: bool,
         **choices: Any,
     ) -> tuple[dict[str, torch.Tensor | None], PromptOutput | None]:
         """What the LLM reads in a forward pass, and the prompts that were picked; `choices` are those of `embed`."""
@@ -356,6 +357,8 @@ class ListenModel(ListenPreTrainedModel):
         given = {"attention_mask": attention_mask, "position_ids": position_ids}
         if inputs_embeds is not None:
             return {**given, "inputs_embeds": inputs_embeds}, None
+        if text_only and encoded is None:
+            return {**given, "input_ids": input_ids}, None
         is_audio, is_prompt = self.placeholder_masks(input_ids)  # (batch, sequence)
         is_placeholder = is_audio | is_prompt
         if encoded is None and not is_placeholder.any():  # nothing to fill: the LLM reads ids, as it does alone
@@ -408,6 +411,7 @@ class ListenModel(ListenPreTrainedModel):
         query_mask: torch.LongTensor | None = None,
         task_ids: torch.LongTensor | None = None,
         adapter_names: list[str] | None = None,
+        text_only: bool = False,
         **kwargs: Any,
     ) -> ListenModelOutput:
         """Hidden states of the LLM for text, audio and prompts; see `ListenForConditionalGeneration.forward`."""
@@ -424,7 +428,8 @@ class ListenModel(ListenPreTrainedModel):
             audio_hidden_states_mask,
         )
         choices = {"query_mask": query_mask, "task_ids": task_ids, "adapter_names": adapter_names}
-        inputs, prompts = self._llm_inputs(input_ids, inputs_embeds, attention_mask, position_ids, encoded, **choices)
+        given = (input_ids, inputs_embeds, attention_mask, position_ids, encoded, text_only)
+        inputs, prompts = self._llm_inputs(*given, **choices)
         picked, llm = prompts or PromptOutput(), self.language_model.base_model
         if picked.layers or hasattr(past_key_values, "layer_prompts"):
             llm = partial(run_with_layer_prompts, llm, picked.layers or kept_prompts(past_key_values))
@@ -476,6 +481,7 @@ class ListenForConditionalGeneration(ListenGenerationMixin, ListenModel):
         query_mask: torch.LongTensor | None = None,
         task_ids: torch.LongTensor | None = None,
         adapter_names: list[str] | None = None,
+        text_only: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> ListenOutput:
@@ -503,6 +509,8 @@ class ListenForConditionalGeneration(ListenGenerationMixin, ListenModel):
                 label, or all.
             task_ids: `(batch,)`, for pools of strategy `"task"`.
             adapter_names: Adapter of each row; the active one by default, `"__base__"` for none.
+            text_only: Whether `input_ids` hold no placeholders, as in decoding: nothing is searched, so that no value
+                is read from the device.
             num_items_in_batch: Labels of the whole accumulated batch, given by the Trainer. In eval mode it also makes
                 logits as long as the labels, zero where `logits_to_keep` leaves them out, for `compute_metrics`.
             **kwargs: Further arguments of the LLM's forward, such as `output_hidden_states`.
@@ -532,7 +540,8 @@ class ListenForConditionalGeneration(ListenGenerationMixin, ListenModel):
         if labels is not None and query_mask is None:
             query_mask = (labels != -100).cumsum(-1) == 0  # (batch, sequence): the query sees no answer
         choices = {"query_mask": query_mask, "task_ids": task_ids, "adapter_names": adapter_names}
-        inputs, prompts = self._llm_inputs(input_ids, inputs_embeds, attention_mask, position_ids, encoded, **choices)
+        given = (input_ids, inputs_embeds, attention_mask, position_ids, encoded, text_only)
+        inputs, prompts = self._llm_inputs(*given, **choices)
         picked, llm = prompts or PromptOutput(), self.language_model
         if picked.layers or hasattr(past_key_values, "layer_prompts"):
             llm = partial(run_with_layer_prompts, llm, picked.layers or kept_prompts(past_key_values))

@@ -1,0 +1,1 @@
+"""Speed and memory against baselines, see `benchmarks.run`."""
