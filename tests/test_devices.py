@@ -303,3 +303,67 @@ def test_the_miniature_loads_in_half_precision() -> None:
     processor = ListenProcessor.from_pretrained(MINIATURE)
     listen = ListenPipeline(model=model, processor=processor)
     assert listen(str(MINIATURE / "samples" / "speech.wav"), task="asr")[0]["generated_text"].startswith("the doctor")
+
+
+class Synchronisations(TorchDispatchMode):
+    """Counts operations that make the host wait for a device: values that are read, and shapes that depend on them."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        indices = [i for i in args[1] if i is not None] if name == "index" else []
+        if name in self.WAITING or any(i.dtype == torch.bool for i in indices):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def synchronisations(call: Any) -> list[str]:
+    with Synchronisations() as counted:
+        call()
+    return counted.found
+
+
+@pytest.mark.parametrize("in_vocabulary", [False, True])
+def test_decoding_waits_for_the_device_no_more_than_the_bare_llm(in_vocabulary: bool) -> None:
+    """Each further token of `generate` costs as many synchronisations as in the LLM's own `generate`."""
+    ids = {"audio_token_id": 90, "prompt_token_id": 91} if in_vocabulary else {}
+    model = tiny_model()
+    inputs = make_inputs(model, [[clip(0.5)], [clip(0.9)]])
+    if ids:
+        for name, new in ids.items():
+            inputs["input_ids"][inputs["input_ids"] == getattr(model.config, name)] = new
+            setattr(model.config, name, new)
+    text = {"input_ids": torch.full_like(inputs["input_ids"], 7), "attention_mask": inputs["attention_mask"]}
+
+    def per_token(run: Any, given: dict) -> int:
+        short, long = (
+            synchronisations(lambda n=n: run(**given, max_new_tokens=n, min_new_tokens=n, do_sample=False))
+            for n in (3, 7)
+        )
+        return len(long) - len(short)
+
+    assert synchronisations(lambda: torch.ones(1).item()) == ["_local_scalar_dense"]
+    ours, bare = per_token(model.generate, inputs), per_token(model.language_model.generate, text)
+    assert ours <= bare
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, which reports synchronisations itself")
+def test_a_pass_over_a_generated_token_never_waits_for_the_gpu() -> None:
+    model = tiny_model()
+    inputs = {name: tensor.to("cuda") for name, tensor in make_inputs(model, [[clip(0.5)]]).items()}
+    model.to("cuda")
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        token = torch.full((1, 1), 7, device="cuda")
+        model(input_ids=token, past_key_values=cache, text_only=True)  # the first call sets up kernels
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            logits = model(input_ids=token, past_key_values=cache, text_only=True).logits
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert logits.shape[:2] == (1, 1)
