@@ -21,6 +21,7 @@ COMMANDS = {
     "targets": "generate the targets of behavioural alignment",
     "check-data": "check data before a run: counts, hours, labels, broken files",
     "cost": "print parameters, memory and FLOPs of a model before it is built",
+    "transformers": "run a command of transformers, such as `serve`, that knows LiSTEN models",
     "convert-beats": "convert a published BEATs checkpoint",
     "convert-salmonn": "convert a published SALMONN checkpoint",
 }

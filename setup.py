@@ -58,12 +58,20 @@ EXTRAS = {
         "espeakng-loader==0.2.4",  # speech of the built-in corpus; espeak-ng is GPL-3.0, hence never a hard dependency
         "tokenizers>=0.23",  # trains the tokeniser of the tiny language model
     ],
+    "serve": [
+        "fastapi>=0.115",  # routes of the HTTP server
+        "pydantic>=2.9",  # checks bodies of requests; fastapi brings it
+        "uvicorn>=0.30",  # runs the server
+        "python-multipart>=0.0.12",  # uploads of transcriptions
+        "prometheus_client>=0.20",  # metrics
+    ],
     "quantization": [
         "bitsandbytes>=0.50",  # LLMs held in 4 or 8 bit
         "torchao>=0.18",  # LLMs held in int8, and other types
     ],
     "dev": [
         "hypothesis>=6.140",  # odd inputs for the processor's fuzz test
+        "openai>=2.0",  # a client for the tests of the server
         "packaging>=24.0",  # reads requirements in the packaging tests
         "pytest>=8.4",  # tests
         "pytest-xdist>=3.6",  # one test process per core

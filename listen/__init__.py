@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoProcessor,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_audio_classification import ListenAudioClassificationConfig
@@ -38,6 +39,8 @@ AutoModelForAudioClassification.register(ListenAudioClassificationConfig, Listen
 AutoFeatureExtractor.register(ListenAudioClassificationConfig, ListenAudioClassificationFeatureExtractor, exist_ok=True)
 AutoFeatureExtractor.register(ListenConfig, ListenFeatureExtractor, exist_ok=True)
 AutoProcessor.register(ListenConfig, ListenProcessor, exist_ok=True)
+# `transformers serve` and AnyToAnyPipeline look classes up in this table of names, which the Auto classes do not extend
+MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["listen"] = ListenForConditionalGeneration.__name__
 PIPELINE_REGISTRY.register_pipeline("audio-llm", pipeline_class=ListenPipeline, pt_model=AutoModel, type="multimodal")
 
 __all__ = [

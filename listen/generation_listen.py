@@ -4,7 +4,7 @@ import warnings
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, ProcessorMixin
 from transformers.generation.candidate_generator import (
     AssistedCandidateGenerator,
     CandidateGenerator,
@@ -26,6 +26,34 @@ _NOT_FORWARDED = ("tokenizer", "assistant_tokenizer")  # for stop strings and as
 
 class ListenGenerationMixin(GenerationMixin):
     """`generate` for a LiSTEN model: what differs from transformers because of audio, prompts and the LLM inside."""
+
+    def generate(
+        self,
+        *args: Any,
+        instruction_ids: torch.Tensor | None = None,
+        instruction_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As upstream, for inputs of `ListenProcessor`.
+
+        Args:
+            *args: As upstream.
+            instruction_ids: `(batch, sequence)` in place of `input_ids`: the answers are returned without it, as models
+                of speech recognition return them.
+            instruction_mask: `(batch, sequence)`, its `attention_mask`.
+            **kwargs: Model inputs and options, as upstream; a processor as `tokenizer` stands for its tokenizer.
+        """
+        if isinstance(kwargs.get("tokenizer"), ProcessorMixin):  # `transformers serve` gives it, stop strings need more
+            kwargs["tokenizer"] = kwargs["tokenizer"].tokenizer
+        if instruction_ids is None:
+            return super().generate(*args, **kwargs)
+        kwargs.setdefault("max_new_tokens", self.generation_config.max_new_tokens or 256)  # as in the pipeline
+        output = super().generate(*args, input_ids=instruction_ids, attention_mask=instruction_mask, **kwargs)
+        length = instruction_ids.shape[1]
+        if isinstance(output, torch.Tensor):
+            return output[:, length:]  # (batch, answer)
+        output.sequences = output.sequences[:, length:]
+        return output
 
     def _supports_default_dynamic_cache(self) -> bool:
         """Whether the LLM takes the cache that transformers makes; MiniMax makes its own."""

@@ -42,6 +42,7 @@ from .chat_listen import (
     clips_or_none,
     fit_template,
     numbered_messages,
+    place_audio,
     plain_message,
     split_keywords,
 )
@@ -165,7 +166,7 @@ class ListenProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        text: str | list[str] | None = None,
+        text: str | list[str] | np.ndarray | None = None,
         audio: Any = None,
         sampling_rate: int | None = None,
         num_prompts: int | None = None,
@@ -177,7 +178,9 @@ class ListenProcessor(ProcessorMixin):
         """Model inputs for one text or a batch.
 
         Args:
-            text: With one `<|audio|>` for each clip; `None` for the features of the clips alone.
+            text: With one `<|audio|>` for each clip; `None` for the features of the clips alone. A waveform
+                `(samples,)` in its place, as models of speech recognition take it, asks for its transcription: the
+                result has `instruction_ids` and `instruction_mask`, for which `generate` returns the answer alone.
             audio: One clip, a list of all clips in the order of their placeholders, or a list of clips for each text.
                 A clip is anything that `audio_listen.load_waveform` reads: array, tensor, path, URL, bytes,
                 `datasets` row.
@@ -205,6 +208,8 @@ class ListenProcessor(ProcessorMixin):
             ValueError: clips and placeholders that do not match, an input that exceeds the LLM's context, or any other
                 invalid value.
         """
+        if isinstance(text, np.ndarray) and audio is None:
+            return self._transcription(text, sampling_rate=sampling_rate, return_tensors=return_tensors, **kwargs)
         options = _flattened(kwargs)
         sampling_rate = options.pop("sampling_rate", sampling_rate)
         return_tensors = options.pop("return_tensors", return_tensors)
@@ -241,6 +246,14 @@ class ListenProcessor(ProcessorMixin):
         if waveforms:
             data.update(self.feature_extractor.extract(waveforms))
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=self.skip_tensor_conversion)
+
+    def _transcription(self, waveform: np.ndarray, **kwargs: Any) -> BatchFeature:
+        """Inputs of `generate` for the task `"asr"` on a waveform `(samples,)`."""
+        messages = [{"role": "user", "content": place_audio(self.instruction("asr"), 1)}]
+        inputs = self(self.apply_chat_template(messages, add_generation_prompt=True), waveform, task="asr", **kwargs)
+        inputs["instruction_ids"] = inputs.pop("input_ids")  # (1, sequence)
+        inputs["instruction_mask"] = inputs.pop("attention_mask")  # (1, sequence)
+        return inputs
 
     def _encode(self, texts: list[str], num_samples: list[int], k: int, options: dict[str, Any]) -> dict[str, list]:
         """Rows of ids without prompts and padding."""

@@ -55,7 +55,12 @@ THEMES = {
     *("modeling", "configuration", "listen_tiny", "real_models", "remote_code", "quantization"),  # the whole model
     *("context", "conv_rotary", "learned_encoder", "speech_features", "kills"),  # one feature across modules
     *("prompts_in_layers", "ids_and_masks", "processing_fuzz"),  # likewise, and inputs that are odd or wrong
-    *("devices", "hf_callers", "publishing"),  # machines, stock code and the Hub around the whole model
+    *(
+        "devices",
+        "hf_callers",
+        "publishing",
+        "transformers_serve",
+    ),  # machines, stock code and the Hub around the whole model
 }
 
 
