@@ -148,6 +148,7 @@ def _results(path: Path, saved: dict[str, Any], datasets: list[str] | str) -> li
             task_type=_TASKS[saved["model_type"]],
             task_name=task,
             dataset_type=dataset,
+            dataset_config=task,  # the Hub merges results that differ in the name of the task alone
             dataset_name=f"{task} of {dataset}" if names else task,
             metric_type=metric,
             metric_name=metric,

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ import yaml
 from fixtures_backbones import model_section, save_backbones
 from fixtures_encoders import random_encoder
 from fixtures_training import save_tiny_llm, small_corpus, write_manifest
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from transformers import ASTFeatureExtractor, Wav2Vec2FeatureExtractor
+from transformers import ASTFeatureExtractor, TrainerState, Wav2Vec2FeatureExtractor
 
+from listen.commands import train as command
 from listen.data import FeatureStoreError, ListenCollator, precompute_features
 from listen.data.manifest import load_manifest
 from listen.evaluation.generate import generate_predictions
@@ -34,6 +37,7 @@ from listen.training import (
     parse_arguments,
     train,
 )
+from listen.training.progress import log_line, task_scores
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -495,3 +499,81 @@ def test_rows_that_are_too_long_are_left_out_and_clips_joined(backbones: dict, m
     with pytest.raises((ArgumentError, ValueError), match="no training row is left|add up to 0"):
         arguments = build_arguments(settings)
         build_trainer(*build_model(arguments.model), arguments.data, arguments.training)
+
+
+def start(command_line: dict, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs `listen train` on a recipe."""
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(command_line))
+    monkeypatch.setattr(sys, "argv", ["listen train", "--config", str(folder / "recipe.yaml")])
+    command.main()
+
+
+def test_a_run_ends_with_its_scores_and_the_next_command(
+    backbones: dict, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    settings = sections(backbones, manifest, tmp_path / "run", max_steps=2, generation_eval_rows=2)
+    settings["data"]["eval"] = [str(manifest)]
+    start(settings, tmp_path, monkeypatch)
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("step 1/2  lm_loss ") for line in lines) == 1
+    assert not any("{" in line for line in lines)
+    assert any("asr" in line and "wer" in line for line in lines)
+    model = tmp_path / "run" / "model"
+    config = tmp_path / "run" / "config.yaml"
+    assert lines[-2] == f"model saved to {model}" and config.is_file()
+    assert lines[-1] == f"next: listen eval --config {config} --model {model} --output {tmp_path / 'run' / 'eval'}"
+    scores = json.loads((model / "metrics.json").read_text())
+    assert scores["asr"]["n"] == 2 and {"wer", "cer"} < set(scores["asr"])
+    results = ModelCard.load(model / "README.md").data.eval_results
+    assert {(result.task_name, result.metric_type) for result in results} == {
+        (task, name) for task, values in scores.items() for name in values if name != "n"
+    }
+    (model / "metrics.json").write_text('{"asr": {"wer": 0.5, "n": 100}}')  # of an evaluation on more rows
+    settings["training"]["resume"] = True
+    start(settings, tmp_path, monkeypatch)
+    assert json.loads((model / "metrics.json").read_text())["asr"]["n"] == 100
+
+
+def test_a_run_without_evaluation_names_a_command_that_asks(
+    backbones: dict, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    start(sections(backbones, manifest, tmp_path / "my run", max_steps=1), tmp_path, monkeypatch)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"next: listen ask clip.wav \"What is being said?\" --model '{tmp_path / 'my run' / 'model'}'"
+    assert not any("Scores" in line for line in lines) and not (tmp_path / "my run" / "model" / "metrics.json").exists()
+
+
+def test_a_line_of_the_log_holds_what_a_person_reads() -> None:
+    state = TrainerState(global_step=3, max_steps=7)
+    logs = {"lm_loss": 1.23456, "learning_rate": 1e-5, "eval_runtime": 3.0, "pool_query_cosine": 0.1, "epoch": 1.0}
+    assert log_line(logs, state) == "step 3/7  lm_loss 1.235  learning_rate 1e-05"
+    metrics = {"eval_loss": 2.0, "eval_asr_wer": 0.5, "eval_er_uar": 0.25, "eval_response_bleu": 3.0}
+    assert task_scores(metrics) == {"asr": {"wer": 0.5}, "er": {"uar": 0.25}, "response": {"bleu": 3.0}}
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "mlflow", "trackio"])
+def test_trackers_get_the_figures_offline(tracker: str, backbones: dict, manifest: Path, tmp_path: Path) -> None:
+    """In a process of its own: trackers keep state in their module. One that is missing is named before the run."""
+    environment = {
+        "WANDB_MODE": "offline",
+        "WANDB_DIR": str(tmp_path),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}",
+        "TRACKIO_DIR": str(tmp_path / "trackio"),
+    }
+    settings = sections(backbones, manifest, tmp_path / "run", max_steps=1, report_to=tracker)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    done = subprocess.run(
+        [sys.executable, "-m", "listen", "train", "--config", str(tmp_path / "recipe.yaml")],
+        env={**os.environ, **environment},
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    if find_spec(tracker) is None:
+        assert done.returncode == 1
+        assert f"error: training.report_to={tracker}: it is not installed; pip install {tracker}" in done.stderr
+        pytest.skip(f"{tracker} is not installed")
+    assert done.returncode == 0, done.stderr
+    written = {"wandb": "wandb/offline-run-*/*.wandb", "mlflow": "mlflow.db", "trackio": "trackio/*.db"}[tracker]
+    (log,) = tmp_path.glob(written)
+    assert b"key_loss" in log.read_bytes() + b"".join(path.read_bytes() for path in log.parent.glob(f"{log.name}-wal"))

@@ -13,18 +13,23 @@ only written to by resuming its run. On SIGTERM the state is saved, and the exit
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..modeling_listen import ListenForConditionalGeneration
-from ..training import RunArguments, TrainingStopped, parse_arguments, train
+from ..training import RunArguments, TrainingStopped, TrainResult, parse_arguments, train
 from ..training.datasets import count_tasks
 from ..training.help import answer_questions
+from ..training.progress import task_scores
+from ..training.push import MODEL_FOLDER
+from ..training.run_folder import CONFIG_FILE
 
 
 class StartTable(TrainerCallback):
@@ -36,7 +41,8 @@ class StartTable(TrainerCallback):
         """Once, on the main process."""
         if state.is_world_process_zero:
             table = start_table(kwargs["model"], count_tasks(kwargs["train_dataloader"].dataset), state.max_steps)
-            Console(markup=False).print(table)
+            with tqdm.external_write_mode():  # the progress bar is there already
+                Console(markup=False).print(table)
 
 
 def start_table(model: ListenForConditionalGeneration, rows: dict[str, int], steps: int) -> Table:
@@ -68,7 +74,7 @@ def parameter_counts(model: ListenForConditionalGeneration) -> dict[str, tuple[i
 
 
 def main() -> None:
-    """Parse the command line, train, and print where the model is."""
+    """Parse the command line, train, and print the scores, where the model is, and the next command."""
     answer_questions(sys.argv[1:], __doc__)
     run = parse_arguments(sys.argv[1:])
     quiet_when_redirected(run)
@@ -78,7 +84,27 @@ def main() -> None:
         print(stop)
         sys.exit(128 + signal.SIGTERM)
     if run.training.should_save:
-        print(f"model saved to {result.model_folder}")
+        print_result(result, bool(run.data.eval))
+
+
+def print_result(result: TrainResult, has_eval_data: bool) -> None:
+    """Print the scores of each task, where the model is, and the next command."""
+    table = Table("task", "metric", "value", title="Scores of the final evaluation")
+    losses = {name: value for name, value in result.eval_metrics.items() if name.endswith("_loss")}
+    scores = {"all": losses, **task_scores(result.eval_metrics)}
+    for task, values in scores.items():
+        for name, value in values.items():
+            table.add_row(task, name.removeprefix("eval_"), f"{value:.4g}")
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    if table.row_count:
+        console.print(table)
+    folder = result.model_folder
+    model, recipe, output = (shlex.quote(str(folder.parent / name)) for name in (MODEL_FOLDER, CONFIG_FILE, "eval"))
+    console.print(f"model saved to {folder}")
+    if has_eval_data:
+        console.print(f"next: listen eval --config {recipe} --model {model} --output {output}")
+    else:
+        console.print(f'next: listen ask clip.wav "What is being said?" --model {model}')
 
 
 def quiet_when_redirected(run: RunArguments) -> None:

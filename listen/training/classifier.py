@@ -214,6 +214,8 @@ def _run(trainer: ResumableTrainer, extractor: ListenAudioClassificationFeatureE
     if trainer.eval_dataset is not None:
         eval_metrics = trainer.evaluate()
         trainer.save_metrics("eval", eval_metrics)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
     history = list(trainer.state.log_history)
     return ClassifierResult(model, extractor, folder, metrics, eval_metrics, history)

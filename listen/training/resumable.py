@@ -19,6 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..data.files import json_text, write_text
+from .progress import use_short_lines
 from .push import ModelFolderTrainer
 
 RUN_STATE_FILE = "run_state.json"
@@ -52,6 +53,7 @@ class ResumableTrainer(ModelFolderTrainer):
         self._restored = False
         self._sigterm = threading.Event()
         self.add_callback(_ResumeCallback(self))
+        use_short_lines(self)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """As upstream.

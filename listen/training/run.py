@@ -17,14 +17,17 @@ from transformers.utils import logging
 
 from ..data.collator import ListenCollator
 from ..data.features import FeatureStore, store_info
+from ..data.files import write_json
 from ..data.mixing import subset_per_task
 from ..data.tasks import get_task
+from ..model_card_listen import write_model_card
 from ..modeling_listen import ListenForConditionalGeneration
 from ..processing_listen import ListenProcessor
 from .arguments import SECTIONS, DataArguments, ListenTrainingArguments, ModelArguments
 from .build import build_model, initialize_keys
 from .datasets import build_eval_dataset, build_train_dataset, count_tasks
 from .distillation import DistillationTrainer
+from .progress import task_scores
 from .push import MODEL_FOLDER
 from .resumable import ResumableTrainer, read_run_state
 from .run_folder import Run, open_run
@@ -32,6 +35,8 @@ from .trainer import GenerationEvaluator, ListenTrainer
 from .values import ArgumentError
 
 logger = logging.get_logger(__name__)
+
+_SCORES_FILE = "metrics.json"  # from which the model card takes its scores
 
 
 @dataclass
@@ -210,6 +215,10 @@ def _run(trainer: ListenTrainer, run: Run) -> TrainResult:
     folder, metrics = train_and_save(trainer, run)
     eval_metrics = _evaluate(trainer)
     model = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.args.should_save:
+        _save_scores(folder, model, eval_metrics, count_tasks(trainer.eval_dataset), trainer.args.generation_eval_rows)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
     return TrainResult(
         model=model.eval(),
         processor=trainer.processing_class,
@@ -243,9 +252,8 @@ def train_and_save(trainer: ResumableTrainer, run: Run) -> tuple[Path, dict[str,
     if run.finished is None or run.finished < trainer.state.global_step:
         trainer.save_to_folder()
         if trainer.args.should_save:
+            (folder / _SCORES_FILE).unlink(missing_ok=True)  # of earlier weights
             run.finish(trainer.state.global_step)
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()
     return folder, metrics
 
 
@@ -306,6 +314,17 @@ def _evaluate(trainer: ListenTrainer) -> dict[str, float]:
     metrics = {k: v for k, v in last.items() if k.startswith("eval_")} if fresh else trainer.evaluate()
     trainer.save_metrics("eval", metrics)
     return metrics
+
+
+def _save_scores(
+    folder: Path, model: ListenForConditionalGeneration, metrics: dict[str, float], rows: dict[str, int], most: int
+) -> None:
+    """Put the scores of the final evaluation into the model's folder and its card, unless it has scores already."""
+    scores = task_scores(metrics)
+    if scores and not (folder / _SCORES_FILE).exists():
+        counted = {task: {**values, "n": min(rows.get(task, most), most)} for task, values in scores.items()}
+        write_json(folder / _SCORES_FILE, counted)
+        write_model_card(folder, model)
 
 
 def _embeddings_per_second(processor: ListenProcessor) -> float:

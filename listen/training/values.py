@@ -11,11 +11,23 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
 
-from transformers.integrations import is_tensorboard_available
+from transformers.integrations import (
+    is_mlflow_available,
+    is_tensorboard_available,
+    is_trackio_available,
+    is_wandb_available,
+)
 
 from ..data.extras import DISTRIBUTION
 
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+
+_TRACKERS = {
+    "tensorboard": is_tensorboard_available,
+    "wandb": is_wandb_available,
+    "mlflow": is_mlflow_available,
+    "trackio": is_trackio_available,
+}
 
 
 class ArgumentError(ValueError):
@@ -42,16 +54,17 @@ def check_values(prefix: str, kind: type, values: Mapping[str, Any]) -> dict[str
 
 
 def check_report_to(report_to: Sequence[str]) -> None:
-    """Refuse the default log where it is not installed, before anything loads.
+    """Refuse trackers that are not installed, before anything loads.
 
     Raises:
-        ArgumentError: it names the extra to install.
+        ArgumentError: it names what to install.
     """
-    if "tensorboard" in report_to and not is_tensorboard_available():
-        raise ArgumentError(
-            f"training.report_to=tensorboard: it is not installed; pip install '{DISTRIBUTION}[train]', or set "
-            "training.report_to=none"
-        )
+    for name, is_available in _TRACKERS.items():
+        if name in report_to and not is_available():
+            package = f"'{DISTRIBUTION}[train]'" if name == "tensorboard" else name
+            raise ArgumentError(
+                f"training.report_to={name}: it is not installed; pip install {package}, or set training.report_to=none"
+            )
 
 
 def field_names(kind: type) -> list[str]:
