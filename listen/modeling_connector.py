@@ -163,7 +163,9 @@ class WindowQFormer(FusingConnector):
             windows = F.pad(frames, (0, 0, 0, tail)).unflatten(1, (-1, self.window))  # (chunks, windows, frames, width)
             window_mask = F.pad(mask, (0, tail)).unflatten(1, (-1, self.window))  # (chunks, windows, frames)
         real = window_mask.any(-1)  # (chunks, windows)
-        windows, window_mask = windows[real], window_mask[real]  # (real windows, frames, width), (.., frames)
+        kept = real.flatten().nonzero()[:, 0]  # (real windows,): one look-up for both, as it waits for the device
+        windows = windows.flatten(0, 1)[kept]  # (real windows, frames, width)
+        window_mask = window_mask.flatten(0, 1)[kept]  # (real windows, frames)
         queries = self.query_tokens.expand(len(windows), -1, -1)  # (real windows, queries, hidden)
         hidden = self.qformer(
             query_embeds=queries, encoder_hidden_states=windows, encoder_attention_mask=window_mask.long()

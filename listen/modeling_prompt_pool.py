@@ -254,7 +254,8 @@ class ListenPromptPool(nn.Module):
         Raises:
             ValueError: a row asks for more prompts than it can reach.
         """
-        k = int(counts.max())
+        asked = counts.tolist()  # the one value that is read from the device
+        k = max(asked)
         if k > self.most_prompts:
             raise ValueError(
                 f"the input asks for {k} prompts but the pool can give {self.most_prompts}; lower num_prompts"
@@ -282,7 +283,7 @@ class ListenPromptPool(nn.Module):
                 prompts = prompts * selection.weights[..., None]
         selection.indices = selection.indices.masked_fill(~valid, -1)
         selection.scores = selection.scores.masked_fill(~valid, 0.0)
-        return prompts[valid], selection
+        return prompts.flatten(0, 1) if min(asked) == k else prompts[valid], selection
 
     @torch.no_grad()
     def initialize_values(self, embedding: torch.Tensor) -> None:

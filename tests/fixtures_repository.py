@@ -32,7 +32,8 @@ FLAT = [path for path in LIBRARY if path.parent == PACKAGE and path.stem not in 
 DOORS = sorted(ROOT.glob("*_listen.py"))
 SCRIPTS = [*tracked("*.py", "examples", "benchmarks"), *DOORS, ROOT / "listen_command.py", ROOT / "setup.py"]
 TESTS = tracked("*.py", "tests")
-RECIPES = tracked("*.yaml", "examples")
+RECIPES = [path for path in tracked("*.yaml", "examples") if path.parent.name != "accelerate"]
+LAUNCHES = tracked("*.yaml", "examples/configs/accelerate")
 PAGES = tracked("*.md")
 
 

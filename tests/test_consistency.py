@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 from fixtures_repository import (
+    LAUNCHES,
     LIBRARY,
     PACKAGE,
     PAGES,
@@ -27,7 +28,7 @@ from fixtures_repository import (
 
 CODE = [*LIBRARY, *SCRIPTS]
 SETTINGS = ("Makefile", "pyproject.toml", "requirements.txt", "requirements-quantization.txt", "MANIFEST.in", ".ci/run")
-TEXT = [*CODE, *TESTS, *RECIPES, *PAGES, *(ROOT / name for name in SETTINGS)]
+TEXT = [*CODE, *TESTS, *RECIPES, *LAUNCHES, *PAGES, *(ROOT / name for name in SETTINGS)]
 
 MAX_BODY, MAX_MEDIAN, MAX_P90 = 50, 8, 20  # lines of a function, its docstring not counted
 MAX_FILE = 600  # lines of a module

@@ -352,6 +352,21 @@ def test_decoding_waits_for_the_device_no_more_than_the_bare_llm(in_vocabulary: 
     assert ours <= bare
 
 
+def test_a_training_pass_on_stored_features_reads_few_values_from_the_device() -> None:
+    """Those that the LLM reads itself, its windows, and five checks of the input; lists of lengths are not counted."""
+    model = tiny_model().train()
+    inputs = make_inputs(model, [[clip(0.5)], [clip(0.9)]])
+    text = {name: inputs.pop(name) for name in ("input_ids", "attention_mask")}
+    stored = dict(model.encode_audio(**inputs))
+    labels = text["input_ids"].clone()
+    labels[:, :-2] = -100
+    ours = synchronisations(lambda: model(**text, **stored, labels=labels, logits_to_keep=3))
+    alone = {"input_ids": torch.full_like(text["input_ids"], 7), "attention_mask": text["attention_mask"]}
+    bare = synchronisations(lambda: model.language_model(**alone, use_cache=False, logits_to_keep=3))
+    assert len(ours) - len(bare) <= 6
+    assert ours.count("nonzero") <= 1 and "index" not in ours
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, which reports synchronisations itself")
 def test_a_pass_over_a_generated_token_never_waits_for_the_gpu() -> None:
     model = tiny_model()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from fixtures_repository import LAUNCHES, name_of
 
 from listen.data.targets import KINDS
 from listen.training import ArgumentError, build_arguments, build_config, parse_arguments, read_config
@@ -282,3 +284,12 @@ def test_the_printed_config_is_a_recipe_of_the_same_run(
 def test_a_config_with_an_invalid_value_is_not_printed(config: Path) -> None:
     with pytest.raises(ArgumentError, match="training.max_steps=1.5 must be a whole number"):
         answer_questions(["--config", str(config), "--max_steps", "1.5", "--print_config"], "")
+
+
+@pytest.mark.parametrize("launch", LAUNCHES, ids=name_of)
+def test_launch_configs_are_those_of_accelerate(launch: Path) -> None:
+    """accelerate reads them without unknown keys, and each names its own launch line."""
+    config = load_config_from_file(str(launch))
+    kind = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "deepspeed_zero3": "DEEPSPEED", "two_nodes": "MULTI_GPU"}[launch.stem]
+    assert config.distributed_type == kind
+    assert f"accelerate launch --config_file examples/configs/accelerate/{launch.name}" in launch.read_text()

@@ -126,8 +126,9 @@ def find_recipe(path: str | os.PathLike[str]) -> Path:
 
 
 def recipe_files() -> list[Path]:
-    """All recipes of the package."""
-    return [*RECIPES.glob("*.yaml"), *RECIPES.glob("*/*.yaml")]
+    """All recipes of the package; the folder `accelerate` configures launches."""
+    found = [*RECIPES.glob("*.yaml"), *RECIPES.glob("*/*.yaml")]
+    return [path for path in found if path.parent.name != "accelerate"]
 
 
 def _read_recipe(path: Path, heirs: tuple[Path, ...]) -> dict[str, Any]:
