@@ -48,15 +48,13 @@ def plot_overlap(usage: PromptUsage) -> Figure:
     return figure
 
 
-def plot_query_keys(tasks: Sequence[str], similarity: np.ndarray) -> Figure:
-    """Heat map of the mean cosine `(tasks, pool)` between a task's queries and each key, keys ordered by their task."""
-    owner = similarity.argmax(axis=0)
-    order = np.lexsort((-similarity.max(axis=0), owner))
+def plot_query_keys(tasks: Sequence[str], similarity: np.ndarray, order: np.ndarray) -> Figure:
+    """Heat map of the mean cosine `(tasks, pool)` between a task's queries and the keys `order`, as in `plot_usage`."""
     limit = max(float(np.abs(similarity).max()), 1e-6)
     figure, axes = _panel(width=max(6.0, min(14.0, 2.5 + 0.22 * len(order))), height=1.6 + 0.38 * len(tasks))
     image = _heat_map(axes, similarity[:, order], tasks, order, cmap=_DIVERGING, vmin=-limit, vmax=limit)
     axes.set_title("Similarity of queries and keys", loc="left")
-    axes.set_xlabel("key, grouped by the task whose queries are nearest")
+    axes.set_xlabel("key of the prompts in use, in the same order as in the plot of selections")
     _colour_bar(figure, image, "mean cosine")
     return figure
 

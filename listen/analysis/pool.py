@@ -59,14 +59,19 @@ class PoolAnalysis:
         return summary
 
     def figures(self) -> dict[str, Figure]:
-        """Plots by file name without ending: usage and overlap, then keys and queries where the model has them."""
-        figures = {"prompt_usage": plot_usage(self.usage), "prompt_overlap": plot_overlap(self.usage)}
+        """Plots by file name without ending: usage, then keys and queries where the model has them.
+
+        Overlap of tasks and map of the queries need two tasks or more.
+        """
+        figures, several = {"prompt_usage": plot_usage(self.usage)}, len(self.usage.tasks) > 1
+        if several:
+            figures["prompt_overlap"] = plot_overlap(self.usage)
         if self.queries is None:
             return figures
         if self.keys is not None:
             names, similarity = query_key_similarity(self.queries, self.tasks, self.keys)
-            figures["query_keys"] = plot_query_keys(names, similarity)
-        if len(self.queries) >= 4:
+            figures["query_keys"] = plot_query_keys(names, similarity, self.usage.by_owner())
+        if several and len(self.queries) >= 4:
             shown = np.random.default_rng(0).permutation(len(self.queries))[:_MOST_MAPPED]
             points = project_queries(self.queries[shown])
             figures["query_map"] = plot_query_map(points, [self.tasks[i] for i in shown], self.clusters)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from ..analysis.escape import plot_text
 from ..analysis.plots import COLOURS
 from .comparison import Cell, Comparison, method_names, seed_interval, tasks_of
-from .scoring import LOWER_IS_BETTER
+from .scoring import score_title
 
 _BAR, _REFERENCE, _GREY = COLOURS[5], "#BBBBBB", "#666666"
 _LINES = ("-", "--", ":", "-.")
@@ -61,8 +61,7 @@ def _plot_task(
     axes.set_yticks(range(len(methods)), [plot_text(method) for method in methods], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(left=0)
-    better = "lower" if metric in LOWER_IS_BETTER else "higher"
-    axes.set_title(f"{task}: {metric} ({better} is better)", loc="left", fontsize=9)
+    axes.set_title(plot_text(f"{task}: {score_title(metric)}"), loc="left", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
 
 

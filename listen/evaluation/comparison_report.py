@@ -26,7 +26,7 @@ from .comparison import (
     tasks_of,
 )
 from .comparison_plots import plot_curves, plot_scores
-from .scoring import LOWER_IS_BETTER
+from .scoring import score_arrow
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def markdown_comparison(
 ) -> str:
     """The table, the counts of all pairwise comparisons, and how to read them."""
     tasks = tasks_of(cells)
-    heads = [f"{task} {_metric(cells, task)} {_arrow(_metric(cells, task))}" for task in tasks]
+    heads = [f"{task} {_metric(cells, task)} {score_arrow(_metric(cells, task))}" for task in tasks]
     figures = [figure for figure in FIGURES if any(figure.name in cell.figures for cell in cells)]
     lines = [
         _line(["method", "seeds", *(figure.title for figure in figures), *heads]),
@@ -168,7 +168,7 @@ def markdown_pairs(comparisons: Sequence[Comparison]) -> str:
         interval = " .. ".join(f"{end:.4g}" for end in one.interval)
         values = [f"{value:.4g}" for value in (*one.values, one.difference)]
         tail = [f"{one.p:.2g}", f"{one.p_holm:.2g}", str(one.num_items), markdown(one.better or "not decided")]
-        lines.append(_line([one.task, f"{one.metric} {_arrow(one.metric)}", *values, interval, *tail]))
+        lines.append(_line([one.task, f"{one.metric} {score_arrow(one.metric)}", *values, interval, *tail]))
     return "\n".join(lines) + "\n"
 
 
@@ -212,10 +212,6 @@ def _mean(values: Sequence[float], digits: str) -> str:
 
 def _metric(cells: Sequence[Cell], task: str) -> str:
     return next(cell.items[task].name for cell in cells if task in cell.items)
-
-
-def _arrow(metric: str) -> str:
-    return "↓" if metric in LOWER_IS_BETTER else "↑"
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from ..analysis import PoolAnalysis, analyse_pool, task_names
 from ..data.manifest import extra_fields
 from ..data.processes import launched_processes
+from ..data.revision import code_version
 from ..data.tasks import get_task
 from .batches import BatchOptions, split_options
 from .generate import GREEDY, Prediction, generate_predictions
@@ -58,6 +60,7 @@ def evaluate_model(
     predictions = generate_predictions(model, processor, dataset, **batch, **generate_kwargs)
     result = EvaluationResult(predictions=[_record(e, p) for e, p in zip(examples, predictions, strict=True)])
     _score(result, examples, predictions, spelling_mapping, num_resamples)
+    result.rows = dataset
     result.pool = _analyse(extract_model_from_parallel(model), examples, predictions)
     result.settings = _settings(model, result.pool, predictions, BatchOptions(**batch).batch_size, generate_kwargs)
     return result
@@ -158,6 +161,8 @@ def _settings(
     model = extract_model_from_parallel(model)
     return {
         "model": model.config.name_or_path or type(model).__name__,
+        "code": code_version(),
+        "date": time.strftime("%Y-%m-%d %H:%M %z"),
         "adapter": model.active_adapter,
         "num_prompts": max(len(prediction.prompt_indices) for prediction in predictions),
         "pool_size": None if pool is None else pool.usage.shares.shape[1],

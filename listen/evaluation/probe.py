@@ -14,6 +14,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from ..analysis.escape import plot_text
 from ..analysis.plots import plot_map
 from ..analysis.queries import project_queries, query_clusters
 
@@ -113,8 +114,8 @@ def probe_groups(
     return Probe(truths.tolist(), predictions.tolist(), round(float(np.mean(sizes))))
 
 
-def plot_embeddings(embeddings: np.ndarray, labels: Sequence[str], seed: int = 0) -> Figure:
-    """t-SNE map of embeddings `(examples, width)`, one colour and marker per class.
+def plot_embeddings(embeddings: np.ndarray, labels: Sequence[str], seed: int = 0, system: str = "") -> Figure:
+    """t-SNE map of embeddings `(examples, width)`, one colour and marker per class; `system` goes into the title.
 
     Raises:
         ValueError: fewer than four examples.
@@ -122,8 +123,9 @@ def plot_embeddings(embeddings: np.ndarray, labels: Sequence[str], seed: int = 0
     _check(embeddings, labels)
     scaled = StandardScaler().fit_transform(embeddings)
     clusters = query_clusters(scaled, labels)
+    of_system = f" of {plot_text(system)}" if system else ""
     title = (
-        f"Speech embeddings (t-SNE)\nsilhouette {clusters.silhouette:.2f}, "
+        f"Speech embeddings{of_system} (t-SNE)\nsilhouette {clusters.silhouette:.2f}, "
         f"nearest neighbour of the same class {clusters.neighbour_accuracy:.0%} (chance {clusters.chance:.0%})"
     )
     return plot_map(project_queries(scaled, seed), labels, list(dict.fromkeys(sorted(labels))), title)

@@ -1,8 +1,12 @@
-"""A readable report of an evaluation: `report.md`, which links to its plots, and `report.html`, which contains them."""
+"""A readable report of an evaluation: `report.md`, which links to its plots, and `report.html`, which contains them.
+
+The page is one file: the plots and short recordings of its examples are inside, and it loads nothing from elsewhere.
+"""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,154 +16,95 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment
 
-from ..analysis.escape import markdown
+from ..analysis.escape import markdown, visible
 from ..data.files import write_text
 from ..data.tasks import get_task
+from .clips import MAX_CLIP_SECONDS, embed_clips
+from .confusions import Confusions, count_confusions
+from .report_templates import HTML, MARKDOWN, SCRIPT, STYLE
 from .result import EvaluationResult
-from .scoring import LOWER_IS_BETTER
+from .scoring import LOWER_IS_BETTER, score_title
 
-_SHOWN_EXAMPLES = 5
+_SHOWN_EXAMPLES = 100  # of a task
+_MATRIX_CLASSES = 16  # more classes are shown as a list of confusions
 _CAPTIONS = {
     "prompt_usage": "How often the examples of each task selected each prompt of the pool.",
     "prompt_overlap": "How much the tasks share their prompts: 1 for the same prompts equally often, 0 for none.",
-    "query_keys": "Mean cosine between the queries of a task and the keys of the pool.",
+    "query_keys": "Mean cosine between the queries of a task and the keys of the prompts in use.",
     "query_map": "The queries, one point per example. Tasks that form separate clusters can get separate prompts.",
 }
 _SCALES = {"bleu": 100, "chrf": 100, "cider": 10}  # all other metrics are fractions
-
-_MARKDOWN = """\
-# Evaluation of {{ settings.model }}
-
-{{ total }} examples of {{ tasks | length }} tasks{% if settings.num_prompts %}, {{ settings.num_prompts }} prompts \
-each from a pool of {{ settings.pool_size }}{% endif %}.
-
-| task | metric | value |{% if bare %} k = 0 |{% endif %} 95 % interval | n |
-|---|---|---:|{% if bare %}---:|{% endif %}---:|---:|
-{% for row in rows -%}
-| {{ row.title }} | {{ row.label }} | {{ row.value }} |{% if bare %} {{ row.bare }} |{% endif %} {{ row.interval }} \
-| {{ row.n }} |
-{% endfor %}
-Intervals: percentile bootstrap over examples. An arrow shows the better direction. BLEU and chrF run from 0 to 100, \
-CIDEr from 0 to 10, all else from 0 to 1.{% if bare %} k = 0: the same model without prompts.{% endif %}
-{% if pool %}
-## The prompt pool
-
-{{ pool }}
-{% for plot in plots %}
-![{{ plot.caption }}]({{ plot.link }})
-
-{{ plot.caption }}
-{% endfor %}{% endif %}
-## Examples
-{% for task in tasks %}
-### {{ task.title }}
-
-| expected | answered |
-|---|---|
-{% for example in task.examples -%}
-| {{ example.expected }} | {{ example.answered }} |
-{% endfor %}{% endfor %}
-## Settings
-
-{% for name, value in settings.items() -%}
-- {{ name }}: {{ value }}
-{% endfor %}"""
-
-_HTML = """\
-<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Evaluation of {{ settings.model }}</title>
-<style>
-  body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1c1c1c }
-  table { border-collapse: collapse; width: 100%; margin: 1rem 0 }
-  th, td { text-align: left; padding: .3rem .7rem; border-bottom: 1px solid #ddd; vertical-align: top }
-  th { border-bottom: 2px solid #888 }
-  td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-  tr.lead td { font-weight: 600 }
-  img { max-width: 100% }
-  figure { margin: 1.5rem 0 }
-  figcaption, .note { color: #555; font-size: .9rem }
-  .wrong { background: #fff4ec }
-</style>
-<h1>Evaluation of {{ settings.model }}</h1>
-<p>{{ total }} examples of {{ tasks | length }} tasks{% if settings.num_prompts %}, {{ settings.num_prompts }} prompts
-each from a pool of {{ settings.pool_size }}{% endif %}.</p>
-<table>
-<tr><th>task<th>metric<th class="number">value{% if bare %}<th class="number">k = 0{% endif %}\
-<th class="number">95 % interval<th class="number">n</tr>
-{% for row in rows -%}
-<tr{% if row.lead %} class="lead"{% endif %}><td>{{ row.title }}<td>{{ row.label }}<td class="number">{{ row.value }}\
-{% if bare %}<td class="number">{{ row.bare }}{% endif %}\
-<td class="number">{{ row.interval }}<td class="number">{{ row.n }}</tr>
-{% endfor -%}
-</table>
-<p class="note">Intervals: percentile bootstrap over examples. An arrow shows the better direction. BLEU and chrF run
-from 0 to 100, CIDEr from 0 to 10, all else from 0 to 1.{% if bare %}
-k = 0: the same model without prompts.{% endif %}</p>
-{% if pool %}
-<h2>The prompt pool</h2>
-<p>{{ pool }}</p>
-{% for plot in plots -%}
-<figure><img alt="" src="data:image/png;base64,{{ plot.data }}"><figcaption>{{ plot.caption }}</figcaption></figure>
-{% endfor %}{% endif %}
-<h2>Examples</h2>
-{% for task in tasks %}
-<h3>{{ task.title }}</h3>
-<table>
-<tr><th>expected<th>answered<th class="number">{{ task.metric }}</tr>
-{% for example in task.examples -%}
-<tr{% if example.wrong %} class="wrong"{% endif %}><td>{{ example.expected }}<td>{{ example.answered }}\
-<td class="number">{{ example.score }}</tr>
-{% endfor -%}
-</table>
-{% endfor %}
-<h2>Settings</h2>
-<table>
-{% for name, value in settings.items() -%}
-<tr><td>{{ name }}<td>{{ value }}</tr>
-{% endfor -%}
-</table>
-</html>
-"""
+_LEGEND = (
+    "Intervals: percentile bootstrap over examples. An arrow shows the better direction. BLEU and chrF run from 0 to "
+    "100, CIDEr-D from 0 to 10, all else from 0 to 1."
+)
 
 
 @dataclass(frozen=True)
 class _Row:
     """A row of the table of results."""
 
-    title: str
     label: str
     value: str
     bare: str
     interval: str
-    n: int
-    lead: bool
 
 
 def write_report(result: EvaluationResult, folder: str | Path, plots: Sequence[Path] = ()) -> None:
     """Write `report.md` and `report.html` into `folder`.
 
     Args:
-        result: what to report.
+        result: what to report. With `rows`, the page plays the recordings of its worst examples.
         folder: must exist.
         plots: PNG files of the pool inside `folder`. The Markdown file links to them, the HTML file contains them.
     """
     folder = Path(folder)
+    bare = bool(result.without_prompts)
     content = {
+        "title": _title(result.settings),
+        "summary": _summary(result),
+        "legend": _LEGEND + (" k = 0: the same model without prompts." if bare else ""),
         "settings": result.settings,
-        "total": len(result.predictions),
         "tasks": [_task(name, result) for name in result.metrics],
-        "rows": [row for name in result.metrics for row in _rows(name, result)],
-        "bare": bool(result.without_prompts),
+        "bare": bare,
         "pool": _describe_pool(result),
-        "plots": [_plot(path, folder) for path in plots],
+        "plots": [_plot(path, folder, result) for path in plots],
+        "playable": result.rows is not None,
+        "players": _players_note(result),
     }
     text = Environment(keep_trailing_newline=True, finalize=markdown)
-    write_text(folder / "report.md", text.from_string(_MARKDOWN).render(content))
-    page = Environment(autoescape=True).from_string(_HTML).render(content)
-    write_text(folder / "report.html", page)
+    write_text(folder / "report.md", text.from_string(MARKDOWN).render(content))
+    script_hash = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode("ascii")
+    page = Environment(autoescape=True).from_string(HTML)
+    write_text(folder / "report.html", page.render(content, style=STYLE, script=SCRIPT, script_hash=script_hash))
+
+
+def _title(settings: Mapping[str, Any]) -> str:
+    """Model, data, date and code, as far as they are known."""
+    model = "/".join(Path(str(settings.get("model", "a model"))).parts[-3:])
+    parts = [f"Evaluation of {model}"]
+    if settings.get("data"):
+        parts[0] += f" on {settings['data']}"
+    if settings.get("date"):
+        parts.append(settings["date"][:10])
+    if settings.get("code"):
+        parts.append(f"code {settings['code']}")
+    return visible(", ".join(parts))
+
+
+def _summary(result: EvaluationResult) -> str:
+    tasks, total = len(result.metrics), len(result.predictions)
+    text = f"{total} examples of {tasks} task{'s' if tasks > 1 else ''}"
+    if not result.settings.get("num_prompts"):
+        return f"{text}."
+    return f"{text}, {result.settings['num_prompts']} prompts each from a pool of {result.settings['pool_size']}."
+
+
+def _players_note(result: EvaluationResult) -> str:
+    text = "Rows that are not perfect are marked."
+    if result.rows is None:
+        return text
+    return f"{text} Recordings are cut to {MAX_CLIP_SECONDS:.0f} s; only the worst rows of each task have one."
 
 
 def _rows(task: str, result: EvaluationResult) -> list[_Row]:
@@ -167,37 +112,80 @@ def _rows(task: str, result: EvaluationResult) -> list[_Row]:
     bare = result.without_prompts.get(task, {})
     return [
         _Row(
-            title=get_task(task).title,
-            label=f"{name} {'↓' if name in LOWER_IS_BETTER else '↑'}",
+            label=score_title(name),
             value=_number(name, value),
             bare=_number(name, bare[name]) if name in bare else "",
             interval=" – ".join(_number(name, end) for end in result.intervals[task].get(name, ())),
-            n=int(result.metrics[task]["n"]),
-            lead=place == 0,
         )
-        for place, (name, value) in enumerate(values.items())
+        for name, value in values.items()
     ]
 
 
 def _task(name: str, result: EvaluationResult) -> dict[str, Any]:
-    """Title of a task and some of its examples, drawn with a fixed seed."""
-    metric = next(iter(result.metrics[name]))
-    records = [record for record in result.predictions if record["task"] == name]
-    drawn = np.random.default_rng(0).permutation(len(records))[:_SHOWN_EXAMPLES]
-    examples = [_example(records[i], metric) for i in sorted(drawn)]
-    return {"title": get_task(name).title, "metric": metric, "examples": examples}
+    """Scores, confusions and the worst examples of a task."""
+    task, metric = get_task(name), next(iter(result.metrics[name]))
+    places = [place for place, record in enumerate(result.predictions) if record["task"] == name]
+    records = [result.predictions[place] for place in places]
+    shown = sorted(places, key=lambda place: _goodness(result.predictions[place], metric))[:_SHOWN_EXAMPLES]
+    share = 1 / len(result.metrics)
+    clips = {} if result.rows is None else embed_clips(result.rows, shown, share)
+    confusions = count_confusions(task, records)
+    large = confusions is not None and len(confusions.labels) > _MATRIX_CLASSES
+    return {
+        "title": f"{task.title} ({name})",
+        "metric": score_title(metric),
+        "rows": _rows(name, result),
+        "n": len(records),
+        "note": _task_note(records, len(shown)),
+        "asks": any(record.get("question") for record in records),
+        "examples": [{**_example(result.predictions[i], metric), "clips": clips.get(i, [])} for i in shown],
+        "confusion": None if confusions is None or large else _matrix(confusions),
+        "confused": confusions.frequent(most=20) if large else [],
+    }
+
+
+def _task_note(records: Sequence[Mapping[str, Any]], shown: int) -> str:
+    """The instruction where all examples share it, and how many examples are left out."""
+    instructions = {record.get("instruction") for record in records}
+    notes = [f"Instruction: {visible(*instructions)}"] if len(instructions) == 1 and all(instructions) else []
+    if shown < len(records):
+        notes.append(f"The worst {shown} of {len(records)} examples; all are in predictions.jsonl.")
+    return " ".join(notes)
+
+
+def _goodness(record: Mapping[str, Any], metric: str) -> float:
+    """The score of an example with larger for better; undefined ones come last."""
+    score = record["scores"].get(metric, math.nan)
+    if math.isnan(score):
+        return math.inf
+    return -score if metric in LOWER_IS_BETTER else score
 
 
 def _example(record: Mapping[str, Any], metric: str) -> dict[str, Any]:
     score = record["scores"].get(metric, math.nan)
     best = 0.0 if metric in LOWER_IS_BETTER else _SCALES.get(metric, 1)
-    question = f"{record['question']} " if record.get("question") else ""
     return {
-        "expected": question + " / ".join(record["references"]),
-        "answered": record["prediction"] or "(nothing)",
+        "id": visible(record.get("id") or f"row {record.get('index', '')}"),
+        "question": visible(record.get("question") or ""),
+        "expected": visible(" / ".join(record["references"])),
+        "answered": visible(record["prediction"]),
         "score": _number(metric, score),
         "wrong": abs(score - best) > 1e-6,
     }
+
+
+def _matrix(confusions: Confusions) -> dict[str, Any]:
+    """Columns and rows of the table; the column of no class is left out where it is empty."""
+    counts, columns = confusions.counts, [*confusions.labels, "no class"]
+    if not counts[:, -1].any():
+        counts, columns = counts[:, :-1], columns[:-1]
+    percent = np.round(100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)).astype(int)
+    rows = [
+        {"name": name, "cells": [{"count": n, "percent": p} for n, p in zip(counts[i], percent[i], strict=True)]}
+        for i, name in enumerate(confusions.labels)
+        if counts[i].any()
+    ]
+    return {"columns": columns, "rows": rows}
 
 
 def _describe_pool(result: EvaluationResult) -> str:
@@ -209,21 +197,41 @@ def _describe_pool(result: EvaluationResult) -> str:
         f"The examples used {round(usage.share_used * pool_size)} of {pool_size} prompts; the entropy of selections is "
         f"{usage.entropy():.2f}, where 1 is uniform use of the whole pool."
     )
-    if clusters is None:
+    if clusters is None or math.isnan(clusters.mean_cosine):
+        return text
+    text += f" Two queries have a mean cosine of {clusters.mean_cosine:.2f}."
+    if len(usage.tasks) < 2 or math.isnan(clusters.silhouette):
         return text
     return text + (
-        f" Two queries have a mean cosine of {clusters.mean_cosine:.2f}; the nearest neighbour of a query belongs to "
-        f"the same task in {clusters.neighbour_accuracy:.0%} of cases (chance {clusters.chance:.0%}), and the "
-        f"silhouette of the tasks is {clusters.silhouette:.2f}."
+        f" The nearest neighbour of a query belongs to the same task in {clusters.neighbour_accuracy:.0%} of cases "
+        f"(chance {clusters.chance:.0%}), and the silhouette of the tasks is {clusters.silhouette:.2f}."
     )
 
 
-def _plot(path: Path, folder: Path) -> dict[str, str]:
+def _plot(path: Path, folder: Path, result: EvaluationResult) -> dict[str, str]:
     return {
         "caption": _CAPTIONS[path.stem],
+        "alt": _alternative(path.stem, result),
         "link": path.relative_to(folder).as_posix(),
         "data": base64.b64encode(path.read_bytes()).decode("ascii"),
     }
+
+
+def _alternative(name: str, result: EvaluationResult) -> str:
+    """What a plot shows, in words, for readers who cannot see it."""
+    usage = result.pool.usage
+    if name == "prompt_usage":
+        first = np.argsort(-usage.shares, axis=1, kind="stable")[:, :3]
+        most = [f"{task}: {', '.join(map(str, row))}" for task, row in zip(usage.tasks, first, strict=True)]
+        return f"Heat map of tasks by prompts. Most selected prompts of {'; '.join(most)}."
+    if name == "prompt_overlap":
+        overlap = usage.weighted_jaccard() - 2 * np.eye(len(usage.tasks))
+        first, second = np.unravel_index(overlap.argmax(), overlap.shape)
+        pair = f"{usage.tasks[first]} and {usage.tasks[second]}, {overlap[first, second]:.2f}"
+        return f"Matrix of the overlap of every two tasks. Largest: {pair}."
+    if name == "query_keys":
+        return "Heat map of the mean cosine of each task's queries and each key."
+    return f"Scatter plot of the queries of {', '.join(usage.tasks)}."
 
 
 def _number(metric: str, value: float) -> str:

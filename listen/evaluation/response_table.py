@@ -174,17 +174,17 @@ def orderings_lines(orderings: Sequence[Ordering]) -> list[str]:
 
 
 def plot_table(systems: Sequence[SystemScores]) -> Figure:
-    """The table as a picture, the highest value of each column in bold."""
-    figure = Figure(figsize=(11.0, 0.9 + 0.34 * len(systems)), layout="constrained")
+    """The table as a picture with 95 % intervals, the highest value of each column in bold."""
+    figure = Figure(figsize=(12.0, 0.9 + 0.5 * len(systems)), layout="constrained")
     axes = figure.add_subplot()
     axes.axis("off")
-    cells = [[plot_text(system.name), *(_value(system, column) for column in COLUMNS)] for system in systems]
-    heads = ["system", *(column.title for column in COLUMNS)]
+    cells = [[plot_text(system.name), *(_pictured(system, column) for column in COLUMNS)] for system in systems]
+    heads = ["system", *(f"{column.title} ↑" for column in COLUMNS)]
     widths = [0.24, *(0.76 / len(COLUMNS) for _ in COLUMNS)]
     table = axes.table(cells, colLabels=heads, colWidths=widths, loc="center", edges="horizontal", cellLoc="right")
     table.auto_set_font_size(False)
     table.set_fontsize(9)
-    table.scale(1.0, 1.4)
+    table.scale(1.0, 2.2)
     for row in range(len(systems) + 1):
         table[row, 0].get_text().set_horizontalalignment("left")
     for place, column in enumerate(COLUMNS, start=1):
@@ -207,6 +207,12 @@ def _value(system: SystemScores, column: Column) -> str:
 def _interval(system: SystemScores, column: Column) -> str:
     ends = system.intervals.get(column.name)
     return ABSENT if ends is None else " .. ".join(f"{end * column.scale:.{column.digits}f}" for end in ends)
+
+
+def _pictured(system: SystemScores, column: Column) -> str:
+    """A value, and its interval on a second line."""
+    interval = _interval(system, column)
+    return _value(system, column) + ("" if interval == ABSENT else f"\n{interval}")
 
 
 def _ordering_text(ordering: Ordering, named: bool) -> str:

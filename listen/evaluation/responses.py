@@ -77,7 +77,7 @@ class ResponseEvaluation:
             write_json_lines(folder / f"{name}.jsonl", getattr(self, name))
         if self.embeddings is not None and len(self.embeddings) >= LEAST_MAPPED:
             truths = [record["emotion"] for record in self.emotions]
-            plot_embeddings(self.embeddings, truths).savefig(folder / "embeddings.png", dpi=120)
+            plot_embeddings(self.embeddings, truths, system=self.system).savefig(folder / "embeddings.png", dpi=120)
         return folder
 
     def add(self, metric: RowMetric, rows: np.ndarray, names: dict[str, str], num_resamples: int) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
+
 from ..analysis import PoolAnalysis
 from ..data.files import write_json, write_json_lines
 
@@ -24,6 +26,7 @@ class EvaluationResult:
             the row and the selected prompts.
         settings: how the answers were generated.
         pool: analysis of the prompt pool; `None` for a model without one.
+        rows: the data set that was evaluated, whose recordings the report plays; `None` for a report without players.
         without_prompts: `{task: {metric: value}}` of the same model without prompts, k = 0; empty if not measured.
     """
 
@@ -32,6 +35,7 @@ class EvaluationResult:
     predictions: list[dict[str, Any]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     pool: PoolAnalysis | None = None
+    rows: Dataset | None = None
     without_prompts: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def save(self, folder: str | Path, extra: Mapping[str, Any] | None = None) -> Path:

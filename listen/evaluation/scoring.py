@@ -37,6 +37,23 @@ METRICS: tuple[type[RowMetric], ...] = (
     EventF1,
 )
 LOWER_IS_BETTER = frozenset({"wer", "cer", "eer", "unparsable_rate"})
+SCORE_TITLES = {
+    "wer": "word error rate",
+    "cer": "character error rate",
+    "eer": "equal error rate",
+    "uar": "unweighted average recall",
+    "accuracy": "accuracy",
+    "exact_match": "exact match",
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "cider": "CIDEr-D",
+    "rouge_1": "ROUGE-1",
+    "rouge_2": "ROUGE-2",
+    "rouge_l": "ROUGE-L",
+    "event_f1": "event F1",
+    "event_f1_macro": "event F1, mean over events",
+    "unparsable_rate": "answers that name no class",
+}
 _TRANSLATION_TOKENIZERS = {"zh": "zh"}
 
 
@@ -55,6 +72,16 @@ class TaskScores:
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     row_values: list[dict[str, float]] = field(default_factory=list)
     num_examples: int = 0
+
+
+def score_arrow(metric: str) -> str:
+    """The better direction of a score as an arrow."""
+    return "↓" if metric in LOWER_IS_BETTER else "↑"
+
+
+def score_title(metric: str) -> str:
+    """Readable name of a score with its better direction, such as `word error rate ↓`."""
+    return f"{SCORE_TITLES.get(metric, metric)} {score_arrow(metric)}"
 
 
 def metrics_for(task: Task) -> list[type[RowMetric]]:

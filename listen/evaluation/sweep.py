@@ -16,6 +16,7 @@ from ..analysis.escape import plot_text
 from ..analysis.plots import COLOURS
 from ..data.files import write_json
 from .result import EvaluationResult
+from .scoring import score_title
 
 
 @dataclass
@@ -132,6 +133,6 @@ def _plot_curve(axes: Axes, sweep: Sweep, task: str) -> None:
     axes.set_xscale("symlog", base=2, linthresh=1)  # logarithmic, with a place for 0
     axes.set_xticks(counts, [str(k) for k in counts])
     axes.minorticks_off()
-    axes.set_title(plot_text(f"{task}: {sweep.metrics[task]}"), loc="left", fontsize=10)
+    axes.set_title(plot_text(f"{task}: {score_title(sweep.metrics[task])}"), loc="left", fontsize=10)
     axes.set_xlabel("prompts k")
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)

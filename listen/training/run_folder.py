@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import platform
-import subprocess
 import sys
 import time
 import uuid
@@ -28,6 +27,7 @@ from transformers.utils import logging
 
 from ..data.files import hold_folder, write_json, write_text
 from ..data.processes import launched_processes
+from ..data.revision import git_revision
 from .push import MODEL_FOLDER
 from .resumable import read_run_state
 from .values import ArgumentError
@@ -260,20 +260,6 @@ def describe_environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "git": git_revision(Path(__file__).resolve().parent),
     }
-
-
-def git_revision(folder: Path) -> dict[str, Any] | None:
-    """Commit of the code in that folder and whether files differ from it; `None` outside a git repository."""
-    try:
-        commit = _git(folder, "rev-parse", "HEAD")
-        return {"commit": commit, "modified": bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))}
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _git(folder: Path, *command: str) -> str:
-    result = subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True, check=True)
-    return result.stdout.strip()
 
 
 def _version(package: str) -> str | None:
