@@ -1,0 +1,261 @@
+"""The engine that sends embeddings to a vLLM server: against a small stand-in, and against vLLM itself where it is."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import tiny_model
+from fixtures_repository import ROOT
+from fixtures_servers import free_port, running
+from fixtures_training import tiny_processor
+from fixtures_vllm import LanguageModelServer, language_model_server
+
+from listen import ListenConfig, ListenForConditionalGeneration, ListenPipeline, ListenProcessor
+from listen.serving.engine import Delta, EngineUnavailableError, QueueFullError, Request, Sampling
+from listen.serving.vllm import VllmEngine, VllmServer, encoded_tensor
+
+TINY = ROOT / "model_cards" / "listen-tiny"
+CLIPS = sorted((TINY / "samples").glob("*.wav"))
+REAL_MODELS = Path(os.environ.get("LISTEN_REAL_MODELS", ""))
+QUESTIONS = ("What is being said?", "Who is speaking?")
+GREEDY = Sampling(temperature=0.0, max_tokens=24)
+
+
+def loaded(**options: Any) -> ListenPipeline:
+    model = ListenForConditionalGeneration.from_pretrained(TINY, **options)
+    return ListenPipeline(model=model, processor=ListenProcessor.from_pretrained(TINY))
+
+
+@pytest.fixture(scope="module")
+def two_adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a second adapter, whose connector differs."""
+    folder = tmp_path_factory.mktemp("other")
+    model = loaded().model
+    with torch.no_grad():
+        model.adapters.default.connector.projection.weight.mul_(-1)
+    model.save_adapter(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(two_adapters: Path) -> ListenPipeline:
+    """The reference, with both adapters."""
+    found = loaded()
+    found.model.load_adapter(two_adapters, "other")
+    return found
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[tuple[LanguageModelServer, str]]:
+    with language_model_server(str(TINY / "backbones" / "language_model")) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def engine_of(two_adapters: Path) -> Callable[..., VllmEngine]:
+    def make(url: str, **options: Any) -> VllmEngine:
+        pipeline = loaded()
+        pipeline.model.load_adapter(two_adapters, "other")
+        return VllmEngine(pipeline, "my/listen-tiny", VllmServer(url), **options)
+
+    return make
+
+
+def messages(path: Path, question: str) -> list[dict[str, Any]]:
+    waveform, rate = soundfile.read(path, dtype="float32")
+    audio = {"type": "audio", "array": waveform, "sampling_rate": rate}
+    return [{"role": "user", "content": [audio, {"type": "text", "text": question}]}]
+
+
+def asked(adapter: str | None, path: Path, question: str) -> Request:
+    return Request(messages(path, question), adapter=adapter, sampling=GREEDY)
+
+
+async def whole(stream: AsyncIterator[Delta]) -> tuple[str, Delta]:
+    pieces = [piece async for piece in stream]
+    assert [piece.finish_reason is None for piece in pieces] == [True] * (len(pieces) - 1) + [False]
+    return "".join(piece.text for piece in pieces), pieces[-1]
+
+
+def run(engine: VllmEngine, work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+    """Run on a loop of its own, and close the engine at its end."""
+
+    async def closed() -> Any:
+        try:
+            return await work()
+        finally:
+            await engine.close()
+
+    return asyncio.run(closed())
+
+
+def test_greedy_answers_are_the_pipelines_for_two_adapters_at_once(
+    server: tuple[LanguageModelServer, str], engine_of: Callable[..., VllmEngine], pipeline: ListenPipeline
+) -> None:
+    requests = [asked(name, path, q) for name in ("default", "other") for path in CLIPS for q in QUESTIONS]
+    engine = engine_of(server[1])
+    batches, embed = [], engine._embed
+    engine._embed = lambda batch: (batches.append(len(batch)), embed(batch))[1]
+
+    async def work() -> list[tuple[str, Delta]]:
+        return await asyncio.gather(*(whole(engine.stream(request)) for request in requests))
+
+    found = run(engine, work)
+    expected = []
+    for request in requests:
+        pipeline.model.set_adapter(request.adapter)
+        expected.append(pipeline(request.messages, max_new_tokens=24, do_sample=False)[0]["generated_text"])
+    assert [text for text, _ in found] == expected
+    assert len(set(expected)) > len(CLIPS)  # adapters and clips matter
+    assert len(batches) < len(requests) == sum(batches)  # encoded together
+    assert all(last.prompt_tokens > 10 for _, last in found)
+
+
+def test_text_for_the_base_llm_goes_on_as_it_is(
+    server: tuple[LanguageModelServer, str], engine_of: Callable[..., VllmEngine]
+) -> None:
+    chat = [{"role": "user", "content": "What is being said?"}]
+    sampling = replace(GREEDY, stop=("xyz",), seed=4)
+    engine = engine_of(server[1])
+    text, last = run(engine, lambda: whole(engine.stream(Request(chat, adapter=None, sampling=sampling))))
+    path, body = server[0].seen[-1]
+    assert path == "/v1/chat/completions" and body["messages"] == chat
+    assert (body["stop"], body["seed"], body["temperature"], body["max_tokens"]) == (["xyz"], 4, 0, 24)
+    llm, tokenizer = server[0].model, server[0].tokenizer
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = llm.generate(**ids, max_new_tokens=24, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert text == tokenizer.decode(answer, skip_special_tokens=True).strip()
+    assert last.prompt_tokens == ids["input_ids"].shape[1]
+
+
+def test_text_for_an_adapter_is_answered_with_its_prompts(
+    server: tuple[LanguageModelServer, str], engine_of: Callable[..., VllmEngine], pipeline: ListenPipeline
+) -> None:
+    pipeline.model.set_adapter("default")
+    chat = [{"role": "user", "content": "What is being said?"}]
+    engine = engine_of(server[1])
+    text, _ = run(engine, lambda: whole(engine.stream(Request(chat, sampling=GREEDY))))
+    assert text == pipeline(chat, max_new_tokens=24, do_sample=False)[0]["generated_text"]
+
+
+def test_only_the_embeddings_of_the_llm_are_kept(
+    server: tuple[LanguageModelServer, str], engine_of: Callable[..., VllmEngine], pipeline: ListenPipeline
+) -> None:
+    kept = sum(p.numel() for p in engine_of(server[1]).model.language_model.parameters())
+    assert kept == pipeline.model.get_input_embeddings().weight.numel()
+
+
+@pytest.mark.parametrize(
+    ("refusal", "error", "message"),
+    [
+        ((400, {"error": {"message": "too long"}}), ValueError, "answered 400: too long"),
+        ((429, {"error": {"message": "busy"}}), QueueFullError, "answered 429: busy"),
+        ((500, {"detail": "broken"}), EngineUnavailableError, "answered 500: .*broken"),
+        (
+            (400, {"error": {"message": "You must set `--enable-prompt-embeds`"}}),
+            EngineUnavailableError,
+            "start it with --enable-prompt-embeds",
+        ),
+    ],
+)
+def test_errors_of_the_server_are_passed_on(
+    server: tuple[LanguageModelServer, str],
+    engine_of: Callable[..., VllmEngine],
+    refusal: tuple[int, dict],
+    error: type[Exception],
+    message: str,
+) -> None:
+    engine = engine_of(server[1])
+    server[0].refusal = refusal
+    try:
+        with pytest.raises(error, match=message):
+            run(engine, lambda: whole(engine.stream(asked("default", CLIPS[0], QUESTIONS[0]))))
+    finally:
+        server[0].refusal = None
+
+
+def test_a_server_that_is_not_there_is_named(engine_of: Callable[..., VllmEngine]) -> None:
+    address = f"http://127.0.0.1:{free_port()}"
+    engine = engine_of(address)
+
+    async def work() -> None:
+        for asking in (engine.check_health(), whole(engine.stream(asked("default", CLIPS[0], QUESTIONS[0])))):
+            with pytest.raises(EngineUnavailableError, match=f"{address} does not answer"):
+                await asking
+
+    run(engine, work)
+
+
+def test_a_faulty_request_fails_alone(
+    server: tuple[LanguageModelServer, str], engine_of: Callable[..., VllmEngine], pipeline: ListenPipeline
+) -> None:
+    good = asked("default", CLIPS[0], QUESTIONS[0])
+    wrong = [{"role": "user", "content": [{"type": "audio", "array": np.zeros(0, np.float32), "sampling_rate": 16000}]}]
+    engine = engine_of(server[1])
+
+    async def work() -> list[Any]:
+        asking = [whole(engine.stream(r)) for r in (good, Request(wrong, sampling=GREEDY), good)]
+        return await asyncio.gather(*asking, return_exceptions=True)
+
+    first, failed, last = run(engine, work)
+    pipeline.model.set_adapter("default")
+    expected = pipeline(good.messages, max_new_tokens=24, do_sample=False)[0]["generated_text"]
+    assert isinstance(failed, ValueError) and first[0] == last[0] == expected
+
+
+def test_what_embeddings_do_not_carry_is_refused_by_name() -> None:
+    pool = {"pool_size": 12, "num_prompts": 4, "form": "layers"}
+    model = tiny_model(prompt_pool_config=pool)
+    pipeline = ListenPipeline(model=model, processor=tiny_processor(model.config))
+    with pytest.raises(ValueError, match="adapter 'default' has prompts in the LLM's layers"):
+        VllmEngine(pipeline, "some/model", VllmServer("http://127.0.0.1:1"))
+
+
+def test_embeddings_are_sent_without_the_rest_of_their_batch() -> None:
+    batch = torch.zeros(50, 8, 16)
+    assert len(encoded_tensor(batch[0])) < len(encoded_tensor(batch)) / 10
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "LISTEN_VLLM" not in os.environ or not (REAL_MODELS / "smollm2-135m-instruct").is_dir(),
+    reason="needs LISTEN_VLLM, the command of vLLM, and LISTEN_REAL_MODELS, a folder with real backbones",
+)
+def test_a_real_vllm_answers_as_generate_does(tmp_path: Path) -> None:
+    """In bf16 on both sides; kernels differ, so a near tie may fall otherwise: the first tokens must agree."""
+    places = {
+        "speech_encoder": str(REAL_MODELS / "whisper-base"),
+        "language_model": str(REAL_MODELS / "smollm2-135m-instruct"),
+    }
+    torch.manual_seed(0)
+    config = ListenConfig.from_backbones(**places)
+    model = ListenForConditionalGeneration.from_backbones(config, dtype=torch.bfloat16)
+    processor = ListenProcessor.from_backbones(model.config)
+    model.add_adapter(None, "other")
+    pipeline = ListenPipeline(model=model, processor=processor)
+    requests = [asked(name, path, QUESTIONS[0]) for name in ("default", "other") for path in CLIPS[:3]]
+    expected = []
+    for request in requests:
+        model.set_adapter(request.adapter)
+        expected.append(pipeline(request.messages, max_new_tokens=24, do_sample=False)[0]["generated_text"])
+    port = free_port()
+    options = "--enable-prompt-embeds --dtype bfloat16 --max-model-len 1024 --enforce-eager --host 127.0.0.1"
+    command = [*shlex.split(os.environ["LISTEN_VLLM"]), "serve", places["language_model"], *options.split()]
+    with running([*command, "--port", str(port)], port, tmp_path / "log", seconds=400) as address:
+        engine = VllmEngine(pipeline, "smollm2", VllmServer(address))
+
+        async def work() -> list[tuple[str, Delta]]:
+            return await asyncio.gather(*(whole(engine.stream(request)) for request in requests))
+
+        found = [text for text, _ in run(engine, work)]
+    assert all(a.split()[:3] == b.split()[:3] for a, b in zip(found, expected, strict=True)), (found, expected)
