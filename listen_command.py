@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "ask": "ask a model about audio files",
+    "serve": "serve a model over HTTP with the OpenAI API",
     "train": "train an adapter",
     "train-classifier": "train a classifier over a frozen encoder",
     "eval": "evaluate a model: metrics, predictions and a report",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -132,8 +133,8 @@ def model_names(model: str, language_model: str | None, adapters: Iterable[str])
     Raises:
         ValueError: two models have one name.
     """
-    own = _last_part(model)
-    inside = language_model is None or language_model.startswith(".")  # a folder of the checkpoint
+    own = _last_part(os.path.abspath(model))
+    inside = language_model is None or os.path.abspath(language_model).startswith(os.path.abspath(model))
     base = f"{own}-base" if inside or _last_part(language_model) == own else _last_part(language_model)
     names = {own: "default", base: None}
     for name in adapters:

@@ -1,0 +1,86 @@
+"""Clips of requests: fetched from public addresses, decoded off the event loop, limited in bytes and length."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import numpy as np
+from huggingface_hub.utils import httpx
+
+from ..audio_listen import load_waveform
+from ..sources_listen import URL_TIMEOUT
+
+
+class ClipLimits(NamedTuple):
+    """What one clip may be.
+
+    Attributes:
+        seconds: Length at most.
+        bytes: Of a clip at an address.
+        private_addresses: Whether addresses inside the server's own network are fetched.
+    """
+
+    seconds: float = 600.0
+    bytes: int = 25 * 2**20
+    private_addresses: bool = False
+
+
+async def decode(clip: Any, rate: int, limits: ClipLimits) -> np.ndarray:
+    """The samples `(samples,)` float32 of a file's bytes, of `{"data": base64}` or of a data URI.
+
+    Raises:
+        ValueError: it cannot be decoded, or is too long.
+    """
+    waveform = await asyncio.to_thread(load_waveform, clip, None, rate, limits.seconds + 1)
+    if len(waveform) > limits.seconds * rate:
+        raise ValueError(f"the clip is longer than {limits.seconds:g} s, the server's limit; send a shorter one")
+    return waveform
+
+
+async def fetch(address: str, limits: ClipLimits) -> Any:
+    """What `decode` takes, for an address: bytes from the web, data URIs as they are. No file is opened.
+
+    Raises:
+        ValueError: another scheme, an address that is private, fails or redirects, or too many bytes.
+    """
+    scheme = address.partition(":")[0].lower()
+    if scheme == "data":
+        return address
+    if scheme not in ("http", "https"):
+        raise ValueError(f"{address[:80]!r} is not fetched; give an http(s) address, a data URI, or input_audio")
+    try:
+        async with asyncio.timeout(URL_TIMEOUT):
+            if not limits.private_addresses:
+                await _check_public(address)
+            return await _get(address, limits.bytes)
+    except (httpx.HTTPError, httpx.InvalidURL, OSError, TimeoutError) as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"cannot fetch {address[:200]!r}: {reason}; check it, or send the clip itself") from error
+
+
+async def _check_public(address: str) -> None:
+    parts = urlsplit(address)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    found = await asyncio.get_running_loop().getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
+    if any(not ipaddress.ip_address(entry[4][0].partition("%")[0]).is_global for entry in found):
+        raise ValueError(f"{parts.hostname!r} is a private address, which this server does not fetch from")
+
+
+async def _get(address: str, limit: int) -> bytes:
+    content = bytearray()
+    async with httpx.AsyncClient(trust_env=False) as client, client.stream("GET", address) as response:
+        if response.is_redirect:  # it could lead to a private address
+            raise ValueError(f"{address[:200]!r} redirects, which is not followed; give the final address")
+        response.raise_for_status()
+        async for block in response.aiter_bytes():
+            content += block
+            if len(content) > limit:
+                raise ValueError(f"the clip at {address[:200]!r} has more than {limit} bytes; give a shorter one")
+    return bytes(content)
+
+
+__all__ = ["ClipLimits", "decode", "fetch"]
