@@ -30,6 +30,27 @@ MODULES = {"eval": "evaluate"}  # where the module has another name than the com
 # Errors of use, of the machine or of what is installed. Others are errors of the code and keep their traceback.
 ERRORS = (ValueError, OSError, ImportError)
 
+# Options come from the help of a command, which the shell keeps: making it takes seconds.
+COMPLETION = """\
+_listen() {{
+    local program=$1 command=${{COMP_WORDS[1]}} word=${{COMP_WORDS[COMP_CWORD]}}
+    if [ "$COMP_CWORD" -eq 1 ]; then
+        COMPREPLY=($(compgen -W "{commands}" -- "$word"))
+    elif [[ $word == -* ]]; then
+        local options=_listen_options_${{command//[^a-z]/_}}
+        [ -n "${{!options}}" ] || printf -v "$options" %s "$("$program" "$command" --help 2>/dev/null |
+            grep -oE -- '--[a-z][A-Za-z0-9_.-]*' | sort -u)"
+        COMPREPLY=($(compgen -W "${{!options}}" -- "$word"))
+    fi
+}}
+complete -o default -F _listen listen
+"""
+
+
+def completion() -> str:
+    """Commands for bash that complete the names of commands and options, and paths elsewhere."""
+    return COMPLETION.format(commands=" ".join(COMMANDS))
+
 
 def usage() -> str:
     """The text of `listen --help`."""
@@ -44,6 +65,7 @@ def usage() -> str:
             *lines,
             "",
             "`listen COMMAND --help` shows the arguments of a command.",
+            'eval "$(listen --completion)" completes commands and options in bash.',
             "The variable LISTEN_TRACEBACK=1 shows the traceback of an error.",
         ]
     )
@@ -76,10 +98,15 @@ def main(given: Sequence[str] | None = None) -> None:
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return
+    if words[0] == "--completion":
+        print(completion(), end="")
+        return
     name, *rest = words
     if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(COMMANDS)}"
+        close = [known for known in COMMANDS if known.startswith(name)] or difflib.get_close_matches(
+            name, COMMANDS, n=1
+        )
+        hint = f"did you mean {' or '.join(close)}?" if close else f"choose one of {', '.join(COMMANDS)}"
         sys.exit(f"error: there is no command {name!r}; {hint}")
     sys.argv = [f"listen {name}", *rest]  # argparse names the program by it
     run(name)

@@ -27,6 +27,24 @@ def test_help_lists_each_command_and_imports_no_torch() -> None:
     assert all(f"  {name} " in done.stdout for name in listen_command.COMMANDS)
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["listen", "pre"], ["precompute"]),
+        (["listen", "train", "--data.mix"], ["--data.mixing", "--data.mixing_temperature", "--data.mixing_weights"]),
+        (["listen", "check-data", "--max"], ["--max-problems"]),
+        (["listen", "check-data", "my"], []),
+    ],
+)
+def test_bash_completes_commands_and_options(words: list[str], expected: list[str], tmp_path: Path) -> None:
+    program = tmp_path / "listen"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT / "listen_command.py"} "$@"\n')
+    program.chmod(0o755)
+    line = f"COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _listen {program}; echo ${{COMPREPLY[@]}}"
+    done = subprocess.run(["bash", "-c", f'eval "$({program} --completion)"; {line}'], capture_output=True, text=True)
+    assert done.stdout.split() == expected, done.stderr
+
+
 @pytest.mark.parametrize("name", listen_command.COMMANDS)
 def test_each_command_shows_its_help(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(sys, "argv", ["listen"])
@@ -41,6 +59,7 @@ def test_each_command_shows_its_help(name: str, monkeypatch: pytest.MonkeyPatch,
     ("words", "message"),
     [
         (["tarin"], "error: there is no command 'tarin'; did you mean train?"),
+        (["convert"], "error: there is no command 'convert'; did you mean convert-beats or convert-salmonn?"),
         (["train", "--config", "no-such-recipe"], "error: No such file or recipe 'no-such-recipe'"),
         (["train", "--model.preset", "none", "--training.use_cpu"], "error: name model.speech_encoder"),
         (["check-data", "none.yaml"], "error: No such file or recipe 'none.yaml'"),

@@ -45,9 +45,9 @@ def answer_questions(argv: Sequence[str], description: str, sections: Mapping[st
 def argument_parser(description: str, sections: Mapping[str, type]) -> ArgumentParser:
     """A parser whose help lists all fields of the sections.
 
-    It is for the help alone. `listen.training.parsing` reads the values, because jsonargparse replaces mappings where
-    a second recipe gives one, flattens names of three parts below a mapping (`{"x.z": 1}`), refuses `1e4` for whole
-    numbers, reads quoted text as a number, and has no suggestion for an unknown name.
+    It is for the help alone. `listen.training.parsing` reads the values, because jsonargparse 4.53 drops the rest of a
+    mapping that a second recipe changes in part, makes text of numbers deeper in a mapping (`--model.lora.a.b 3`),
+    refuses `1e4` for whole numbers, takes quoted text of a recipe as a number, and suggests no name for a wrong one.
     """
     from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
