@@ -223,7 +223,7 @@ def test_named_files_exist() -> None:
     named = {name for page in PAGES for name in re.findall(pattern, text_of(page))}
     assert len(named) > 20
     recipes = ROOT / "examples" / "configs"
-    places = (ROOT, ROOT / "listen", recipes, recipes / "speech_emotion", recipes / "compare")
+    places = (ROOT, ROOT / "listen", recipes, recipes / "speech_emotion", recipes / "compare", recipes / "accelerate")
     # made by users, or on the Hub
     elsewhere = {name for name in named if name.startswith(("runs/", "datasets/", "facebook/"))}
     if not MINIATURE.exists():

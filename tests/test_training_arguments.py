@@ -17,8 +17,10 @@ from listen.training.values import field_names
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "configs"
 CONFIGS = sorted(
-    path for path in EXAMPLES.rglob("*.yaml") if "classifier" not in path.stem and path.parent.name != "compare"
-)  # those are other scripts'
+    path
+    for path in EXAMPLES.rglob("*.yaml")
+    if "classifier" not in path.stem and path.parent.name not in ("compare", "accelerate")
+)  # those are other scripts' and accelerate's
 BACKBONES = ["--model.speech_encoder", "s", "--model.language_model", "l"]
 
 
