@@ -71,8 +71,12 @@ EXTRAS = {
     ],
     "dev": [
         "hypothesis>=6.140",  # odd inputs for the processor's fuzz test
+        "ipykernel>=6.29",  # runs the notebooks
+        "nbclient>=0.10",  # likewise, from the tests
+        "nbformat>=5.10",  # reads the notebooks
         "openai>=2.0",  # a client for the tests of the server
         "packaging>=24.0",  # reads requirements in the packaging tests
+        "playwright>=1.50",  # opens the HTML report in a browser
         "pytest>=8.4",  # tests
         "pytest-xdist>=3.6",  # one test process per core
         "ruff>=0.14",  # lint and formatting

@@ -61,6 +61,7 @@ THEMES = {
         "hf_callers",
         "publishing",
         "transformers_serve",
+        "notebooks",
     ),  # machines, stock code and the Hub around the whole model
 }
 

@@ -74,7 +74,7 @@ def plot_map(points: np.ndarray, labels: Sequence[str], names: Sequence[str], ti
     of_label = np.asarray(labels)
     for place, name in enumerate(names):
         x, y = points[of_label == name].T
-        axes.scatter(x, y, s=14, alpha=0.8, linewidths=0, label=plot_text(name), **_style(place))
+        axes.scatter(x, y, s=22, alpha=0.8, linewidths=0, label=plot_text(name), **_style(place))
     axes.set_title(title, loc="left", fontsize=10)
     axes.set(xticks=[], yticks=[])
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -42,7 +42,7 @@ STYLE = """
   --heat: #7db7e8 }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e6e6; --paper: #121212; --soft: #a8a8a8; --line: #3a3a3a; --wrong: #33230f; --heat: #1f5f97 }
-  img { filter: invert(.93) hue-rotate(180deg) }
+  img { filter: invert(.93) hue-rotate(180deg) brightness(1.4) }
 }
 * { box-sizing: border-box }
 [hidden] { display: none !important }
@@ -59,7 +59,7 @@ th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid var(-
 .lead td { font-weight: 600 }
 .scores { max-width: 46rem }
 .scroll { overflow-x: auto }
-.confusion { width: auto }
+.confusion { width: auto; min-width: 20rem }
 .confusion td { text-align: center; min-width: 3.2rem;
   background: color-mix(in srgb, var(--heat) var(--share), transparent) }
 img { max-width: 100%; height: auto; display: block }
