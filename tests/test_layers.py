@@ -30,7 +30,7 @@ HUB_PACKAGES = {"torch", "transformers", "numpy", "safetensors", "huggingface_hu
 # from below; the flat modules lie beneath them
 LAYERS = ("data", "analysis", "evaluation", "training", "serving", "commands")
 ROOT_ENTRIES = {
-    *("listen", "examples", "tests", "benchmarks", "model_cards", "docs", ".ci"),
+    *("listen", "examples", "tests", "benchmarks", "model_cards", "docs", "deploy", ".ci"),
     *("modeling_listen.py", "configuration_listen.py", "processing_listen.py", "setup.py"),
     "listen_command.py",
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "CITATION.cff", "LICENSE", "NOTICE"),

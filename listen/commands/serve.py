@@ -2,6 +2,7 @@
 
 listen serve --model model_cards/listen-tiny --port 8000
 listen serve --model my/checkpoint --adapter other=my/adapter --api-key KEY
+listen serve --model my/checkpoint --engine vllm --engine-url http://localhost:8001 --dtype bfloat16
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from ..serving.app import Options, create_app
 from ..serving.clips import ClipLimits
 from ..serving.engine import Engine
 from ..serving.in_process import TransformersEngine
+from ..serving.vllm import VllmEngine, VllmServer
 
 with extra("serve"):
     import uvicorn
 
 KEY_VARIABLE = "LISTEN_API_KEY"
+ENGINE_KEY = "LISTEN_ENGINE_KEY"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -27,7 +30,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub id of a LiSTEN model")
     parser.add_argument("--adapter", action="append", default=[], metavar="NAME=DIR", help="one more adapter; repeat")
-    parser.add_argument("--engine", choices=["transformers"], default="transformers")
+    parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers", help="what runs the LLM")
+    parser.add_argument("--engine-url", help="address of the vLLM server, which runs the bare LLM")
+    parser.add_argument("--engine-key", default=os.environ.get(ENGINE_KEY), help=f"its key; default: {ENGINE_KEY}")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default cpu)")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16, float16 (default float32)")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all interfaces (default 127.0.0.1)")
@@ -43,7 +48,13 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def load_engine(arguments: argparse.Namespace) -> Engine:
-    """The engine with the model and all adapters."""
+    """The engine with the model and all adapters.
+
+    Raises:
+        ValueError: an adapter that cannot be read, or an engine and its address that do not fit.
+    """
+    if (arguments.engine == "vllm") != bool(arguments.engine_url):
+        raise ValueError("--engine vllm and --engine-url go together; give both, or neither")
     model = ListenForConditionalGeneration.from_pretrained(arguments.model, dtype=arguments.dtype)
     for given in arguments.adapter:
         name, is_pair, folder = given.partition("=")
@@ -52,7 +63,11 @@ def load_engine(arguments: argparse.Namespace) -> Engine:
         model.load_adapter(folder, name)
     processor = ListenProcessor.from_pretrained(arguments.model)
     pipeline = ListenPipeline(model=model, processor=processor, device=arguments.device)
-    return TransformersEngine(pipeline, arguments.model, arguments.max_batch, arguments.max_waiting)
+    limits = {"max_batch": arguments.max_batch, "max_waiting": arguments.max_waiting}
+    if arguments.engine == "vllm":
+        server = VllmServer(arguments.engine_url, arguments.engine_key, arguments.timeout)
+        return VllmEngine(pipeline, arguments.model, server, **limits)
+    return TransformersEngine(pipeline, arguments.model, **limits)
 
 
 def main() -> None:
