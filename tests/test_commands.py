@@ -31,8 +31,12 @@ def test_help_lists_each_command_and_imports_no_torch() -> None:
     ("words", "expected"),
     [
         (["listen", "pre"], ["precompute"]),
-        (["listen", "train", "--data.mix"], ["--data.mixing", "--data.mixing_temperature", "--data.mixing_weights"]),
-        (["listen", "check-data", "--max"], ["--max-problems"]),
+        pytest.param(
+            ["listen", "train", "--data.mix"],
+            ["--data.mixing", "--data.mixing_temperature", "--data.mixing_weights"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(["listen", "check-data", "--max"], ["--max-problems"], marks=pytest.mark.slow),
         (["listen", "check-data", "my"], []),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -281,6 +282,15 @@ def test_the_printed_config_is_a_recipe_of_the_same_run(
     assert printed.training.to_dict() == given.training.to_dict()
     assert printed.raw["training"]["max_steps"] == 100
     answer_questions(argv, "")  # nothing to answer
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "mlflow", "trackio"])
+def test_a_tracker_that_is_not_installed_is_named(tracker: str) -> None:
+    if find_spec(tracker) is not None:
+        assert parse_arguments([*BACKBONES, "--report_to", tracker]).training.report_to == [tracker]
+        return
+    with pytest.raises(ArgumentError, match=f"report_to={tracker}: it is not installed; pip install {tracker}, or"):
+        parse_arguments([*BACKBONES, "--report_to", tracker])
 
 
 def test_a_config_with_an_invalid_value_is_not_printed(config: Path) -> None:
