@@ -58,6 +58,7 @@ THEMES = {
     *("prompts_in_layers", "ids_and_masks", "processing_fuzz"),  # likewise, and inputs that are odd or wrong
     *(
         "devices",
+        "sharding",
         "hf_callers",
         "publishing",
         "transformers_serve",

@@ -1,0 +1,104 @@
+"""FSDP2 on processes of the CPU: the same losses as one process, and checkpoints that any number of them reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import clip, make_inputs, tiny_config, tiny_model
+from fixtures_backbones import save_backbones
+from safetensors.torch import load_file
+from torch import distributed, multiprocessing
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from listen import ListenConfig, ListenForConditionalGeneration
+
+STEPS, ROWS = 3, 4
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def fresh_model(folder: Path) -> ListenForConditionalGeneration:
+    fields = tiny_config().to_dict()
+    fields["connector_config"]["dropout"] = 0.0  # processes would draw other masks than one process
+    kept = ("connector_config", "prompt_pool_config", "audio_token_id", "prompt_token_id")
+    config = ListenConfig.from_backbones(
+        **{name: str(folder / name) for name in ("speech_encoder", "audio_encoder", "language_model")},
+        **{name: fields[name] for name in kept},
+    )
+    torch.manual_seed(0)
+    return ListenForConditionalGeneration.from_backbones(config)
+
+
+def batch_of(rank: int, world: int) -> dict[str, torch.Tensor]:
+    """The share of one process: every `world`-th row of the same batch."""
+    rows = [[clip(0.5 + 0.1 * i, i)] for i in range(ROWS)]
+    inputs = make_inputs(tiny_model(), rows[rank::world], text=[[10 + i, 7, 8, 9] for i in range(ROWS)][rank::world])
+    labels = inputs["input_ids"].clone()
+    labels[:, :-2] = -100
+    return {**inputs, "labels": labels}
+
+
+def train(model: ListenForConditionalGeneration, rank: int, world: int) -> list[float]:
+    """Losses of the whole batch over some steps; gradients are averaged over processes, so each loss counts `world`
+    times, as in the Trainer."""
+    model.train()
+    batch, losses = batch_of(rank, world), []
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for _ in range(STEPS):
+        loss = model(**batch, num_items_in_batch=2 * ROWS).loss
+        (loss * world).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        total = loss.detach().clone()
+        if world > 1:
+            distributed.all_reduce(total)
+        losses.append(total.item())
+    return losses
+
+
+def worker(rank: int, world: int, folder: Path, source: Path | None) -> None:
+    """One process: shard, train, save the adapter of the whole model and the losses."""
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
+    model = fresh_model(folder.parent) if source is None else ListenForConditionalGeneration.from_pretrained(source)
+    mesh = init_device_mesh("cpu", (world,))
+    for layer in model.language_model.get_decoder().layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    losses = train(model, rank, world)
+    state = get_model_state_dict(model, options=WHOLE)
+    if rank == 0:
+        model.save_pretrained(folder / "saved", state_dict=state)
+        torch.save(losses, folder / "losses.pt")
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def run_sharded(folder: Path, name: str, world: int, source: Path | None = None) -> tuple[list[float], Path]:
+    place = folder / name
+    place.mkdir()
+    multiprocessing.spawn(worker, (world, place, source), nprocs=world)
+    return torch.load(place / "losses.pt"), place / "saved"
+
+
+@pytest.mark.slow
+def test_sharded_training_equals_one_process_and_its_checkpoints_fit_any_number(tmp_path: Path) -> None:
+    save_backbones(tmp_path)
+    whole = fresh_model(tmp_path)
+    first = train(whole, 0, 1)
+    second = train(whole, 0, 1)  # a fresh optimizer, as after loading a checkpoint
+    two, saved_by_two = run_sharded(tmp_path, "two", 2)
+    assert two == pytest.approx(first, abs=1e-5)
+    assert two[-1] < two[0]
+    saved = load_file(saved_by_two / "model.safetensors")
+    assert saved and all(key.startswith("adapters.") for key in saved)
+    one, saved_by_one = run_sharded(tmp_path, "one", 1, saved_by_two)
+    assert one == pytest.approx(second, abs=1e-5)
+    again, _ = run_sharded(tmp_path, "four", 4, saved_by_two)
+    assert again == pytest.approx(second, abs=1e-5)
+    loaded = ListenForConditionalGeneration.from_pretrained(saved_by_one)
+    # AdamW moves a weight by up to 1e-3 a step, also where the sum of its gradients is little more than rounding
+    for name, value in loaded.adapters.state_dict().items():
+        torch.testing.assert_close(value, whole.adapters.state_dict()[name], atol=2e-4, rtol=0.0)
