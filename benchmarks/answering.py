@@ -43,7 +43,7 @@ def decoding(setting: Setting) -> list[Figure]:
                 inputs_embeds=embeds, attention_mask=mask, **length
             ),
         )
-        figures += both_figures(f"decoding/batch_{batch}", ours, bare, 1 / 0.97)
+        figures += both_figures(f"decoding.batch_{batch}", ours, bare, 1 / 0.97)
     return figures
 
 

@@ -39,8 +39,8 @@ def front_end(setting: Setting) -> list[Figure]:
     )
     return [
         *both_figures("front_end", ours, public, 1 / 8),
-        *both_figures("front_end/log_mel", mel_alone, whisper_alone),
-        *both_figures("front_end/against_whisper_alone", ours, whisper_alone),
+        *both_figures("front_end.log_mel", mel_alone, whisper_alone),
+        *both_figures("front_end.against_whisper_alone", ours, whisper_alone),
     ]
 
 

@@ -70,7 +70,7 @@ def _adapters(setting: Setting, count: int) -> Callable[[], object]:
 def _exponent(name: str, sizes: np.ndarray, rounds: np.ndarray) -> Figure:
     slopes = [np.polyfit(np.log(sizes), np.log(times), 1)[0] for times in rounds]
     middle = float(np.median(slopes))
-    return Figure(f"growth/{name}", middle, 1.0, middle, float(min(slopes)), float(max(slopes)), "exponent", 1.0)
+    return Figure(f"growth.{name}", middle, 1.0, middle, float(min(slopes)), float(max(slopes)), "exponent", 1.0)
 
 
 def _plot(curves: dict[str, tuple[np.ndarray, np.ndarray]], setting: Setting) -> None:

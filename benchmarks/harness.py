@@ -62,7 +62,7 @@ class Figure:
     """One result.
 
     Attributes:
-        name: `benchmark/variant`, with `/memory` for peaks.
+        name: `benchmark.variant`, with `.memory` for peaks.
         ours: Median of our variant.
         baseline: Median of the baseline.
         ratio: `ours / baseline`, the median over rounds: below 1 is faster or smaller.
@@ -122,7 +122,7 @@ def memory_figure(name: str, ours: Measurement, baseline: Measurement, goal: flo
         return []
     ratio = ours.peak_bytes / baseline.peak_bytes
     mine, theirs = ours.peak_bytes / MIB, baseline.peak_bytes / MIB
-    return [Figure(f"{name}/memory", mine, theirs, ratio, ratio, ratio, "MiB", goal)]
+    return [Figure(f"{name}.memory", mine, theirs, ratio, ratio, ratio, "MiB", goal)]
 
 
 def both_figures(name: str, ours: Measurement, baseline: Measurement, goal: float | None = None) -> list[Figure]:

@@ -43,7 +43,7 @@ def start(setting: Setting) -> list[Figure]:
     peaks, weights = [own[1] for own, _ in rounds if own[1] is not None], rounds[0][0][2]
     if peaks:
         ratio = max(peaks) / weights
-        figures.append(Figure("start/memory", max(peaks) / MIB, weights / MIB, ratio, ratio, ratio, "MiB", 1.05))
+        figures.append(Figure("start.memory", max(peaks) / MIB, weights / MIB, ratio, ratio, ratio, "MiB", 1.05))
     return figures
 
 

@@ -38,12 +38,12 @@ def training_step(setting: Setting) -> list[Figure]:
         plain=listen_step(setting, {**setting.inputs(padded), **padded}, 0),
     )
     return [
-        *both_figures("training_step/stored", stored, bare, 1.10),
-        *both_figures("training_step/encoders", onthefly, with_encoders, 1.05),
-        *both_figures("training_step/lora", stored, lora, 1 / 1.2),
-        time_figure("training_step/stored_against_encoders", stored, onthefly),
-        time_figure("training_step/plain_loop", stored, plain, 1 / 4),
-        *memory_figure("training_step/plain_loop", stored, plain, 0.5),
+        *both_figures("training_step.stored", stored, bare, 1.10),
+        *both_figures("training_step.encoders", onthefly, with_encoders, 1.05),
+        *both_figures("training_step.lora", stored, lora, 1 / 1.2),
+        time_figure("training_step.stored_against_encoders", stored, onthefly),
+        time_figure("training_step.plain_loop", stored, plain, 1 / 4),
+        *memory_figure("training_step.plain_loop", stored, plain, 0.5),
     ]
 
 
