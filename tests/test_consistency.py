@@ -62,6 +62,7 @@ THEMES = {
         "hf_callers",
         "publishing",
         "transformers_serve",
+        "deploy",
         "notebooks",
     ),  # machines, stock code and the Hub around the whole model
 }
