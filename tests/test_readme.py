@@ -17,10 +17,12 @@ import soundfile
 import yaml
 
 import listen
+from listen.commands import serve
 from listen.data import get_task, list_tasks, load_manifest
 from listen.presets_listen import PRESETS
 from listen.training import parse_arguments
 from listen.training.comparison import read_comparison
+from listen_command import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]  # their snippets run
@@ -35,6 +37,7 @@ SHORTER = {  # the same commands over fewer rows and steps
     "examples/evaluate_tasks.py": ["--max-examples", "2", "--max-new-tokens", "16"],
     "examples/train.py": ["--training.max_steps", "2", "--training.keys_from_rows", "8"],
 }
+FOREIGN = ("curl", "vllm", "docker")  # programs of others, in commands for servers
 ROWS = 4
 MOST_SECONDS = 600
 
@@ -187,9 +190,33 @@ def test_scripts_of_all_commands_exist() -> None:
     assert [script for script in scripts if not (ROOT / script).is_file()] == []
 
 
-@pytest.mark.parametrize("command", [line for block in shell_blocks(run=False) for line in commands_of(block)])
-def test_command_that_cannot_run_here_is_right(command: str) -> None:
-    words = shlex.split(command)
+def whole_commands(block: Block) -> list[list[str]]:
+    """Words of its commands, which may take several lines."""
+    commands, open_lines = [], ""
+    for line in commands_of(block):
+        open_lines += line + "\n"
+        try:
+            commands.append(shlex.split(open_lines))
+        except ValueError:  # a quotation goes on in the next line
+            continue
+        open_lines = ""
+    assert not open_lines
+    return commands
+
+
+@pytest.mark.parametrize("words", [words for block in shell_blocks(run=False) for words in whole_commands(block)])
+def test_command_that_cannot_run_here_is_right(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    program = next(word for word in words if not re.match("[A-Z_]+=", word))  # variables may stand first
+    if program == "listen":
+        assert words[1] in COMMANDS
+        if words[1] == "serve":
+            monkeypatch.setattr(sys, "argv", words[1:])
+            serve.parse_arguments()
+        return
+    if program in FOREIGN:
+        files = [word for before, word in zip(words, words[1:], strict=False) if before in ("-f", "--file")]
+        assert [name for name in files if not (ROOT / name).is_file()] == []
+        return
     (script,) = (word for word in words if word.endswith(".py"))
     assert (ROOT / script).is_file()
     if script == "examples/train.py":
