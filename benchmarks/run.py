@@ -23,6 +23,7 @@ from .audio import beats_attention, encoder_length, front_end
 from .growth import growth
 from .harness import Figure, machine, report
 from .models import Setting
+from .serving import serving
 from .start import start
 from .training import response_logits, training_step
 
@@ -30,7 +31,7 @@ BENCHMARKS: dict[str, Callable[[Setting], list[Figure]]] = {
     function.__name__: function
     for function in (
         *(training_step, response_logits, first_token, decoding, pool),
-        *(front_end, encoder_length, beats_attention, start, growth),
+        *(front_end, encoder_length, beats_attention, start, growth, serving),
     )
 }
 

@@ -68,6 +68,7 @@ def test_each_command_shows_its_help(name: str, monkeypatch: pytest.MonkeyPatch,
         (["train", "--model.preset", "none", "--training.use_cpu"], "error: name model.speech_encoder"),
         (["check-data", "none.yaml"], "error: No such file or recipe 'none.yaml'"),
         (["eval", "--model", "none"], "error: no data to evaluate on"),
+        (["serve", "--model", "none", "--engine", "vllm"], "error: --engine vllm and --engine-url go together"),
     ],
 )
 def test_an_error_of_use_is_one_line(words: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -253,7 +253,7 @@ def test_large_bodies_are_refused_with_and_without_a_length(address: str) -> Non
 
 def test_an_answer_over_the_deadline_a_full_queue_and_a_key(listen: ListenPipeline) -> None:
     options = Options(api_key="secret", clip=ClipLimits(seconds=1.0), timeout=0.2)
-    engine = TransformersEngine(listen, str(FOLDER), max_batch=1, max_waiting=1, batch_wait=0.0)
+    engine = TransformersEngine(listen, str(FOLDER), max_batch=1, max_waiting=1)
     held = threading.Event()
     engine._thread.submit(held.wait)  # the model's thread is busy until then
     with served(engine, options) as address:

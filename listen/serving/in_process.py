@@ -53,7 +53,6 @@ class TransformersEngine:
         name: Folder or Hub id of the model, for `models`.
         max_batch: Requests in one batch.
         max_waiting: Requests that may wait; `QueueFullError` beyond.
-        batch_wait: Seconds that an idle engine waits for more requests to join the first one.
     """
 
     def __init__(
@@ -62,13 +61,12 @@ class TransformersEngine:
         name: str,
         max_batch: int = 16,
         max_waiting: int = 256,
-        batch_wait: float = 0.002,
     ) -> None:
         for option, value in (("max_batch", max_batch), ("max_waiting", max_waiting)):
             if value < 1:
                 raise ValueError(f"{option}={value} must be 1 or more")
         self.pipeline, self.model, self.processor = pipeline, pipeline.model, pipeline.processor
-        self.max_batch, self.max_waiting, self.batch_wait = max_batch, max_waiting, batch_wait
+        self.max_batch, self.max_waiting = max_batch, max_waiting
         base = (self.model.config.base_models or {}).get("language_model", {}).get("base_model_name_or_path")
         self.models = model_names(name, base, [other for other in self.model.adapters if other != "default"])
         self.sampling_rate = self.processor.feature_extractor.sampling_rate
@@ -125,7 +123,6 @@ class TransformersEngine:
         """Run batch after batch until the engine is closed and nothing waits."""
         while True:
             await self._arrived.wait()
-            await asyncio.sleep(self.batch_wait)
             self._arrived.clear()
             while self._waiting:
                 batch = self._take_batch()
