@@ -42,7 +42,7 @@ STYLE = """
   --heat: #7db7e8 }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e6e6; --paper: #121212; --soft: #a8a8a8; --line: #3a3a3a; --wrong: #33230f; --heat: #1f5f97 }
-  img { filter: invert(.93) hue-rotate(180deg) brightness(1.4) }
+  img { filter: invert(.93) hue-rotate(180deg) brightness(1.2) }
 }
 * { box-sizing: border-box }
 [hidden] { display: none !important }
