@@ -14,6 +14,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "ask": "ask a model about audio files",
     "serve": "serve a model over HTTP with the OpenAI API",
+    "demo": "ask a model in the browser",
     "train": "train an adapter",
     "train-classifier": "train a classifier over a frozen encoder",
     "eval": "evaluate a model: metrics, predictions and a report",

@@ -54,6 +54,10 @@ EXTRAS = {
     "eval": EVALUATION,
     "train": TRAINING,
     "demo": [
+        "gradio>=6.31",  # the page of `listen demo`
+        "pandas>=2.2",  # data of its chart; gradio brings it
+    ],
+    "corpus": [
         *TRAINING,
         "espeakng-loader==0.2.4",  # speech of the built-in corpus; espeak-ng is GPL-3.0, hence never a hard dependency
         "tokenizers>=0.23",  # trains the tokeniser of the tiny language model

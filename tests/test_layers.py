@@ -28,7 +28,7 @@ from packaging.utils import canonicalize_name
 
 HUB_PACKAGES = {"torch", "transformers", "numpy", "safetensors", "huggingface_hub"}  # all with transformers
 # from below; the flat modules lie beneath them
-LAYERS = ("data", "analysis", "evaluation", "training", "serving", "commands")
+LAYERS = ("data", "analysis", "evaluation", "training", "serving", "demo", "commands")
 ROOT_ENTRIES = {
     *("listen", "examples", "tests", "benchmarks", "model_cards", "docs", "deploy", ".ci"),
     *("modeling_listen.py", "configuration_listen.py", "processing_listen.py", "setup.py"),

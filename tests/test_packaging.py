@@ -116,7 +116,7 @@ def test_answering_needs_no_extra(requirements: dict[str, Requirement], tmp_path
     answer, *refusals = python("-c", text, cwd=tmp_path, PYTHONPATH=str(ROOT)).strip().splitlines()
     assert answer
     named = [re.search(r"(\w+).*is not installed.*pip install 'listen-audio-llm\[(\w+)\]'", line) for line in refusals]
-    assert [match and match[2] for match in named] == ["eval", "eval", "demo", "train"], refusals
+    assert [match and match[2] for match in named] == ["eval", "eval", "corpus", "train"], refusals
 
 
 def test_no_text_installs_the_other_project_of_that_name() -> None:
@@ -177,7 +177,7 @@ def test_requirements_have_bounds_and_hold_the_design_card(requirements: dict[st
     for requirement in requirements.values():
         assert any(s.operator in {">=", "=="} for s in requirement.specifier), f"no lower bound: {requirement}"
     assert hard["transformers"].specifier == Requirement("transformers>=5.23").specifier
-    assert str(requirements["espeakng-loader"].marker) == 'extra == "demo"'
+    assert str(requirements["espeakng-loader"].marker) == 'extra == "corpus"'
 
 
 def test_each_requirement_states_its_reason() -> None:

@@ -34,25 +34,25 @@ TINY = Path(__file__).resolve().parents[2] / "model_cards" / "listen-tiny"
 _CLIP_ERRORS = (ValueError, OSError, RuntimeError)  # of a file, or of a clip that exceeds context or memory
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that name the model and bound its answers."""
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    """The argument that names the model."""
     parser.add_argument(
         "--model",
         default=str(TINY) if TINY.exists() else None,
         required=not TINY.exists(),  # the miniature is part of the repository, not of the package
         help="folder or Hub id of a LiSTEN model (default in the repository: listen-tiny)",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="max new tokens of the answer")
-    parser.add_argument("--max-audio-seconds", type=float, help="truncate longer clips (default: no limit)")
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="*", metavar="FILE ... QUESTION", help="sound files or URLs, then the question")
-    add_model_arguments(parser)
+    add_model_argument(parser)
     parser.add_argument("--task", help="name of a task in place of a question: asr, er, sv, en2zh, acap ...")
     parser.add_argument("--num-prompts", type=int, help="prompts to select from the pool (default: the model's)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="max new tokens of the answer")
+    parser.add_argument("--max-audio-seconds", type=float, help="truncate longer files (default: no limit)")
     parser.add_argument("--number-clips", action="store_true", help="write `Clip 1:`, `Clip 2:` ... before the files")
     parser.add_argument("--show-prompts", action="store_true", help="also print which prompts were selected")
     parser.add_argument("--jsonl", action="store_true", help="ask about each file on its own; print one JSON line each")

@@ -71,7 +71,7 @@ def find_espeak_library() -> tuple[Path, str]:
         raise ImportError(
             "The built-in corpus is synthesised by espeak-ng (GPL-3.0-or-later), which is not installed. "
             "Install it with `pip install espeakng-loader==0.2.4`, or all that the demo needs with "
-            f"`pip install '{DISTRIBUTION}[demo]'`."
+            f"`pip install '{DISTRIBUTION}[corpus]'`."
         ) from error
     return Path(espeakng_loader.get_library_path()), espeakng_loader.get_data_path()
 

@@ -1,0 +1,45 @@
+"""Ask a LiSTEN model in the browser: record or upload clips, choose a task or type a question.
+
+listen demo
+listen demo --model my/checkpoint --adapter other=my/other-checkpoint
+listen demo --tasks asr er sv --host 0.0.0.0 --port 7860
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from .ask import add_model_argument
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_argument(parser)
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=MODEL",
+        help="offer the adapter of another checkpoint too; may be repeated",
+    )
+    parser.add_argument("--tasks", nargs="+", help="tasks to offer (default: all of the model)")
+    parser.add_argument("--max-audio-seconds", type=float, help="truncate longer clips (default: no limit)")
+    parser.add_argument("--host", help="address to serve on (default: this machine alone)")
+    parser.add_argument("--port", type=int, help="port (default: the first free one from 7860)")
+    parser.add_argument("--share", action="store_true", help="open a public link through gradio's servers")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Load the model and serve the page until it is interrupted."""
+    arguments = parse_arguments()
+    unnamed = [entry for entry in arguments.adapter if not all(entry.partition("="))]
+    if unnamed:
+        raise ValueError(f"--adapter {unnamed[0]} must be NAME=MODEL")
+    from ..demo import LocalAnswers, build_page, launch  # gradio takes seconds, which --help need not
+
+    adapters = dict(entry.split("=", 1) for entry in arguments.adapter)
+    answers = LocalAnswers(arguments.model, adapters, arguments.max_audio_seconds)
+    page = build_page(answers, arguments.tasks)
+    launch(page, server_name=arguments.host, server_port=arguments.port, share=arguments.share)

@@ -1,0 +1,10 @@
+"""A page in the browser that asks a model about clips. It needs gradio, see the extra `demo`."""
+
+from ..data.extras import extra
+
+with extra("demo"):
+    from .page import build_page, launch
+
+from .answers import LocalAnswers
+
+__all__ = ["LocalAnswers", "build_page", "launch"]

@@ -1,0 +1,117 @@
+"""Where the page gets its answers from: a model in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+from .. import ListenForConditionalGeneration, ListenPipeline, ListenProcessor
+
+_AUDIO_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg"}
+
+
+class Question(NamedTuple):
+    """One question about clips.
+
+    Attributes:
+        clips: paths, in order.
+        text: the question; `None` where the task has its own wording.
+        task: name of a task; `None` for a free question.
+        adapter: name of an adapter.
+        num_prompts: k.
+        max_new_tokens: of the answer.
+    """
+
+    clips: list[str]
+    text: str | None
+    task: str | None
+    adapter: str
+    num_prompts: int
+    max_new_tokens: int = 128
+
+
+class Answers(Protocol):
+    """What the page needs.
+
+    Attributes:
+        title: name of the model.
+        adapters: names of the adapters, the first one chosen at the start.
+        instructions: wording of each task.
+        num_prompts: k at the start.
+        samples: audio files to try.
+    """
+
+    title: str
+    adapters: list[str]
+    instructions: Mapping[str, str]
+    num_prompts: int
+    samples: list[str]
+
+    def most_prompts(self, adapter: str) -> int:
+        """The largest k of an adapter."""
+
+    def stream(self, question: Question) -> Iterator[dict[str, Any]]:
+        """The answer while it is generated: items of `ListenPipeline.stream` with `"prompts"` in the last."""
+
+
+class LocalAnswers:
+    """Answers of a model in this process; see `Answers`.
+
+    Args:
+        model: Folder or Hub id.
+        adapters: Folders or Hub ids of further adapters, by name.
+        max_audio_seconds: Longer clips are truncated to it; no limit by default.
+
+    Raises:
+        ValueError: an adapter does not fit the model.
+        OSError: a model or adapter is not found.
+    """
+
+    def __init__(
+        self, model: str, adapters: Mapping[str, str] | None = None, max_audio_seconds: float | None = None
+    ) -> None:
+        self._model = ListenForConditionalGeneration.from_pretrained(model)
+        for name, source in (adapters or {}).items():
+            self._model.load_adapter(source, name)
+        self._processor = ListenProcessor.from_pretrained(model)
+        self._pipeline = ListenPipeline(model=self._model, processor=self._processor)
+        self._max_audio_seconds = max_audio_seconds
+        self.title = Path(model).name
+        self.adapters = [*self._model.adapters]
+        self.instructions = self._processor.task_instructions
+        self.num_prompts = self._processor.num_prompts
+        self.samples = sample_files(model)
+
+    def most_prompts(self, adapter: str) -> int:
+        """The largest k of an adapter: the size of its pool, 0 without one."""
+        pool = self._model.adapters.named(adapter).prompt_pool
+        return pool.config.pool_size if pool is not None else 0
+
+    def stream(self, question: Question) -> Iterator[dict[str, Any]]:
+        """See `Answers`."""
+        return self._pipeline.stream(
+            {"audio": question.clips, "text": question.text, "task": question.task},
+            num_prompts=question.num_prompts,
+            max_audio_seconds=self._max_audio_seconds,
+            adapter_names=[question.adapter],
+            max_new_tokens=question.max_new_tokens,
+            return_prompts=True,
+        )
+
+
+def sample_files(model: str) -> list[str]:
+    """Audio files in the folder `samples` of a model, local or on the Hub; none where it has no such folder."""
+    folder = Path(model)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(model, allow_patterns="samples/*"))
+        except (HfHubHTTPError, LocalEntryNotFoundError):  # the model was loaded: it is cached, its samples are not
+            return []
+    return sorted(str(path) for path in (folder / "samples").glob("*") if path.suffix.lower() in _AUDIO_SUFFIXES)
+
+
+__all__ = ["Answers", "LocalAnswers", "Question", "sample_files"]
