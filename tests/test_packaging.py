@@ -101,7 +101,7 @@ def modules_of_extras(requirements: dict[str, Requirement]) -> set[str]:
     """Import names of the packages that extras alone install, and that nothing of the base brings."""
     providers = importlib.metadata.packages_distributions()
     extras = {name for name, requirement in requirements.items() if requirement.marker}
-    brought = {"packaging", "setuptools", "tokenizers"}  # by torch and transformers
+    brought = {"packaging", "setuptools", "tokenizers", "pandas"}  # by torch, transformers and datasets
     names = {module for module, by in providers.items() for one in by if canonicalize_name(one) in extras - brought}
     assert names >= {"jiwer", "matplotlib", "nltk", "sacrebleu", "sklearn", "tensorboard", "torchao"}
     return names
