@@ -1,6 +1,6 @@
 """espeak-ng through ctypes: from text to samples and word times.
 
-The library comes from the PyPI package ``espeakng-loader`` (extra ``demo``). espeak-ng is licensed GPL-3.0-or-later:
+The library comes from the PyPI package ``espeakng-loader`` (extra ``corpus``). espeak-ng is licensed GPL-3.0-or-later:
 it is an optional run-time dependency, none of it is part of this package.
 """
 
