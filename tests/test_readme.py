@@ -184,8 +184,8 @@ def test_commands_run_and_print_what_is_shown(block: Block, workplace: Path) -> 
 
 
 def test_scripts_of_all_commands_exist() -> None:
-    commands = [line for run in (True, False) for block in shell_blocks(run=run) for line in commands_of(block)]
-    scripts = {word for command in commands for word in shlex.split(command) if word.endswith(".py")}
+    commands = [words for run in (True, False) for block in shell_blocks(run=run) for words in whole_commands(block)]
+    scripts = {word for words in commands for word in words if word.endswith(".py")}
     assert len(scripts) > 8
     assert [script for script in scripts if not (ROOT / script).is_file()] == []
 
