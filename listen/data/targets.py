@@ -146,7 +146,8 @@ def generate_targets(
     with hold_folder(folder, "target-generation") if state.is_main_process else nullcontext():
         if state.is_main_process:
             _check_settings(folder, settings)
-            for path in folder.glob("failed-*.jsonl"):  # the last run's, which are repeated now
+            # failures of the last run, which are repeated now, and parts of files that it was killed in
+            for path in (*folder.glob("failed-*.jsonl"), *folder.glob(".*-*.tmp")):
                 path.unlink()
         state.wait_for_everyone()
         requests = _requests(utterances, kinds, share_answers)
