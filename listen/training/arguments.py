@@ -18,7 +18,7 @@ from ..data.sources import DataSource
 from ..data.tasks import UnknownTaskError, get_task
 from .values import ArgumentError, check_report_to, check_values, field_names, refuse_unknown
 
-ALIGNMENTS = ("lm", "distill")
+ALIGNMENTS = ("lm", "distill", "ctc")
 
 
 @dataclass
@@ -150,8 +150,9 @@ class ListenTrainingArguments(TrainingArguments):
             connector's rate at its output down to its input; 1 gives all layers the same rate.
         pool_lr_factor: learning rate of the prompt pool as a multiple of the connector's.
         decay_pool: whether `weight_decay` acts on the prompt pool too.
-        alignment: target of training: `lm`, the next token; or `distill`, the next-token distribution of the frozen LLM
-            that reads the words instead of the recording, for rows with a `transcript` or `text_input`.
+        alignment: target of training: `lm`, the next token; `distill`, the next-token distribution of the frozen LLM
+            that reads the words instead of the recording, for rows with a `transcript` or `text_input`; or `ctc`, audio
+            embeddings close to the LLM's input embeddings of the words, a start for the connector without the LLM.
         distill_temperature: temperature of both distributions.
         distill_lm_weight: weight of the next-token loss that is added to the distillation loss.
         min_prompts: minimum k that training draws for a batch; the maximum is the pool's `train_prompts`. Used only
@@ -224,14 +225,18 @@ class ListenTrainingArguments(TrainingArguments):
 
     def _check_alignment(self) -> None:
         if self.alignment not in ALIGNMENTS:
-            raise ArgumentError(f"training.alignment={self.alignment!r} is unknown; choose {' or '.join(ALIGNMENTS)}")
+            raise ArgumentError(
+                f"training.alignment={self.alignment!r} is unknown; choose one of {', '.join(ALIGNMENTS)}"
+            )
         if self.distill_temperature <= 0 or self.distill_lm_weight < 0:
             raise ArgumentError(
                 f"training.distill_temperature={self.distill_temperature} must be positive and "
                 f"distill_lm_weight={self.distill_lm_weight} not negative"
             )
-        if self.alignment == "lm" and (self.distill_temperature, self.distill_lm_weight) != (1.0, 0.0):
-            raise ArgumentError("training.distill_... has no effect with alignment=lm; set alignment=distill")
+        if self.alignment != "distill" and (self.distill_temperature, self.distill_lm_weight) != (1.0, 0.0):
+            raise ArgumentError(
+                f"training.distill_... has no effect with alignment={self.alignment}; set alignment=distill"
+            )
 
     @property
     def sampling_seed(self) -> int:

@@ -25,6 +25,7 @@ from ..modeling_listen import ListenForConditionalGeneration
 from ..processing_listen import ListenProcessor
 from .arguments import SECTIONS, DataArguments, ListenTrainingArguments, ModelArguments
 from .build import build_model, initialize_keys
+from .ctc import CtcTrainer
 from .datasets import build_eval_dataset, build_train_dataset, count_tasks
 from .distillation import DistillationTrainer
 from .progress import task_scores
@@ -165,8 +166,8 @@ def build_trainer(
 
 def _alignment(arguments: ListenTrainingArguments) -> tuple[type[ListenTrainer], dict[str, float]]:
     """The Trainer class for the alignment, and its options."""
-    if arguments.alignment == "lm":
-        return ListenTrainer, {}
+    if arguments.alignment != "distill":
+        return {"lm": ListenTrainer, "ctc": CtcTrainer}[arguments.alignment], {}
     options = {"temperature": arguments.distill_temperature, "lm_weight": arguments.distill_lm_weight}
     return DistillationTrainer, options
 

@@ -110,8 +110,6 @@ class ListenTrainer(ResumableTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _remember(self, outputs: Any) -> None:
-        if self._window_start is None:
-            self._window_start = self.state.global_step
         self.add_part("lm_loss", outputs.lm_loss)
         if outputs.key_loss is not None:
             self.add_part("key_loss", outputs.key_loss / self._key_terms(outputs))
@@ -120,6 +118,8 @@ class ListenTrainer(ResumableTrainer):
 
     def add_part(self, name: str, value: torch.Tensor) -> None:
         """Add a batch's value of one of `loss_parts`."""
+        if self._window_start is None:
+            self._window_start = self.state.global_step
         self._parts[name] += value.detach().float()
 
     def _key_terms(self, outputs: Any) -> torch.Tensor | float:
@@ -162,7 +162,7 @@ class ListenTrainer(ResumableTrainer):
         steps = max(self.state.global_step - start, 1)
         figures = {name: value / steps for name, value in self._part_sums().items()}
         if self._monitor is None:
-            figures.pop("key_loss")
+            figures.pop("key_loss", None)
         else:
             figures.update(self._health())
         self._parts = dict.fromkeys(self.loss_parts, 0.0)

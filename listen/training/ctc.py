@@ -1,0 +1,158 @@
+"""A start for the connector: connectionist temporal classification (CTC) against the LLM's own input embeddings.
+
+A connector with random weights learns to transcribe very slowly from the next-token loss alone. CTC (Graves et al.,
+ICML 2006) gets it there in minutes: audio embeddings become, in order, the input embeddings of the words' tokens, and
+the mean embedding between them. The LLM does not run. This is no part of the LiSTEN paper, whose authors start from a
+trained connector. Other runs take the result as `model.connector_from`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from ..feature_extraction_listen import ListenFeatureExtractor
+from ..modeling_listen import ListenForConditionalGeneration
+from ..outputs_listen import EncodedAudio
+from .datasets import count_tasks
+from .trainer import ListenTrainer
+from .values import ArgumentError
+
+WORD_TASKS = ("asr", "repeat")  # their answer is what is said
+# Of the softmax. Half of it is the log-odds of the blank against a token, at the blank, for a token at the typical
+# distance: large enough for sharp classes, small enough for gradients at the start.
+_SHARPNESS = 72.0
+
+
+class TokenDistances(torch.nn.Module):
+    """Log-probabilities of tokens by the distance of audio embeddings to the tokens' input embeddings.
+
+    Class 0 is the blank, whose embedding is the mean of all; class 1 + i is token `ids[i]`.
+
+    Args:
+        embeddings: the LLM's input embeddings.
+        ids: `(tokens,)`, the tokens to tell apart.
+    """
+
+    def __init__(self, embeddings: torch.nn.Module, ids: torch.Tensor) -> None:
+        super().__init__()
+        with torch.no_grad():
+            tokens = embeddings(ids).float()  # (tokens, width)
+        centres = torch.cat((tokens.mean(0, keepdim=True), tokens))  # (1 + tokens, width)
+        spread = (tokens - centres[0]).square().sum(-1).mean()
+        self.scale = float(_SHARPNESS / spread)
+        classes = ids.new_zeros(embeddings.num_embeddings)  # (vocabulary,), 0 for tokens that are not told apart
+        classes[ids] = torch.arange(1, len(ids) + 1, device=ids.device)
+        self.register_buffer("centres", centres, persistent=False)
+        self.register_buffer("offsets", centres.square().sum(-1) / 2, persistent=False)  # (1 + tokens,)
+        self.register_buffer("classes", classes, persistent=False)
+
+    def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """`(embeddings, width)` -> `(embeddings, 1 + tokens)`."""
+        # -|e - c|^2 / 2 without |e|^2 / 2, which all classes share
+        return F.log_softmax((embeddings.float() @ self.centres.T - self.offsets) * self.scale, dim=-1)
+
+
+def ctc_loss(log_probabilities: torch.Tensor, lengths: Sequence[int], targets: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Minus the log-probability of the classes of each row, summed over the rows.
+
+    A row with fewer embeddings than its classes need adds nothing.
+
+    Args:
+        log_probabilities: `(total, classes)`, the rows one after the other; class 0 is the blank.
+        lengths: embeddings of each row.
+        targets: classes of each row, `(tokens of the row,)`.
+    """
+    padded = torch.nn.utils.rnn.pad_sequence(log_probabilities.split(list(lengths)))  # (longest, batch, classes)
+    counts = torch.tensor([*map(len, targets)])  # (batch,)
+    return F.ctc_loss(
+        padded, torch.cat(list(targets)), torch.tensor(lengths), counts, reduction="sum", zero_infinity=True
+    )
+
+
+def answer_tokens(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """All tokens of the answers, sorted, `(tokens,)`."""
+    texts = sorted({response.strip() for row in dataset["response"] for response in row})
+    return torch.tensor(sorted(set().union(*tokenizer(texts, add_special_tokens=False)["input_ids"])))
+
+
+class CtcTrainer(ListenTrainer):
+    """Trains the connector by `ctc_loss`, as a mean over the labels of the batch.
+
+    Evaluation reports the next-token loss of the answers, so that runs of all kinds can be compared.
+
+    Args:
+        **kwargs: see `ListenTrainer`.
+
+    Raises:
+        ArgumentError: rows of tasks other than `WORD_TASKS`, a stream, a trainable pool or LoRA, or several processes.
+    """
+
+    loss_parts = ("ctc_loss",)
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        _check(self)
+        ids = answer_tokens(self.train_dataset, self.processing_class.tokenizer).to(self.args.device)
+        self.distances = TokenDistances(self.model.get_input_embeddings(), ids)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The CTC loss in training, the next-token loss in evaluation."""
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        base, labels = self.accelerator.unwrap_model(model), inputs["labels"]
+        embeddings = _audio_embeddings(base, inputs)  # (total, width)
+        lengths = base.placeholder_masks(inputs["input_ids"])[0].sum(-1)  # (batch,)
+        with torch.autocast(labels.device.type, enabled=False):
+            summed = ctc_loss(self.distances(embeddings), lengths.tolist(), self._targets(labels))
+        loss = summed / ((labels >= 0).sum() if num_items_in_batch is None else num_items_in_batch)
+        self.add_part("ctc_loss", loss)
+        return (loss, None) if return_outputs else loss
+
+    def _targets(self, labels: torch.Tensor) -> list[torch.Tensor]:
+        """Classes of the words of each row, without the tokens of the chat template that end the turn."""
+        classes = self.distances.classes[labels.clamp_min(0)] * (labels >= 0)  # (batch, sequence)
+        return [row[row > 0] for row in classes]
+
+
+def _audio_embeddings(model: ListenForConditionalGeneration, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """Audio embeddings of all recordings, `(total, width)`, from features or from stored frames of the encoders."""
+    frames = {field.name: inputs[field.name] for field in fields(EncodedAudio) if field.name in inputs}
+    if frames:
+        return model.get_audio_features(encoded=EncodedAudio(**frames)).pooler_output
+    names = ListenFeatureExtractor.model_input_names
+    return model.get_audio_features(**{name: inputs[name] for name in names if name in inputs}).pooler_output
+
+
+def _check(trainer: CtcTrainer) -> None:
+    if trainer.args.world_size > 1:
+        raise ArgumentError("training.alignment=ctc runs in one process; it takes minutes, as the LLM does not run")
+    if not isinstance(trainer.train_dataset, Dataset):
+        raise ArgumentError("training.alignment=ctc needs data that does not stream; give streaming=false and max_rows")
+    others = sorted(set(count_tasks(trainer.train_dataset)) - set(WORD_TASKS))
+    if others:
+        raise ArgumentError(
+            f"training.alignment=ctc needs answers that are the words of the recording, but data.train has the tasks "
+            f"{', '.join(others)}; give each source tasks={list(WORD_TASKS[:1])}"
+        )
+    idle = [name for name, p in trainer.model.named_parameters() if p.requires_grad and _is_idle(name)]
+    if idle:
+        raise ArgumentError(
+            f"training.alignment=ctc does not train {idle[0]}; give model.prompt_pool.pool_size=0 and no model.lora"
+        )
+
+
+def _is_idle(name: str) -> bool:
+    return ".prompt_pool." in name or ".lora_" in name
