@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from fixtures_backbones import save_backbones
-from fixtures_training import write_clip, write_manifest
+from fixtures_training import character_tokenizer, write_clip, write_manifest
 from test_training_run import run, sections
 
 from listen.feature_extraction_listen import ListenFeatureExtractor
 from listen.training import ArgumentError, build_arguments, build_model, build_trainer
-from listen.training.ctc import CtcTrainer, TokenDistances, ctc_loss
+from listen.training.ctc import CtcTrainer, TokenDistances, ctc_loss, space_token
 
 WITHOUT_POOL = {"prompt_pool": {"pool_size": 0}}
 WORDS = ["hi", "oh no"]
@@ -86,6 +86,17 @@ def test_each_embedding_is_its_own_token_at_any_size_of_the_embeddings(size: flo
     assert log_probabilities.diagonal().exp().min() > 0.99
     torch.testing.assert_close(log_probabilities.exp().sum(-1), torch.ones(4))
     assert distances.classes[ids].tolist() == [1, 2, 3] and distances.classes.count_nonzero() == 3
+
+
+def test_the_blank_is_the_space_unless_answers_hold_it() -> None:
+    tokenizer = character_tokenizer()
+    space = tokenizer(" ", add_special_tokens=False)["input_ids"]
+    letters = torch.tensor(tokenizer("hi", add_special_tokens=False)["input_ids"])
+    assert space == [space_token(tokenizer, letters)]
+    assert space_token(tokenizer, torch.cat((letters, torch.tensor(space)))) is None
+    embeddings = torch.nn.Embedding(110, 16)
+    log_probabilities = TokenDistances(embeddings, letters, blank=space[0])(embeddings(torch.tensor(space)))
+    assert log_probabilities.argmax(-1).tolist() == [0]
 
 
 # ------------------------------------------------------------------ training

@@ -2,8 +2,8 @@
 
 A connector with random weights learns to transcribe very slowly from the next-token loss alone. CTC (Graves et al.,
 ICML 2006) gets it there in minutes: audio embeddings become, in order, the input embeddings of the words' tokens, and
-the mean embedding between them. The LLM does not run. This is no part of the LiSTEN paper, whose authors start from a
-trained connector. Other runs take the result as `model.connector_from`.
+of spaces between them. The LLM does not run. This is no part of the LiSTEN paper, whose authors start from a trained
+connector. Other runs take the result as `model.connector_from`.
 """
 
 from __future__ import annotations
@@ -33,19 +33,22 @@ _SHARPNESS = 72.0
 class TokenDistances(torch.nn.Module):
     """Log-probabilities of tokens by the distance of audio embeddings to the tokens' input embeddings.
 
-    Class 0 is the blank, whose embedding is the mean of all; class 1 + i is token `ids[i]`.
+    Class 0 is the blank; class 1 + i is token `ids[i]`.
 
     Args:
         embeddings: the LLM's input embeddings.
         ids: `(tokens,)`, the tokens to tell apart.
+        blank: the token whose embedding is the blank's; the mean embedding of `ids` by default.
     """
 
-    def __init__(self, embeddings: torch.nn.Module, ids: torch.Tensor) -> None:
+    def __init__(self, embeddings: torch.nn.Module, ids: torch.Tensor, blank: int | None = None) -> None:
         super().__init__()
         with torch.no_grad():
             tokens = embeddings(ids).float()  # (tokens, width)
-        centres = torch.cat((tokens.mean(0, keepdim=True), tokens))  # (1 + tokens, width)
-        spread = (tokens - centres[0]).square().sum(-1).mean()
+            mean = tokens.mean(0, keepdim=True)  # (1, width)
+            rest = mean if blank is None else embeddings(ids.new_tensor([blank])).float()
+        centres = torch.cat((rest, tokens))  # (1 + tokens, width)
+        spread = (tokens - mean).square().sum(-1).mean()
         self.scale = float(_SHARPNESS / spread)
         classes = ids.new_zeros(embeddings.num_embeddings)  # (vocabulary,), 0 for tokens that are not told apart
         classes[ids] = torch.arange(1, len(ids) + 1, device=ids.device)
@@ -82,6 +85,16 @@ def answer_tokens(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> torch
     return torch.tensor(sorted(set().union(*tokenizer(texts, add_special_tokens=False)["input_ids"])))
 
 
+def space_token(tokenizer: PreTrainedTokenizerBase, answers: torch.Tensor) -> int | None:
+    """The token of a single space; `None` if there is none, or if the answers hold it.
+
+    It is the blank since a frozen LLM repeats words with spaces between them far better than with the mean embedding,
+    which no text contains.
+    """
+    ids = tokenizer(" ", add_special_tokens=False)["input_ids"]
+    return ids[0] if len(ids) == 1 and ids[0] not in answers.tolist() else None
+
+
 class CtcTrainer(ListenTrainer):
     """Trains the connector by `ctc_loss`, as a mean over the labels of the batch.
 
@@ -99,8 +112,10 @@ class CtcTrainer(ListenTrainer):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         _check(self)
-        ids = answer_tokens(self.train_dataset, self.processing_class.tokenizer).to(self.args.device)
-        self.distances = TokenDistances(self.model.get_input_embeddings(), ids)
+        tokenizer = self.processing_class.tokenizer
+        ids = answer_tokens(self.train_dataset, tokenizer)
+        blank = space_token(tokenizer, ids)
+        self.distances = TokenDistances(self.model.get_input_embeddings(), ids.to(self.args.device), blank)
 
     def compute_loss(
         self,
