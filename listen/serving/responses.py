@@ -46,15 +46,16 @@ async def chunks(head: dict[str, Any], pieces: AsyncIterator[Delta], include_usa
     """Server-sent events with `chat.completion.chunk`; an error of the engine becomes the last event."""
     head = {**head, "object": "chat.completion.chunk"}
     first = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None, "logprobs": None}
-    yield _event({**head, "choices": [first]})
+    start = _event({**head, "choices": [first]})  # sent with the first text: one write, one wake-up of the client
     try:
         async for piece in pieces:
             if piece.text or piece.finish_reason or piece.logprobs:
                 delta = {"content": piece.text} if piece.text else {}
                 choice = {"index": 0, "delta": delta, "finish_reason": piece.finish_reason}
-                yield _event({**head, "choices": [{**choice, "logprobs": _logprobs(piece.logprobs)}]})
+                yield start + _event({**head, "choices": [{**choice, "logprobs": _logprobs(piece.logprobs)}]})
+                start = ""
     except ApiError as error:
-        yield _event(error.body)
+        yield start + _event(error.body)
         return
     if include_usage:
         yield _event({**head, "choices": [], "usage": usage(piece)})
