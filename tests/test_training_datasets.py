@@ -16,6 +16,7 @@ from listen.data.manifest import ManifestError
 from listen.training.arguments import ArgumentError, DataArguments
 from listen.training.datasets import build_eval_dataset, build_train_dataset
 from listen.training.run import _embeddings_per_second
+from listen.training.streaming import StreamReader
 
 
 @pytest.mark.parametrize("rate", [3.0, 12.5])
@@ -49,13 +50,14 @@ def test_an_empty_response_is_found_before_the_run(tmp_path: Path) -> None:
             build(data, 0)
 
 
-def test_a_stream_comes_in_random_order_without_an_end_if_asked(tmp_path: Path) -> None:
+def test_a_stream_comes_in_random_order_and_each_pass_in_another(tmp_path: Path) -> None:
     rows = [{"audio": f"{i}.wav", "response": str(i)} for i in range(40)]
     files = str(write_manifest(tmp_path / "rows.jsonl", rows))
     source = {"path": "json", "format": "datasets", "data_files": files, "streaming": True, "task": "asr"}
-    assert len(list(build_train_dataset(DataArguments(train=[source]), 0))) == 40
-    stream = build_train_dataset(DataArguments(train=[source]), 0, endless=True)
-    assert isinstance(stream, IterableDataset)
-    seen = [row["response"][0] for row in itertools.islice(stream, 200)]
-    assert seen != [row["response"] for row in rows] * 5 and set(seen) == {row["response"] for row in rows}
-    assert seen == [row["response"][0] for row in itertools.islice(stream, 200)]
+    stream = build_train_dataset(DataArguments(train=[source]), 0)
+    assert isinstance(stream, IterableDataset) and len(list(stream)) == 40
+    seen = [row["response"][0] for row in itertools.islice(StreamReader(stream, batch_size=3), 200)]
+    passes = [seen[start : start + 40] for start in range(0, 200, 40)]
+    assert all(set(one) == {row["response"] for row in rows} for one in passes)
+    assert len({tuple(one) for one in [[row["response"] for row in rows], *passes]}) == 6
+    assert seen == [row["response"][0] for row in itertools.islice(StreamReader(stream, batch_size=3), 200)]

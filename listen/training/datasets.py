@@ -22,7 +22,7 @@ _CHARACTERS_PER_TOKEN = 4
 
 
 def build_train_dataset(
-    arguments: DataArguments, seed: int, embeddings_per_second: float | None = None, endless: bool = False
+    arguments: DataArguments, seed: int, embeddings_per_second: float | None = None
 ) -> Dataset | IterableDataset:
     """The mixture of all training sources.
 
@@ -30,8 +30,6 @@ def build_train_dataset(
         arguments: section `data`.
         seed: fixes order and subsets.
         embeddings_per_second: of audio, to add a `length` column for length-grouped batches; `None` adds no column.
-        endless: whether streams restart at their end, so that accumulated batches are complete and a resumed run finds
-            its position.
 
     Returns:
         Rows of the manifest schema; iterable if a source streams.
@@ -46,7 +44,6 @@ def build_train_dataset(
     parts: dict[str, list[Dataset | IterableDataset]] = {}
     for source in arguments.train:
         rows = _answered(load(source, arguments, seed))
-        rows = rows.repeat(None) if endless and isinstance(rows, IterableDataset) else rows
         for task, part in _tasks_of(rows, source).items():
             parts.setdefault(task, []).append(_short_enough(part, longest, task))
     by_task = {task: _concatenate(task, group) for task, group in parts.items()}

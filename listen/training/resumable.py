@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import IterableDataset
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -21,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from ..data.files import json_text, write_text
 from .progress import use_short_lines
 from .push import ModelFolderTrainer
+from .streaming import CollateUnlessSkipped, StreamReader, keep_whole
 
 RUN_STATE_FILE = "run_state.json"
 """File of a checkpoint with the id of its run and the sums of the current logging window."""
@@ -51,6 +53,7 @@ class ResumableTrainer(ModelFolderTrainer):
         self.is_stopping = False
         self._resumed_from: str | None = None
         self._restored = False
+        self._stream: StreamReader | None = None
         self._sigterm = threading.Event()
         self.add_callback(_ResumeCallback(self))
         use_short_lines(self)
@@ -83,6 +86,8 @@ class ResumableTrainer(ModelFolderTrainer):
 
     def restore(self) -> None:
         """Restore the window of the checkpoint that training resumes from; those of earlier versions have none."""
+        if self._stream is not None and not self.args.ignore_data_skip:
+            self._stream.skipped_batches = self.state.global_step * self.args.gradient_accumulation_steps
         window = read_run_state(self._resumed_from).get("window") if self._resumed_from else None
         if window:
             self.restore_window(window)
@@ -113,10 +118,17 @@ class ResumableTrainer(ModelFolderTrainer):
         output = super()._finalize_training(*args, **kwargs)
         return output._replace(training_loss=output.metrics["train_loss"])
 
-    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        loader = super()._get_dataloader(*args, **kwargs)
+    def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
+        streams = is_training and isinstance(dataset, IterableDataset)
+        if streams:
+            place = self.args.process_index, self.args.world_size
+            self._stream = dataset = StreamReader(dataset, self._train_batch_size, *place)
+        loader = super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
         base = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper starts the workers of that one
         base.worker_init_fn = partial(_ignore_sigterm, base.worker_init_fn)
+        if streams:
+            keep_whole(base)
+            base.collate_fn = CollateUnlessSkipped(base.collate_fn)
         return loader
 
 

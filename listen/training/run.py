@@ -129,7 +129,7 @@ def build_trainer(
     seed = training_arguments.sampling_seed
     grouped = training_arguments.train_sampling_strategy in ("group_by_length", "batch_rebalance")
     rate = _embeddings_per_second(processor) if grouped else None
-    train_dataset = build_train_dataset(data_arguments, seed, rate, endless=True)
+    train_dataset = build_train_dataset(data_arguments, seed, rate)
     eval_dataset = build_eval_dataset(data_arguments, seed, rate)
     features = _open_features(model, processor, data_arguments)
     if data_arguments.long_audio == "cut":
