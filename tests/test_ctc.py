@@ -130,6 +130,9 @@ def test_another_run_takes_the_connector(backbones: dict, manifest: Path, tmp_pa
     assert model.adapters["default"].prompt_pool is not None
     trained = result.model.adapters["default"].connector.state_dict()
     assert all(torch.equal(value, trained[k]) for k, value in model.adapters["default"].connector.state_dict().items())
+    missing = str(tmp_path / "nowhere")
+    with pytest.raises(ArgumentError, match="nowhere' is no folder and no Hub id with model.safetensors"):
+        build_model(build_arguments(sections(backbones, manifest, tmp_path, {"connector_from": missing})).model)
 
 
 def test_stored_frames_give_the_same_loss(backbones: dict, manifest: Path, tmp_path: Path) -> None:

@@ -148,7 +148,13 @@ def _start_connector(model: ListenForConditionalGeneration, arguments: ModelArgu
             )
         return
     prefix = "adapters.default.connector."
-    weights = load_file(cached_file(arguments.connector_from, SAFE_WEIGHTS_NAME))
+    try:
+        weights = load_file(cached_file(arguments.connector_from, SAFE_WEIGHTS_NAME))
+    except (OSError, ValueError) as error:
+        raise ArgumentError(
+            f"model.connector_from={arguments.connector_from!r} is no folder and no Hub id with {SAFE_WEIGHTS_NAME}: "
+            f"{error}"
+        ) from error
     state = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     try:
         model.adapters["default"].connector.load_state_dict(state)
