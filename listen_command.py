@@ -30,6 +30,7 @@ COMMANDS = {
 MODULES = {"eval": "evaluate"}  # where the module has another name than the command
 # Errors of use, of the machine or of what is installed. Others are errors of the code and keep their traceback.
 ERRORS = (ValueError, OSError, ImportError)
+TRACKERS = ("wandb", "mlflow", "trackio")  # their errors, such as that nobody is logged in, are errors of use too
 
 # Options come from the help of a command, which the shell keeps: making it takes seconds.
 COMPLETION = """\
@@ -85,12 +86,13 @@ def run(name: str) -> None:
         if quiet:
             importlib.import_module("transformers.utils.logging").disable_progress_bar()
         module.main()
-    except ERRORS as error:
-        if os.environ.get("LISTEN_TRACEBACK"):
-            raise
-        sys.exit(f"error: {error or type(error).__name__}")
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        is_use = isinstance(error, ERRORS) or type(error).__module__.partition(".")[0] in TRACKERS
+        if not is_use or os.environ.get("LISTEN_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error or type(error).__name__}")
 
 
 def main(given: Sequence[str] | None = None) -> None:

@@ -80,7 +80,7 @@ def cache_features(run: RunArguments) -> FeatureStore:
 @torch.no_grad()
 def evaluate(trained: TrainResult, features: FeatureStore, num_prompts: int | None = None) -> EvaluationResult:
     """Evaluate on the test split, which is not in the training data, with the trained number of prompts or another."""
-    return evaluate_model(
+    result = evaluate_model(
         trained.model,
         trained.processor,
         load_manifest(CORPUS / "test.jsonl"),
@@ -89,6 +89,7 @@ def evaluate(trained: TrainResult, features: FeatureStore, num_prompts: int | No
         num_prompts=num_prompts,
         max_new_tokens=48,
     )
+    return result.name_data([CORPUS / "test.jsonl"])
 
 
 def print_scores(result: EvaluationResult) -> None:

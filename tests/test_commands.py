@@ -79,6 +79,20 @@ def test_an_error_of_use_is_one_line(words: list[str], message: str, monkeypatch
     assert str(ended.value.code).startswith(message) and "\n" not in str(ended.value.code)
 
 
+@pytest.mark.parametrize(("module", "caught"), [("wandb.errors", SystemExit), ("listen.training", RuntimeError)])
+def test_errors_of_trackers_are_one_line_and_those_of_the_code_are_not(
+    module: str, caught: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise type("UsageError", (RuntimeError,), {"__module__": module})("nobody is logged in")
+
+    monkeypatch.delenv("LISTEN_TRACEBACK", raising=False)
+    monkeypatch.setattr("listen.commands.cost.main", fail)
+    monkeypatch.setattr(sys, "argv", ["listen"])
+    with pytest.raises(caught, match="nobody is logged in"):
+        listen_command.main(["cost"])
+
+
 def test_recipes_are_found_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {path.resolve() for path in recipe_files()} == {path.resolve() for path in RECIPES}
     monkeypatch.chdir(tmp_path)

@@ -98,6 +98,8 @@ def test_the_title_names_model_data_date_and_code(page: Path) -> None:
     title = re.search("<h1>(.*?)</h1>", page.read_text(encoding="utf-8"))[1]
     assert title.startswith("Evaluation of models/&lt;i&gt;tiny on &lt;script&gt;")
     assert title.endswith("2026-01-02, code 1a2b3c4")
+    named = EvaluationResult().name_data(["corpus/clips/test.jsonl", Path("more.csv")])
+    assert named.settings["data"] == "clips/test.jsonl, more.csv"
 
 
 def test_the_worst_examples_come_first_with_players(page: Path, result: EvaluationResult) -> None:

@@ -129,8 +129,7 @@ def main() -> None:
     if arguments.cascade:
         dataset = tag_rows(dataset, load_recogniser(arguments.cascade, arguments.batch_size)(dataset))
     evaluate = partial(evaluate_model, model, processor, dataset, **options)
-    result = evaluate(num_prompts=arguments.num_prompts)
-    result.settings["data"] = ", ".join("/".join(Path(str(source.path)).parts[-2:]) for source in data.eval)
+    result = evaluate(num_prompts=arguments.num_prompts).name_data(str(source.path) for source in data.eval)
     if arguments.sweep is not None:
         if state.is_main_process:
             result.save(arguments.output)  # kept if the sweep fails

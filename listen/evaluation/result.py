@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,11 @@ class EvaluationResult:
     pool: PoolAnalysis | None = None
     rows: Dataset | None = None
     without_prompts: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def name_data(self, sources: Iterable[str | os.PathLike[str]]) -> EvaluationResult:
+        """The same result, with the folder and file of each source of its rows among the settings."""
+        self.settings["data"] = ", ".join("/".join(Path(source).parts[-2:]) for source in sources)
+        return self
 
     def save(self, folder: str | Path, extra: Mapping[str, Any] | None = None) -> Path:
         """Write `metrics.json`, `predictions.jsonl`, the report, and the pool's numbers and plots.

@@ -22,6 +22,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -345,12 +346,12 @@ def _evaluate(cell: Cell, run: RunArguments, result: TrainResult, folder: Path) 
         "join_silence_seconds": run.data.join_silence_seconds,
         "progress": False,
     }
-    evaluate_model(result.model, result.processor, rows, **options).save(folder / EVALUATION_FOLDER)
+    evaluate = partial(evaluate_model, result.model, result.processor, rows, **options)
+    evaluate().name_data(settings.data).save(folder / EVALUATION_FOLDER)
     has_pool = result.model.config.prompt_pool_config is not None
     further = sorted(set(settings.further_num_prompts) - {result.processor.num_prompts}) if has_pool else []
     for k in further:
-        found = evaluate_model(result.model, result.processor, rows, num_prompts=k, **options)
-        found.save(folder / f"{EVALUATION_FOLDER}-k{k}")
+        evaluate(num_prompts=k).name_data(settings.data).save(folder / f"{EVALUATION_FOLDER}-k{k}")
     return further
 
 
