@@ -12,9 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import openai
 import pytest
 import requests
 import soundfile
@@ -22,6 +23,7 @@ import torch
 from conftest import tiny_model
 from fixtures_repository import ROOT
 from fixtures_servers import free_port, running
+from fixtures_serving import served
 from fixtures_training import tiny_processor
 from fixtures_vllm import LanguageModelServer, language_model_server
 
@@ -76,14 +78,55 @@ def engine_of(two_adapters: Path) -> Callable[..., VllmEngine]:
     return make
 
 
-def messages(path: Path, question: str) -> list[dict[str, Any]]:
-    waveform, rate = soundfile.read(path, dtype="float32")
-    audio = {"type": "audio", "array": waveform, "sampling_rate": rate}
-    return [{"role": "user", "content": [audio, {"type": "text", "text": question}]}]
+def messages(*paths: Path, question: str) -> list[dict[str, Any]]:
+    clips = [soundfile.read(path, dtype="float32") for path in paths]
+    audio = [{"type": "audio", "array": waveform, "sampling_rate": rate} for waveform, rate in clips]
+    return [{"role": "user", "content": [*audio, {"type": "text", "text": question}]}]
 
 
 def asked(adapter: str | None, path: Path, question: str) -> Request:
-    return Request(messages(path, question), adapter=adapter, sampling=GREEDY)
+    return Request(messages(path, question=question), adapter=adapter, sampling=GREEDY)
+
+
+class Case(NamedTuple):
+    """A request over HTTP."""
+
+    model: str
+    paths: tuple[Path, ...]
+    question: str
+
+    def expected(self, pipeline: ListenPipeline) -> str:
+        """What the pipeline answers to it alone; the second adapter is named as its model."""
+        pipeline.model.set_adapter("other" if self.model == "other" else "default")
+        chat = messages(*self.paths, question=self.question)
+        return pipeline(chat, max_new_tokens=24, do_sample=False)[0]["generated_text"]
+
+    def ask(self, client: openai.OpenAI, stream: bool) -> str:
+        """Ask through OpenAI's client, in one piece or streamed."""
+        audio = [{"data": base64.b64encode(path.read_bytes()).decode(), "format": "wav"} for path in self.paths]
+        content = [*({"type": "input_audio", "input_audio": clip} for clip in audio)]
+        content.append({"type": "text", "text": self.question})
+        options = {"model": self.model, "temperature": 0, "max_tokens": 24}
+        answer = client.chat.completions.create(
+            messages=[{"role": "user", "content": content}], stream=stream, **options
+        )
+        if stream:
+            return "".join(chunk.choices[0].delta.content or "" for chunk in answer)
+        return answer.choices[0].message.content
+
+
+def cases(own: str) -> list[Case]:
+    """Two adapters, one clip and two clips."""
+    chosen = [(path,) for path in CLIPS[:3]] + [tuple(CLIPS[:2])]
+    return [Case(model, paths, QUESTIONS[0]) for model in (own, "other") for paths in chosen]
+
+
+def ask_all(engine: VllmEngine, asked: list[Case], most: int = 16) -> list[str]:
+    """Answers through `listen serve` and OpenAI's client, all requests at once, every second one streamed."""
+    with served(engine) as address, ThreadPoolExecutor(most) as clients:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0, timeout=300)
+        answers = clients.map(lambda i: asked[i].ask(client, stream=i % 2 == 1), range(len(asked)))
+        return list(answers)
 
 
 async def whole(stream: AsyncIterator[Delta]) -> tuple[str, Delta]:
@@ -124,6 +167,16 @@ def test_greedy_answers_are_the_pipelines_for_two_adapters_at_once(
     assert len(set(expected)) > len(CLIPS)  # adapters and clips matter
     assert len(batches) < len(requests) == sum(batches)  # encoded together
     assert all(last.prompt_tokens > 10 for _, last in found)
+
+
+def test_openai_client_gets_the_pipelines_answers_through_both_servers(
+    server: tuple[LanguageModelServer, str], engine_of: Callable[..., VllmEngine], pipeline: ListenPipeline
+) -> None:
+    """Whole and streamed, one clip and two, with two adapters in flight at once."""
+    asked = [*cases("listen-tiny"), *reversed(cases("listen-tiny"))]  # each case is asked whole and streamed
+    expected = [case.expected(pipeline) for case in asked]
+    assert len(set(expected)) > len(CLIPS[:3])
+    assert ask_all(engine_of(server[1]), asked) == expected
 
 
 def test_text_for_the_base_llm_goes_on_as_it_is(
@@ -272,7 +325,7 @@ def replica(url: str, log: Path) -> AbstractContextManager[str]:
     reason="needs LISTEN_VLLM, the command of vLLM, and LISTEN_REAL_MODELS, a folder with real backbones",
 )
 def test_a_real_vllm_answers_as_generate_does(tmp_path: Path) -> None:
-    """In fp32 on both sides, token for token. In bf16 kernels round differently, and near ties fall otherwise."""
+    """Through OpenAI's client. In fp32 on both sides, token for token; in bf16, near ties fall otherwise."""
     places = {
         "speech_encoder": str(REAL_MODELS / "whisper-base"),
         "language_model": str(REAL_MODELS / "smollm2-135m-instruct"),
@@ -283,19 +336,11 @@ def test_a_real_vllm_answers_as_generate_does(tmp_path: Path) -> None:
     processor = ListenProcessor.from_backbones(model.config)
     model.add_adapter(None, "other")
     pipeline = ListenPipeline(model=model, processor=processor)
-    requests = [asked(name, path, QUESTIONS[0]) for name in ("default", "other") for path in CLIPS[:3]]
-    expected = []
-    for request in requests:
-        model.set_adapter(request.adapter)
-        expected.append(pipeline(request.messages, max_new_tokens=24, do_sample=False)[0]["generated_text"])
+    asked = cases("smollm2")
+    expected = [case.expected(pipeline) for case in asked]
     port = free_port()
     options = "--enable-prompt-embeds --dtype float32 --max-model-len 1024 --enforce-eager --host 127.0.0.1"
     command = [*shlex.split(os.environ["LISTEN_VLLM"]), "serve", places["language_model"], *options.split()]
     with running([*command, "--port", str(port)], port, tmp_path / "log", seconds=400) as address:
-        engine = VllmEngine(pipeline, "smollm2", VllmServer(address))
-
-        async def work() -> list[tuple[str, Delta]]:
-            return await asyncio.gather(*(whole(engine.stream(request)) for request in requests))
-
-        found = [text for text, _ in run(engine, work)]
+        found = ask_all(VllmEngine(pipeline, "smollm2", VllmServer(address)), asked)
     assert found == expected
