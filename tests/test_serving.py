@@ -9,7 +9,8 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ import numpy as np
 import openai
 import pytest
 import soundfile
+import torch
 from fixtures_serving import served
 from huggingface_hub.utils import httpx
 
 from listen import ListenForConditionalGeneration, ListenPipeline, ListenProcessor
 from listen.audio_listen import load_waveform
+from listen.serving import in_process
 from listen.serving.answers import GrowingAnswer
 from listen.serving.app import Options
 from listen.serving.clips import ClipLimits, fetch
@@ -195,12 +198,59 @@ def test_of_200_requests_at_once_each_gets_its_own_answer(address: str, listen: 
     assert asyncio.run(ask_all()) == [case[3] for case in chosen]
 
 
-def test_a_client_that_leaves_ends_its_row_alone(address: str, listen: ListenPipeline) -> None:
-    body = {"messages": question(SPEECH), "stream": True}
-    with httpx.stream("POST", f"{address}/v1/chat/completions", json=body, trust_env=False) as response:
-        next(response.iter_lines())
-    answer = post(address, json={"messages": question(SPEECH)}).json()
-    assert answer["choices"][0]["message"]["content"] == ANSWER
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_ends_its_row_alone(
+    listen: ListenPipeline, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """Its row generates no further token; the other rows of its batch are answered as the pipeline answers alone."""
+    step, steps = in_process._Rows.__call__, []
+
+    def pausing_step(rows: Any, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        done = step(rows, input_ids, scores, **kwargs)
+        if len(rows.batch) == 3:
+            steps.append([len(row.answer.ids) for row in rows.batch])
+            deadline = time.monotonic() + 20
+            while not any(row.dropped for row in rows.batch) and time.monotonic() < deadline:
+                time.sleep(0.005)
+        return done
+
+    monkeypatch.setattr(in_process._Rows, "__call__", pausing_step)
+    engine, held = TransformersEngine(listen, str(FOLDER)), threading.Event()
+    engine._thread.submit(held.wait)
+    bodies = [{"messages": question(clip)} for clip in (SPEECH, OTHER, SCENE)]
+    expected = [listen(body, QUESTION)[0]["generated_text"] for body in (str(SPEECH), str(SCENE))]
+    with served(engine) as address, ThreadPoolExecutor(4) as clients:
+        before = clients.submit(post, address, json={"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1})
+        wait_until(lambda: engine._dispatcher is not None and not engine._waiting)  # the first batch has been taken
+        answers = []
+        for number, body in enumerate(bodies):
+            ask = ask_and_leave if number == 1 else post
+            answers.append(clients.submit(ask, address, json={**body, "stream": stream and number == 1}))
+            wait_until(lambda number=number: len(engine._waiting) == number + 1)
+        held.set()
+        assert before.result().status_code == 200
+        texts = [answers[n].result().json()["choices"][0]["message"]["content"] for n in (0, 2)]
+    assert texts == expected
+    assert steps[0] == [1, 1, 1] and len(steps) > 3
+    assert [row[1] for row in steps] == [1] * len(steps)
+
+
+def ask_and_leave(address: str, json: dict[str, Any]) -> None:
+    """Close the connection at the first text of a stream, or while the whole answer is awaited."""
+    with httpx.Client(timeout=60, trust_env=False) as session:
+        if json["stream"]:
+            with session.stream("POST", f"{address}/v1/chat/completions", json=json) as response:
+                next(response.iter_lines())
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                session.post(f"{address}/v1/chat/completions", json=json, timeout=3.0)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 # ---------------------------------------------------------------------- refusals
