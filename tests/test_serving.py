@@ -161,6 +161,15 @@ def test_uploads_are_transcribed_and_translated(client: openai.OpenAI, address: 
     assert error_of(post(address, "audio/transcriptions", **upload), 400)["param"] == "language"
 
 
+def test_transcriptions_stream_the_events_of_openai(client: openai.OpenAI, address: str) -> None:
+    *deltas, done = client.audio.transcriptions.create(model="listen-tiny", file=SPEECH, stream=True)
+    assert {event.type for event in deltas} == {"transcript.text.delta"} and len(deltas) == len(ANSWER.split())
+    assert (done.type, done.text, "".join(event.delta for event in deltas)) == ("transcript.text.done", ANSWER, ANSWER)
+    assert done.usage.output_tokens == len(deltas) + 1
+    upload = {"files": {"file": SPEECH.read_bytes()}, "data": {"stream": "true", "response_format": "text"}}
+    assert error_of(post(address, "audio/transcriptions", **upload), 400)["param"] == "response_format"
+
+
 def variants() -> list[bytes]:
     """Clips that differ, in what is said or how."""
     speech, other, scene = (load_waveform(str(path)) for path in (SPEECH, OTHER, SCENE))
@@ -221,12 +230,12 @@ def test_a_client_that_leaves_ends_its_row_alone(
     expected = [listen(body, QUESTION)[0]["generated_text"] for body in (str(SPEECH), str(SCENE))]
     with served(engine) as address, ThreadPoolExecutor(4) as clients:
         before = clients.submit(post, address, json={"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1})
-        wait_until(lambda: engine._dispatcher is not None and not engine._waiting)  # the first batch has been taken
+        wait_until(lambda: engine._dispatcher is not None and not engine.waiting)  # the first batch has been taken
         answers = []
         for number, body in enumerate(bodies):
             ask = ask_and_leave if number == 1 else post
             answers.append(clients.submit(ask, address, json={**body, "stream": stream and number == 1}))
-            wait_until(lambda number=number: len(engine._waiting) == number + 1)
+            wait_until(lambda number=number: engine.waiting == number + 1)
         held.set()
         assert before.result().status_code == 200
         texts = [answers[n].result().json()["choices"][0]["message"]["content"] for n in (0, 2)]
@@ -343,6 +352,25 @@ def test_metrics_count_requests_and_tokens(address: str, client: openai.OpenAI) 
     client.chat.completions.create(model="listen-tiny", messages=question(SPEECH), max_tokens=3)
     assert (value(requests), value(tokens)) == (before[0] + 1, before[1] + 3)
     assert value("listen_requests_under_way") == 1  # this request itself
+    assert value("listen_first_token_seconds_count") == value("listen_answer_seconds_count") > 0
+
+
+def test_metrics_show_the_queue_and_the_sizes_of_batches(listen: ListenPipeline) -> None:
+    engine, held = TransformersEngine(listen, str(FOLDER)), threading.Event()
+    engine._thread.submit(held.wait)
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+    with served(engine) as address, ThreadPoolExecutor(4) as clients:
+        answers = [clients.submit(post, address, json=body)]
+        wait_until(lambda: engine._dispatcher is not None and not engine.waiting)  # the first batch has been taken
+        answers += [clients.submit(post, address, json=body) for _ in range(3)]
+        wait_until(lambda: engine.waiting == 3)
+        assert "listen_requests_waiting 3.0" in httpx.get(f"{address}/metrics", trust_env=False).text
+        held.set()
+        assert [answer.result().status_code for answer in answers] == [200] * 4
+        text = httpx.get(f"{address}/metrics", trust_env=False).text
+    assert "listen_requests_waiting 0.0" in text
+    found = re.findall(r'^listen_batch_size_bucket\{le="(\d+).0"\} (\d+).0$', text, flags=re.MULTILINE)
+    assert found[:3] == [("1", "1"), ("2", "1"), ("4", "2")]  # one alone, then three
 
 
 def test_stopping_answers_what_is_under_way(listen: ListenPipeline) -> None:

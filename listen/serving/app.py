@@ -12,21 +12,20 @@ from typing import Annotated, Any, NamedTuple
 from ..data.extras import extra
 
 with extra("serve"):
-    from fastapi import FastAPI, Form, HTTPException, Request, UploadFile
+    from fastapi import FastAPI, Form, HTTPException, Request
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from . import engine as engines
-from .bodies import ChatBody, Message, add_task
+from .bodies import ChatBody, Message, UploadBody, add_task
 from .clips import ClipLimits, decode, fetch
 from .engine import Delta, Engine, Sampling
 from .guard import Guard
 from .metrics import Metrics
-from .responses import ApiError, chunks, completion, usage
+from .responses import ApiError, chunks, completion, transcript_events, usage
 
 TRANSLATION = "Translate the speech into English."
 """Instruction of `/v1/audio/translations`, in place of which a request may give `prompt` or `task`."""
-_UPLOAD_FIELDS = {"file", "model", "prompt", "task", "response_format", "temperature", "num_prompts"}
 
 
 class Options(NamedTuple):
@@ -76,6 +75,8 @@ class Server:
 
     def __init__(self, engine: Engine, options: Options) -> None:
         self.engine, self.options, self.metrics = engine, options, Metrics()
+        self.metrics.waiting.set_function(lambda: engine.waiting)
+        engine.on_batch = self.metrics.batch.observe
         self.started = int(time.time())
 
     # ------------------------------------------------------------------ chat
@@ -88,22 +89,15 @@ class Server:
         except ValueError as error:
             raise ApiError(400, str(error)) from error
         messages = [await self._message(message, i) for i, message in enumerate(body.messages)]
-        if body.task is not None:
-            try:
-                messages = add_task(messages, body.task, self.engine.task_instructions)
-            except ValueError as error:
-                raise ApiError(400, str(error), "task") from error
+        messages = self._with_task(messages, body.task)
         if adapter is None:
             _check_text_alone(name, messages, body)
         request = engines.Request(messages, adapter, body.task, body.num_prompts, sampling)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
         if not body.stream:
             return completion(head, await self._whole(request, name, http))
-        pieces = self._pieces(request, name)
-        first = await anext(pieces)  # errors before it still have an HTTP status
         include_usage = body.stream_options is not None and body.stream_options.include_usage
-        stream = chunks(head, _chained(first, pieces), include_usage)
-        return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        return _event_stream(chunks(head, await self._started(request, name), include_usage))
 
     async def _message(self, message: Message, index: int) -> dict[str, Any]:
         role = "system" if message.role == "developer" else message.role
@@ -131,58 +125,47 @@ class Server:
         self.metrics.audio.inc(len(waveform) / rate)
         return {"type": "audio", "array": waveform, "sampling_rate": rate}
 
+    def _with_task(self, messages: list[dict[str, Any]], task: str | None) -> list[dict[str, Any]]:
+        try:
+            return messages if task is None else add_task(messages, task, self.engine.task_instructions)
+        except ValueError as error:
+            raise ApiError(400, str(error), "task") from error
+
     # ------------------------------------------------------------------ transcriptions and translations
 
-    async def transcribe(
-        self,
-        http: Request,
-        file: UploadFile,
-        model: Annotated[str | None, Form()] = None,
-        prompt: Annotated[str | None, Form()] = None,
-        task: Annotated[str | None, Form()] = None,
-        response_format: Annotated[str, Form()] = "json",
-        temperature: Annotated[float | None, Form(ge=0, le=2)] = None,
-        num_prompts: Annotated[int | None, Form(ge=0)] = None,
-    ) -> Response | dict[str, Any]:
+    async def transcribe(self, body: Annotated[UploadBody, Form()], http: Request) -> Response | dict[str, Any]:
         """`POST /v1/audio/transcriptions`. `prompt` is an instruction in place of the wording of the task."""
-        await _check_upload(http, response_format)
-        if prompt and task:
+        return await self._upload(body, body.prompt, body.task or ("asr" if not body.prompt else None), http)
+
+    async def translate(self, body: Annotated[UploadBody, Form()], http: Request) -> Response | dict[str, Any]:
+        """`POST /v1/audio/translations`: as `transcribe`, with an instruction to translate into English."""
+        return await self._upload(body, body.prompt or (None if body.task else TRANSLATION), body.task, http)
+
+    async def _upload(
+        self, body: UploadBody, prompt: str | None, task: str | None, http: Request
+    ) -> Response | dict[str, Any]:
+        if body.prompt and body.task:
             raise ApiError(400, "prompt and task exclude each other; give one", "prompt")
-        name, adapter = self._adapter(model)
+        if body.stream and body.response_format != "json":
+            raise ApiError(400, "stream needs response_format json, whose events it sends", "response_format")
+        name, adapter = self._adapter(body.model)
         if adapter is None:
             raise ApiError(400, f"model {name!r} is the base LLM, which takes no audio; choose another", "model")
-        clip = await self._clip(await file.read(), "file")
-        task = task or ("asr" if not prompt else None)
+        clip = await self._clip(await body.file.read(), "file")
         messages = [{"role": "user", "content": [clip, *([{"type": "text", "text": prompt}] if prompt else [])]}]
-        if task is not None:
-            try:
-                messages = add_task(messages, task, self.engine.task_instructions)
-            except ValueError as error:
-                raise ApiError(400, str(error), "task") from error
-        request = engines.Request(messages, adapter, task, num_prompts, Sampling(temperature=temperature))
+        messages = self._with_task(messages, task)
+        sampling = Sampling(temperature=body.temperature)
+        request = engines.Request(messages, adapter, task, body.num_prompts, sampling)
+        if body.stream:
+            return _event_stream(transcript_events(await self._started(request, name)))
         pieces = await self._whole(request, name, http)
         text = "".join(piece.text for piece in pieces)
-        if response_format == "text":
+        if body.response_format == "text":
             return PlainTextResponse(text + "\n")
-        if response_format == "json":
+        if body.response_format == "json":
             return {"text": text}
         seconds = len(clip["array"]) / clip["sampling_rate"]
         return {"text": text, "task": task or "prompt", "duration": seconds, "usage": usage(pieces[-1])}
-
-    async def translate(
-        self,
-        http: Request,
-        file: UploadFile,
-        model: Annotated[str | None, Form()] = None,
-        prompt: Annotated[str | None, Form()] = None,
-        task: Annotated[str | None, Form()] = None,
-        response_format: Annotated[str, Form()] = "json",
-        temperature: Annotated[float | None, Form(ge=0, le=2)] = None,
-        num_prompts: Annotated[int | None, Form(ge=0)] = None,
-    ) -> Response | dict[str, Any]:
-        """`POST /v1/audio/translations`: as `transcribe`, with an instruction to translate into English."""
-        prompt = prompt or (None if task else TRANSLATION)
-        return await self.transcribe(http, file, model, prompt, task, response_format, temperature, num_prompts)
 
     # ------------------------------------------------------------------ answers
 
@@ -210,6 +193,11 @@ class Server:
         self.metrics.duration.observe(time.monotonic() - start)
         for kind, count in (("prompt", piece.prompt_tokens or 0), ("completion", piece.completion_tokens)):
             self.metrics.tokens.labels(name, kind).inc(count)
+
+    async def _started(self, request: engines.Request, name: str) -> AsyncIterator[Delta]:
+        """The pieces, once the first one is there: errors before it still have an HTTP status."""
+        pieces = self._pieces(request, name)
+        return _chained(await anext(pieces), pieces)
 
     async def _whole(self, request: engines.Request, name: str, http: Request) -> list[Delta]:
         """All pieces of an answer; the request is dropped where its client disconnects."""
@@ -269,13 +257,8 @@ def _check_text_alone(name: str, messages: list[dict[str, Any]], body: ChatBody)
             raise ApiError(400, f"model {name!r} is the base LLM: text alone, no {field} of an adapter", field)
 
 
-async def _check_upload(http: Request, response_format: str) -> None:
-    if response_format not in ("json", "text", "verbose_json"):
-        known = "json, text or verbose_json; the model writes no timestamps"
-        raise ApiError(400, f"response_format {response_format!r} is not available; choose {known}", "response_format")
-    for name in (await http.form()).keys() - _UPLOAD_FIELDS:
-        fix = "; name the language in prompt" if name == "language" else ""
-        raise ApiError(400, f"field {name!r} is not available; leave it out{fix}", name)
+def _event_stream(events: AsyncIterator[str]) -> StreamingResponse:
+    return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
 
 async def _chained(first: Delta, rest: AsyncIterator[Delta]) -> AsyncIterator[Delta]:
@@ -292,7 +275,8 @@ async def _api_error(http: Request, error: ApiError) -> JSONResponse:
 async def _invalid(http: Request, error: RequestValidationError) -> JSONResponse:
     first = error.errors()[0]
     field = ".".join(str(part) for part in first["loc"][1:])
-    reason = "unknown field; leave it out" if first["type"] == "extra_forbidden" else first["msg"]
+    unknown = "unknown field; leave it out" + ("; name the language in prompt" if field == "language" else "")
+    reason = unknown if first["type"] == "extra_forbidden" else first["msg"]
     return JSONResponse(ApiError(400, f"{field or 'body'}: {reason}", field or None, first["type"]).body, 400)
 
 

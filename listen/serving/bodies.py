@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from ..data.extras import extra
 
 with extra("serve"):
+    from fastapi import UploadFile
     from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..chat_listen import INPUT_FIELD
@@ -128,6 +129,19 @@ class ChatBody(_Strict):
         )
 
 
+class UploadBody(_Strict):
+    """The form of `POST /v1/audio/transcriptions` and `/translations`. `task` and `num_prompts` are ours."""
+
+    file: UploadFile
+    model: str | None = None
+    prompt: str | None = None
+    task: str | None = None
+    response_format: Literal["json", "text", "verbose_json"] = "json"
+    stream: bool = False
+    temperature: float | None = Field(None, ge=0, le=2)
+    num_prompts: int | None = Field(None, ge=0)
+
+
 def add_task(messages: list[dict[str, Any]], task: str, instructions: Mapping[str, str]) -> list[dict[str, Any]]:
     """The messages with the wording of a task in the last one, around its audio; its text is the task's question.
 
@@ -149,4 +163,4 @@ def add_task(messages: list[dict[str, Any]], task: str, instructions: Mapping[st
     return [*before, {**last, "content": [*texts, *clips, {"type": "text", "text": end}]}]
 
 
-__all__ = ["IGNORED", "ChatBody", "Message", "add_task"]
+__all__ = ["IGNORED", "ChatBody", "Message", "UploadBody", "add_task"]

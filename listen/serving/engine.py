@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -93,11 +93,17 @@ class Engine(Protocol):
             is used where a request names none.
         sampling_rate: Rate in Hz at which the server decodes audio.
         task_instructions: Wording of the tasks by name, see `ListenProcessor.instruction`.
+        on_batch: Called with the number of requests of each batch that runs.
     """
 
     models: Mapping[str, str | None]
     sampling_rate: int
     task_instructions: Mapping[str, str]
+    on_batch: Callable[[int], None]
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for the next batch."""
 
     def stream(self, request: Request) -> AsyncIterator[Delta]:
         """The answer. Closing the iterator early, or cancelling its task, drops the request.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -73,6 +73,7 @@ class TransformersEngine:
         self.task_instructions = self.processor.task_instructions
         ends = self.model.generation_config.eos_token_id
         self._end_ids = set(ends if isinstance(ends, list) else [ends])
+        self.on_batch: Callable[[int], None] = lambda size: None
         self._waiting: deque[_Row] = deque()
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
@@ -103,6 +104,11 @@ class TransformersEngine:
             row.dropped = True  # a running batch ends this row, a waiting one is skipped
             if row in self._waiting:
                 self._waiting.remove(row)
+
+    @property
+    def waiting(self) -> int:
+        """See `Engine.waiting`."""
+        return len(self._waiting)
 
     async def check_health(self) -> None:
         """See `Engine.check_health`."""
@@ -169,6 +175,7 @@ class TransformersEngine:
                 row.send(error)
 
     def _generate(self, batch: list[_Row]) -> None:
+        self.on_batch(len(batch))
         requests = [row.request for row in batch]
         is_base = requests[0].adapter is None
         inputs = self._inputs(requests)

@@ -62,6 +62,23 @@ async def chunks(head: dict[str, Any], pieces: AsyncIterator[Delta], include_usa
     yield "data: [DONE]\n\n"
 
 
+async def transcript_events(pieces: AsyncIterator[Delta]) -> AsyncIterator[str]:
+    """Server-sent events of a transcription; an error of the engine becomes the last event."""
+    text = ""
+    try:
+        async for piece in pieces:
+            text += piece.text
+            if piece.text:
+                yield _event({"type": "transcript.text.delta", "delta": piece.text})
+    except ApiError as error:
+        yield _event(error.body)
+        return
+    counts = usage(piece)
+    tokens = {"input_tokens": counts["prompt_tokens"], "output_tokens": counts["completion_tokens"]}
+    tokens = {"type": "tokens", **tokens, "total_tokens": counts["total_tokens"]}
+    yield _event({"type": "transcript.text.done", "text": text, "usage": tokens})
+
+
 def _event(data: dict[str, Any]) -> str:
     return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
@@ -75,4 +92,4 @@ def _entry(entry: TokenLogprob) -> dict[str, Any]:
     return {"token": entry.token, "logprob": max(entry.logprob, -9999.0), "bytes": [*entry.token.encode()]}
 
 
-__all__ = ["ApiError", "chunks", "completion", "usage"]
+__all__ = ["ApiError", "chunks", "completion", "transcript_events", "usage"]

@@ -11,7 +11,7 @@ import base64
 import io
 import json
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -76,6 +76,7 @@ class VllmEngine:
         limits = httpx.Limits(max_connections=None)  # the queue is bounded, and so is vLLM's
         timeout = httpx.Timeout(server.timeout, connect=10)
         self._client = httpx.AsyncClient(base_url=address, headers=headers, timeout=timeout, limits=limits)
+        self.on_batch: Callable[[int], None] = lambda size: None
         self._waiting: deque[_Row] = deque()
         self._encoding: asyncio.Task | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")
@@ -100,6 +101,11 @@ class VllmEngine:
                     yield delta
         finally:
             self._running -= 1
+
+    @property
+    def waiting(self) -> int:
+        """See `Engine.waiting`."""
+        return len(self._waiting)
 
     async def check_health(self) -> None:
         """See `Engine.check_health`."""
@@ -185,6 +191,7 @@ class VllmEngine:
 
     async def _encode(self, batch: list[_Row]) -> None:
         """Embeddings of a batch. Where its input is refused, each row is tried alone, so that only one fails."""
+        self.on_batch(len(batch))
         run = asyncio.get_running_loop().run_in_executor
         try:
             rows = await run(self._thread, self._embed, [row.request for row in batch])
