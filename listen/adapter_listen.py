@@ -225,7 +225,7 @@ class AdapterMixin(LoraMixin):
         if pool is None or self.language_model is None or pool.config.form == "layers":
             return
         if pool.config.value_start == "vocabulary":
-            pool.initialize_values(random_embeddings(self.language_model, pool.config.pool_size))
+            pool.initialize_values(random_embeddings(self.language_model, len(pool.values)))
         else:
             pool.initialize_values(mean_embedding(self.language_model)[None])
 
@@ -249,16 +249,56 @@ class AdapterMixin(LoraMixin):
             adapter_name: Its name.
 
         Raises:
-            ValueError: the name is taken, an encoder is trainable, or a PEFT config is no plain LoRA named `"default"`.
+            ValueError: the name is taken, an encoder is trainable, the pool has frozen prompts, or a PEFT config is no
+                plain LoRA named `"default"`.
         """
         if hasattr(adapter_config, "peft_type"):
             self._attach_lora(adapter_config, adapter_name)
         else:
             _refuse_learned(f"adapter {adapter_name!r}", "this model", self.config)
             pool = adapter_config if adapter_config is not None else self.config.prompt_pool_config
+            if pool is not None and pool.frozen_prompts:
+                raise ValueError(f"a fresh adapter has no frozen prompts, found {pool.frozen_prompts}; give 0")
             self._add_listen_adapter(adapter_name, self.config.connector_config, pool)
             self.adapters[adapter_name].apply(self._init_weights)
             self._start_values(self.adapters[adapter_name].prompt_pool)
+        self.freeze()
+
+    def grow_pool(self, new_prompts: int) -> None:
+        """Append fresh prompts to the pool of the default adapter and make them its only trainable part, to add a task.
+
+        The old keys and values, the running mean of the query and the connector stay as they are. The grown adapter may
+        still answer old tasks differently, as an old input may select a new prompt. Saved, and loaded by `load_adapter`
+        beside the adapter that it was grown from, it leaves that one's answers exactly as they were.
+
+        Args:
+            new_prompts: Number of new pairs.
+
+        Raises:
+            ValueError: there is no pool, or one whose strategy has no keys, a LoRA or a trained encoder, or
+                `new_prompts` is below 1.
+        """
+        old = self.adapters["default"].prompt_pool
+        if old is None or new_prompts < 1:
+            found = "the default adapter has no prompt pool" if old is None else f"new_prompts={new_prompts} is below 1"
+            raise ValueError(f"{found}; a pool is grown by at least 1 prompt")
+        if self.config.lora_config:
+            raise ValueError(
+                "a LoRA on the LLM would be trained for the old tasks too; grow the pool of a model without"
+            )
+        size = old.config.pool_size
+        config = ListenPromptPoolConfig(
+            **{**old.config.to_dict(), "pool_size": size + new_prompts, "frozen_prompts": size}
+        )
+        self.set_trainable(["prompt_pool"])  # refuses to freeze a trained encoder
+        pool = ListenPromptPool(config, old.width, tuple(old.reads.shape[1:]) if config.form == "layers" else (0, 0))
+        pool.to(old.keys.device).train(self.training).apply(self._init_weights)
+        self._start_values(pool)
+        for name, _ in old.named_parameters():
+            pool.get_buffer(f"frozen_{name}").copy_(old.part(name).detach())
+        if config.center_query:
+            pool.query_mean.copy_(old.query_mean)
+        self.adapters["default"].prompt_pool, self.config.prompt_pool_config = pool, config
         self.freeze()
 
     def load_adapter(self, peft_model_id: Any = None, adapter_name: str = "default", **kwargs: Any) -> Any:

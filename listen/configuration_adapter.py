@@ -196,6 +196,8 @@ class ListenPromptPoolConfig(StrictConfig):
             a mean of all, many audio embeddings outweigh a short instruction, and the query hardly depends on the task.
         value_start: Where new values start: at the `"mean"` of the LLM's input embeddings, plus small noise (the
             authors' code), or at those of random tokens, `"vocabulary"` (Lester et al., arXiv 2104.08691).
+        frozen_prompts: Number of pairs, the first ones, that are never trained, nor is the running mean of the query
+            with them: those of the pool that this one was grown from, see `AdapterMixin.grow_pool`.
 
     Raises:
         ValueError: an unknown field, strategy, source, start or key loss, or values that cannot work together.
@@ -219,6 +221,7 @@ class ListenPromptPoolConfig(StrictConfig):
     shared_fraction: float = 0.4
     query_source: str = "all"
     value_start: str = "mean"
+    frozen_prompts: int = 0
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -243,6 +246,8 @@ class ListenPromptPoolConfig(StrictConfig):
             )
         if self.strategy == "task":
             self._check_tasks()
+        if self.frozen_prompts:
+            self._check_frozen_prompts()
         if self.train_prompts is not None:
             self._check_train_prompts(self.train_prompts)
 
@@ -273,6 +278,17 @@ class ListenPromptPoolConfig(StrictConfig):
             raise ValueError(
                 f"num_prompts={self.num_prompts}, but each of {len(self.tasks)} tasks reaches {self.most_prompts} of "
                 f"pool_size={self.pool_size} prompts ({self.num_per_task} of its own); lower num_prompts"
+            )
+
+    def _check_frozen_prompts(self) -> None:
+        if not self.uses_query:
+            raise ValueError(
+                f"frozen_prompts={self.frozen_prompts} needs a strategy with keys, not {self.strategy!r}: only a query "
+                "can choose between old and new prompts"
+            )
+        if not 0 < self.frozen_prompts < self.pool_size:
+            raise ValueError(
+                f"frozen_prompts={self.frozen_prompts} must lie in 0..{self.pool_size - 1}, below pool_size"
             )
 
     def _check_train_prompts(self, train_prompts: int) -> None:

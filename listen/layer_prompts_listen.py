@@ -51,7 +51,7 @@ class LayerPrompts:
         rows, indices = self.rows.to(device), self.indices.to(self.pool.reads.device)
         states = inputs[rows].float()  # (rows, sequence, width)
         states = states * torch.rsqrt(states.square().mean(-1, keepdim=True) + 1e-6)
-        reads, writes = self.pool.reads[indices, layer], self.pool.writes[indices, layer]  # (rows, k, width)
+        reads, writes = (self.pool.part(name, layer)[indices] for name in ("reads", "writes"))  # (rows, k, width)
         writes = writes * (_SCALE * self.weights.to(writes.device))[..., None]
         hidden = F.silu(states.to(dtype) @ reads.to(device, dtype).transpose(1, 2))  # (rows, sequence, k)
         return outputs.index_add(0, rows, (hidden @ writes.to(device, dtype)).to(dtype))

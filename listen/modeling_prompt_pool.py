@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import EllipsisType
 
 import torch
 import torch.nn.functional as F
@@ -214,7 +215,8 @@ class ListenPromptPool(nn.Module):
     """P trained key-value pairs and the strategy that picks k of them for a query.
 
     A value is one embedding, or, with `form="layers"`, a pair of vectors `reads`, `writes` for each layer of the LLM.
-    Keys exist only for strategies that compare them with a query, so that every parameter gets a gradient.
+    Keys exist only for strategies that compare them with a query, so that every parameter gets a gradient. The parts of
+    the first `config.frozen_prompts` pairs are buffers (`frozen_keys`, `frozen_values`, ...), which no optimiser reads.
 
     Args:
         config: A `ListenPromptPoolConfig`.
@@ -226,12 +228,16 @@ class ListenPromptPool(nn.Module):
         super().__init__()
         self.config = config
         self.width = width
+        trained = config.pool_size - config.frozen_prompts
         if config.form == "layers":
-            self.reads = nn.Parameter(torch.empty(config.pool_size, *layers))  # (pool, layers, layer width)
-            self.writes = nn.Parameter(torch.empty(config.pool_size, *layers))  # (pool, layers, layer width)
+            self.reads = nn.Parameter(torch.empty(trained, *layers))  # (trained, layers, layer width)
+            self.writes = nn.Parameter(torch.empty(trained, *layers))  # (trained, layers, layer width)
         else:
-            self.values = nn.Parameter(torch.empty(config.pool_size, width))  # (pool, width)
-        self.keys = nn.Parameter(torch.empty(config.pool_size, width)) if config.uses_query else None
+            self.values = nn.Parameter(torch.empty(trained, width))  # (trained, width)
+        self.keys = nn.Parameter(torch.empty(trained, width)) if config.uses_query else None  # (trained, width)
+        if config.frozen_prompts:
+            for name, own in list(self.named_parameters()):
+                self.register_buffer(f"frozen_{name}", torch.zeros(config.frozen_prompts, *own.shape[1:]))
         if config.center_query:
             self.register_buffer("query_mean", torch.zeros(width))
         self.most_prompts = config.most_prompts
@@ -269,21 +275,40 @@ class ListenPromptPool(nn.Module):
         with torch.autocast(query.device.type, enabled=False):  # the ranking must not depend on mixed precision
             query = query.float()  # (batch, width)
             if self.config.center_query:
-                if self.training:
+                if self.training and not self.config.frozen_prompts:  # the old keys fit the old mean
                     with torch.no_grad():
                         self.query_mean.lerp_(query.mean(0), 1.0 - self.config.query_momentum)
                 query = query - self.query_mean
-            keys = self.keys.float() if self.keys is not None else None
+            keys = self.part("keys")  # (pool, width)
+            keys = keys.float() if keys is not None else None
             selection = self.strategy(PromptRequest(query, keys, k, valid, task_ids, dropped))
             if self.config.form == "layers":
                 prompts = query.new_zeros(len(query), k, self.width)
             else:
-                prompts = self.values[selection.indices]  # (batch, k, width)
+                prompts = self.part("values")[selection.indices]  # (batch, k, width)
             if selection.weights is not None:
                 prompts = prompts * selection.weights[..., None]
         selection.indices = selection.indices.masked_fill(~valid, -1)
         selection.scores = selection.scores.masked_fill(~valid, 0.0)
         return prompts.flatten(0, 1) if min(asked) == k else prompts[valid], selection
+
+    def part(self, name: str, layer: int | EllipsisType = ...) -> torch.Tensor | None:
+        """One part of all pairs, frozen ones first.
+
+        Args:
+            name: `"keys"`, `"values"`, or, with `form="layers"`, `"reads"` or `"writes"`.
+            layer: The layer of the LLM whose `reads` or `writes` are meant; all by default.
+
+        Returns:
+            `(pool, width)`; `None` for the keys of a strategy that has none.
+        """
+        own = getattr(self, name)
+        if own is None:
+            return None
+        own = own[:, layer]  # (trained, width)
+        if not self.config.frozen_prompts:
+            return own
+        return torch.cat([getattr(self, f"frozen_{name}")[:, layer], own])
 
     @torch.no_grad()
     def initialize_values(self, embedding: torch.Tensor) -> None:
@@ -291,7 +316,7 @@ class ListenPromptPool(nn.Module):
 
         Args:
             embedding: `(rows, width)`; with `value_start="mean"` the values are moved to the mean of the rows, with
-                `"vocabulary"` the rows, one for each value, replace them.
+                `"vocabulary"` the rows, one for each value that is trained, replace them.
         """
         embedding = embedding.float().to(self.values.device)
         if self.config.value_start == "vocabulary":
@@ -304,7 +329,7 @@ class ListenPromptPool(nn.Module):
         """Set the keys to some of `queries` `(n, width)`, plus small noise, so that all start in use.
 
         They are drawn as by k-means++ (Arthur and Vassilvitskii, 2007), so that rare queries get keys too. With
-        `center_query` the mean of the queries becomes the running mean.
+        `center_query` the mean of the queries becomes the running mean. Frozen keys and their mean stay.
 
         Raises:
             ValueError: the strategy has no keys.
@@ -313,9 +338,10 @@ class ListenPromptPool(nn.Module):
             raise ValueError(f"strategy={self.config.strategy!r} has no keys to initialise")
         queries = queries.float().to(self.keys.device)
         if self.config.center_query:
-            self.query_mean.copy_(queries.mean(0))
+            if not self.config.frozen_prompts:
+                self.query_mean.copy_(queries.mean(0))
             queries = queries - self.query_mean
-        drawn = queries[_spread(F.normalize(queries, dim=-1), len(self.keys))]  # (pool, width)
+        drawn = queries[_spread(F.normalize(queries, dim=-1), len(self.keys))]  # (trained, width)
         self.keys.copy_(drawn + 0.1 * drawn.std() * torch.randn_like(drawn))
 
 

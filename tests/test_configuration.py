@@ -101,6 +101,8 @@ def test_the_tiny_preset_describes_the_model_in_the_repository() -> None:
         (lambda: ListenPromptPoolConfig(train_prompts=401), "train_prompts=401 must lie in 1..400"),
         (lambda: ListenPromptPoolConfig(train_prompts=9, stochastic=False), "train_prompts=9 has no effect"),
         (lambda: ListenPromptPoolConfig(form="prefix"), "form='prefix'"),
+        (lambda: ListenPromptPoolConfig(frozen_prompts=400), "frozen_prompts=400 must lie in 0..399"),
+        (lambda: ListenPromptPoolConfig(frozen_prompts=-1), "frozen_prompts=-1 must lie in 0..399"),
         (lambda: ListenPromptPoolConfig(gate_temperature=0.0), "gate_temperature=0.0 must be above 0"),
         (lambda: ListenPromptPoolConfig(strategy="fixed", gate_temperature=0.3), "needs strategy='similarity'"),
         (lambda: ListenPromptPoolConfig(pool_sise=3), "did you mean 'pool_size'"),

@@ -54,7 +54,14 @@ INSTRUCTIONS = re.compile(
 THEMES = {
     *("consistency", "layers", "packaging", "readme", "benchmarks"),  # the repository
     *("modeling", "configuration", "listen_tiny", "real_models", "remote_code", "quantization"),  # the whole model
-    *("context", "conv_rotary", "learned_encoder", "speech_features", "kills"),  # one feature across modules
+    *(
+        "context",
+        "conv_rotary",
+        "learned_encoder",
+        "speech_features",
+        "kills",
+        "add_task",
+    ),  # one feature across modules
     *("prompts_in_layers", "ids_and_masks", "processing_fuzz"),  # likewise, and inputs that are odd or wrong
     *(
         "devices",

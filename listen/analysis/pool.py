@@ -113,7 +113,7 @@ def analyse_pool(
     Raises:
         ValueError: the lengths differ, or an index lies outside the pool.
     """
-    keys, center = (_array(getattr(pool, name, None)) for name in ("keys", "query_mean"))
+    keys, center = (_array(part) for part in (pool.part("keys"), getattr(pool, "query_mean", None)))
     if queries is not None and center is not None:
         queries = queries - center
     return PoolAnalysis(

@@ -116,7 +116,10 @@ def run_comparison(arguments: argparse.Namespace) -> None:
         prepare(comparison, arguments.models)
     if arguments.prepare:
         return
-    failed = [] if arguments.table else run_cells(open_cells, arguments.config, output, arguments)
+    failed: list[Cell] = []
+    for is_later in (False, True):  # cells that start from others come after these
+        cells = [cell for cell in open_cells if (cell.start_from is not None) == is_later and not arguments.table]
+        failed += run_cells(cells, arguments.config, output, arguments)
     if len(failed) < len(comparison.cells):
         write_table(comparison, output)
     if failed:

@@ -38,6 +38,8 @@ class ModelArguments:
         prompt_pool: fields of `ListenPromptPoolConfig` that differ from the preset; `{pool_size: 0}` is a model
             without a pool.
         connector_from: folder or Hub id of a LiSTEN checkpoint whose connector initialises that of a new model.
+        new_prompts: number of prompts that are appended to the pool of `checkpoint`, to add a task; they alone are
+            trained.
         trainable: trainable parts, see `ListenConfig.trainable`; with a checkpoint, they replace its own.
         lora: arguments of `peft.LoraConfig` for a LoRA on the LLM.
         pad_to_30s: whether every clip is padded to 30 s for Whisper.
@@ -54,6 +56,7 @@ class ModelArguments:
     connector: dict[str, Any] = field(default_factory=dict)
     prompt_pool: dict[str, Any] = field(default_factory=dict)
     connector_from: str | None = None
+    new_prompts: int | None = None
     trainable: list[str] | None = None
     lora: dict[str, Any] | None = None
     pad_to_30s: bool | None = None
@@ -64,7 +67,8 @@ class ModelArguments:
         """Check that it is clear what to build.
 
         Raises:
-            ArgumentError: neither a checkpoint nor backbones, or both; or a revision of something else.
+            ArgumentError: neither a checkpoint nor backbones, or both; a revision of something else; or new prompts
+                beside other trainable parts.
         """
         sources = ("preset", "speech_encoder", "audio_encoder", "language_model")
         settings = (*sources, "revisions", "connector", "prompt_pool", "connector_from", "pad_to_30s")
@@ -76,6 +80,11 @@ class ModelArguments:
             )
         if not self.checkpoint and not (self.speech_encoder and self.language_model):
             raise ArgumentError("name model.speech_encoder and model.language_model, or a model.checkpoint to train on")
+        if self.new_prompts is not None and (not self.checkpoint or self.trainable or self.lora):
+            raise ArgumentError(
+                f"model.new_prompts={self.new_prompts} adds prompts to the pool of a model.checkpoint and trains them "
+                "alone; name a checkpoint, and leave out model.trainable and model.lora"
+            )
         unknown = sorted(set(self.revisions) - set(sources[1:]))
         if unknown:
             raise ArgumentError(f"model.revisions names {unknown}; the backbones are {', '.join(sources[1:])}")

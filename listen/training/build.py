@@ -43,6 +43,9 @@ def build_model(arguments: ModelArguments) -> tuple[ListenForConditionalGenerati
         processor = ListenProcessor.from_pretrained(arguments.checkpoint)
         if arguments.trainable:
             model.set_trainable(arguments.trainable)
+        if arguments.new_prompts is not None:
+            model.grow_pool(arguments.new_prompts)
+            processor.pool_size = model.config.prompt_pool_config.pool_size
     else:
         config = build_config(arguments)
         processor = ListenProcessor.from_backbones(config)  # sets the ids of the placeholders
@@ -117,6 +120,8 @@ def adapter_settings(arguments: ModelArguments) -> dict[str, Any]:
 
 def _check_pool(settings: Mapping[str, Any]) -> None:
     """Refuse settings that exclude each other, such as a pool smaller than the preset's k, before anything loads."""
+    if settings.get("frozen_prompts"):
+        raise ArgumentError("model.prompt_pool.frozen_prompts is set by model.new_prompts with a model.checkpoint")
     try:
         ListenPromptPoolConfig(**settings)
     except ValueError as error:

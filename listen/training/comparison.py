@@ -7,6 +7,7 @@ A recipe is a YAML file; paths in it start at the working folder, except those o
       connector alone: {model: {prompt_pool: {pool_size: 0}}}       # what differs from the base
       similarity pool: {model: {prompt_pool: {strategy: similarity}}}
       similarity pool, fixed k: {extends: similarity pool, model: {prompt_pool: {stochastic: false}}}
+      trained on: {start_from: similarity pool, data: {train: [other.jsonl]}}   # its model of the same seed
     seeds: [0, 1, 2]
     evaluation: {data: [test.jsonl], max_examples: 100, further_num_prompts: [0]}
     output: runs/compare/example
@@ -41,6 +42,7 @@ from .build import build_encoders
 from .cost import CostCallback, parameter_counts
 from .datasets import build_eval_dataset, build_train_dataset
 from .parsing import RunArguments, build_arguments, merge_sections, read_config
+from .push import MODEL_FOLDER
 from .run import TrainResult, train
 from .values import ArgumentError, check_values, closest_name, field_names, refuse_unknown
 
@@ -83,23 +85,30 @@ class Cell:
         seed: seed of the run.
         sections: sections of its training arguments.
         evaluation: how it is evaluated.
+        start_from: method whose trained model of the same seed it starts from; its folder in the comparison's is
+            `model.checkpoint`.
     """
 
     method: str
     seed: int
     sections: dict[str, dict[str, Any]]
     evaluation: EvaluationArguments
+    start_from: str | None = None
 
     @property
     def folder(self) -> str:
         """Its folder inside that of the comparison."""
-        return f"{''.join(c if c.isalnum() else '-' for c in self.method)}/seed-{self.seed}"
+        return _folder(self.method, self.seed)
 
     def identity(self) -> dict[str, Any]:
         """All arguments that its result depends on, as plain data."""
         training = {k: v for k, v in self.sections["training"].items() if k not in _OWN_TO_CELLS}
         sections = {**self.sections, "training": training, "evaluation": asdict(self.evaluation)}
         return json.loads(json.dumps({"method": self.method, "seed": self.seed, **sections}, default=str))
+
+
+def _folder(method: str, seed: int) -> str:
+    return f"{''.join(c if c.isalnum() else '-' for c in method)}/seed-{seed}"
 
 
 @dataclass(frozen=True)
@@ -140,7 +149,7 @@ def read_comparison(path: str | os.PathLike[str]) -> Comparison:
     """Read a comparison's recipe.
 
     Raises:
-        ArgumentError: an unknown or missing name, a method that extends none, or a value that cannot be.
+        ArgumentError: an unknown or missing name, a method that extends or starts from none, or a value that cannot be.
         FileNotFoundError: there is no such file.
     """
     path = Path(path)
@@ -158,11 +167,20 @@ def read_comparison(path: str | os.PathLike[str]) -> Comparison:
     folders = {cell.folder: cell.method for cell in cells}
     if len(folders) < len(cells):
         raise ArgumentError(f"{path}: two methods need the same folder, or a seed occurs twice; change their names")
+    _check_starts(cells)
     reference = content.get("reference") or next(iter(methods))
     if reference not in methods:
         raise ArgumentError(f"{path}: reference={reference!r} is no method{closest_name(reference, list(methods))}")
     output = content.get("output") or f"runs/compare/{path.stem}"
     return Comparison(cells, output, reference, content.get("corpus"))
+
+
+def _check_starts(cells: Sequence[Cell]) -> None:
+    starts = {cell.method: cell.start_from for cell in cells}
+    for method, start in starts.items():
+        if start is not None and starts.get(start, start) is not None:
+            roots = [name for name, other in starts.items() if other is None]
+            raise ArgumentError(f"method {method!r} starts from {start!r}; it can start from one of {roots}")
 
 
 def _base(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,7 +198,7 @@ def _method(name: str, methods: Mapping[str, Any], heirs: tuple[str, ...]) -> di
     if name in heirs:
         raise ArgumentError(f"methods extend each other in a circle: {' -> '.join((*heirs, name))}; remove an extends")
     own = copy.deepcopy(methods[name] or {})
-    refuse_unknown(own, ("extends", "evaluation", *SECTIONS), f"methods.{name}.")
+    refuse_unknown(own, ("extends", "start_from", "evaluation", *SECTIONS), f"methods.{name}.")
     extended = own.pop("extends", None)
     changes = _method(extended, methods, (*heirs, name)) if extended else {}
     merge_sections(changes, own)
@@ -192,6 +210,10 @@ def _cells(
 ) -> Iterator[Cell]:
     sections: dict[str, Any] = copy.deepcopy({name: dict(base.get(name) or {}) for name in SECTIONS})
     refuse_unknown(base, list(SECTIONS), "base.")
+    own = dict(own)
+    start_from = own.pop("start_from", None)
+    if start_from is not None:  # a checkpoint brings all other settings of the model
+        sections["model"] = {k: v for k, v in sections["model"].items() if k in ("dtype", "attn_implementation")}
     merge_sections(sections, own)
     for name in set(_OWN_TO_CELLS) & set(own.get("training") or {}):
         raise ArgumentError(f"methods.{method}.training.{name} is set by the comparison; leave it out")
@@ -202,8 +224,10 @@ def _cells(
     for seed in seeds:
         mine = copy.deepcopy(sections)
         mine["training"]["seed"] = seed
+        if start_from is not None:
+            mine["model"]["checkpoint"] = f"{_folder(start_from, seed)}/{MODEL_FOLDER}"
         build_arguments(mine)  # an error of any method shows before the first run
-        yield Cell(method, seed, mine, checked)
+        yield Cell(method, seed, mine, checked, start_from)
 
 
 def unequal_arguments(comparison: Comparison) -> list[str]:
@@ -270,7 +294,7 @@ def prepare(comparison: Comparison, models: str | Path | None = None, progress: 
     by_folder: dict[str, Cell] = {}
     for cell in comparison.cells:
         features = cell.sections["data"].get("features")
-        if features is not None:
+        if features is not None and cell.start_from is None:  # others have no model yet
             by_folder.setdefault(features, cell)
     for features, cell in by_folder.items():
         run = _arguments(cell, models)
@@ -301,19 +325,29 @@ def run_cell(
         The cell's folder, with `cell.json`, `evaluation/` and `model/`.
 
     Raises:
-        ArgumentError: it was started with other arguments.
+        ArgumentError: it was started with other arguments, or the cell that it starts from is not finished.
         FolderInUseError: another process runs it.
     """
     folder = Path(output) / cell.folder
     with hold_folder(folder, "cell"):
         if not is_finished(cell, output):
+            _check_start(cell, Path(output))
             write_json(folder / ARGUMENTS_FILE, cell.identity())
-            _run(cell, folder, models, callbacks)
+            _run(cell, Path(output), models, callbacks)
     return folder
 
 
-def _run(cell: Cell, folder: Path, models: str | Path | None, callbacks: Sequence[TrainerCallback]) -> None:
-    run = _arguments(cell, models, output_dir=str(folder), resume=True)
+def _check_start(cell: Cell, output: Path) -> None:
+    if cell.start_from is not None and not (output / _folder(cell.start_from, cell.seed) / CELL_FILE).is_file():
+        raise ArgumentError(
+            f"{cell.method!r} starts from {cell.start_from!r}, whose run with seed {cell.seed} is not finished in "
+            f"{output}; run that cell first"
+        )
+
+
+def _run(cell: Cell, output: Path, models: str | Path | None, callbacks: Sequence[TrainerCallback]) -> None:
+    folder = output / cell.folder
+    run = _arguments(cell, models, output, output_dir=str(folder), resume=True)
     cost = CostCallback(folder)
     result = train(run.model, run.data, run.training, raw=run.raw, callbacks=[cost, *callbacks])
     further = _evaluate(cell, run, result, folder)
@@ -355,9 +389,11 @@ def _evaluate(cell: Cell, run: RunArguments, result: TrainResult, folder: Path) 
     return further
 
 
-def _arguments(cell: Cell, models: str | Path | None, **training: Any) -> RunArguments:
+def _arguments(cell: Cell, models: str | Path | None, output: Path = Path(), **training: Any) -> RunArguments:
     sections = copy.deepcopy(cell.sections)
     sections["training"] |= training
+    if cell.start_from is not None:
+        sections["model"]["checkpoint"] = str(output / sections["model"]["checkpoint"])
     for name in BACKBONES:
         source = sections["model"].get(name)
         local = Path(models) / source.rpartition("/")[2].lower() if models and source else None

@@ -132,7 +132,7 @@ class PoolMonitor:
         num_rows, counts, query_sum = int(total[0]), total[2 : 2 + size], total[2 + size :]
         share = counts / counts.sum().clamp_min(1)  # (pool,)
         entropy = -(share * share.clamp_min(1e-12).log()).sum().item()
-        keys = self.pool.keys
+        keys = self.pool.part("keys")
         return PoolHealth(
             used_share=(counts > 0).float().mean().item(),
             usage_entropy=entropy / math.log(size) if size > 1 else 0.0,

@@ -86,6 +86,11 @@ def train(
         FolderInUseError: another process trains in the folder.
         TrainingStopped: SIGTERM came; the state is saved.
     """
+    if model_arguments.new_prompts and not training_arguments.keys_from_rows:
+        raise ArgumentError(
+            "model.new_prompts needs training.keys_from_rows: random keys are hardly selected beside trained ones, and "
+            "prompts that are not selected are not trained"
+        )
     if training_arguments.num_threads is not None:
         torch.set_num_threads(training_arguments.num_threads)
     arguments = raw or _as_sections(model_arguments, data_arguments, training_arguments)
