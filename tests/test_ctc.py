@@ -88,6 +88,20 @@ def test_each_embedding_is_its_own_token_at_any_size_of_the_embeddings(size: flo
     assert distances.classes[ids].tolist() == [1, 2, 3] and distances.classes.count_nonzero() == 3
 
 
+def test_the_spread_is_the_expected_distance_and_pulls_embeddings_to_their_tokens() -> None:
+    embeddings, ids = torch.nn.Embedding(50, 16), torch.tensor([3, 7, 41])
+    distances = TokenDistances(embeddings, ids)
+    given = torch.randn(5, 16, requires_grad=True)
+    probabilities = torch.rand(5, 4).softmax(-1)
+    squared = (given[:, None] - distances.centres).square().sum(-1)  # (embeddings, classes)
+    typical = (embeddings(ids) - embeddings(ids).mean(0)).square().sum(-1).mean()
+    spread = distances.spread(given, probabilities.log())
+    torch.testing.assert_close(spread, (probabilities * squared).sum(-1).mean() / typical)
+    far = (10 * embeddings(ids)).detach().requires_grad_()
+    distances.spread(far, distances(far)).backward()
+    assert torch.nn.functional.cosine_similarity(-far.grad, distances.centres[1:] - far).min() > 0.99
+
+
 def test_the_blank_is_the_space_unless_answers_hold_it() -> None:
     tokenizer = character_tokenizer()
     space = tokenizer(" ", add_special_tokens=False)["input_ids"]
@@ -112,7 +126,9 @@ def test_embeddings_spell_the_words_and_nothing_frozen_changes(backbones: dict, 
     trainer.train()
     assert not ran
     assert all(torch.equal(p, frozen[k]) for k, p in trainer.model.named_parameters() if k in frozen)
-    assert all(entry["ctc_loss"] == pytest.approx(entry["loss"]) for entry in trainer.state.log_history[:-1])
+    assert all(
+        entry["ctc_loss"] + entry["spread"] == pytest.approx(entry["loss"]) for entry in trainer.state.log_history[:-1]
+    )
     assert "lm_loss" not in trainer.state.log_history[0]
     batch = trainer.data_collator(list(trainer.train_dataset))
     with torch.no_grad():

@@ -61,6 +61,21 @@ class TokenDistances(torch.nn.Module):
         # -|e - c|^2 / 2 without |e|^2 / 2, which all classes share
         return F.log_softmax((embeddings.float() @ self.centres.T - self.offsets) * self.scale, dim=-1)
 
+    def spread(self, embeddings: torch.Tensor, log_probabilities: torch.Tensor) -> torch.Tensor:
+        """Mean squared distance to the centres, weighted by their probabilities; 1 is that of tokens to their mean.
+
+        The probabilities alone would let embeddings move away from all tokens, where the LLM cannot read them.
+
+        Args:
+            embeddings: `(embeddings, width)`.
+            log_probabilities: of these, `(embeddings, 1 + tokens)`.
+        """
+        means = log_probabilities.detach().exp() @ torch.cat((self.centres, self.offsets[:, None]), dim=-1)
+        expected, halves = means[:, :-1], means[:, -1]  # (embeddings, width), (embeddings,)
+        embeddings = embeddings.float()
+        distances = embeddings.square().sum(-1) - 2 * (embeddings * expected).sum(-1) + 2 * halves  # (embeddings,)
+        return distances.mean() * (self.scale / _SHARPNESS)
+
 
 def ctc_loss(log_probabilities: torch.Tensor, lengths: Sequence[int], targets: Sequence[torch.Tensor]) -> torch.Tensor:
     """Minus the log-probability of the classes of each row, summed over the rows.
@@ -96,7 +111,7 @@ def space_token(tokenizer: PreTrainedTokenizerBase, answers: torch.Tensor) -> in
 
 
 class CtcTrainer(ListenTrainer):
-    """Trains the connector by `ctc_loss`, as a mean over the labels of the batch.
+    """Trains the connector by `ctc_loss`, as a mean over the labels, plus the spread around the tokens.
 
     Evaluation reports the next-token loss of the answers, so that runs of all kinds can be compared.
 
@@ -107,7 +122,7 @@ class CtcTrainer(ListenTrainer):
         ArgumentError: rows of tasks other than `WORD_TASKS`, a stream, a trainable pool or LoRA, or several processes.
     """
 
-    loss_parts = ("ctc_loss",)
+    loss_parts = ("ctc_loss", "spread")
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -131,9 +146,14 @@ class CtcTrainer(ListenTrainer):
         embeddings = _audio_embeddings(base, inputs)  # (total, width)
         lengths = base.placeholder_masks(inputs["input_ids"])[0].sum(-1)  # (batch,)
         with torch.autocast(labels.device.type, enabled=False):
-            summed = ctc_loss(self.distances(embeddings), lengths.tolist(), self._targets(labels))
-        loss = summed / ((labels >= 0).sum() if num_items_in_batch is None else num_items_in_batch)
-        self.add_part("ctc_loss", loss)
+            log_probabilities = self.distances(embeddings)  # (total, 1 + tokens)
+            summed = ctc_loss(log_probabilities, lengths.tolist(), self._targets(labels))
+            spread = self.distances.spread(embeddings, log_probabilities)
+        share = 1 if num_items_in_batch is None else (labels >= 0).sum() / num_items_in_batch  # of accumulated batches
+        ctc = summed / (labels >= 0).sum() * share
+        self.add_part("ctc_loss", ctc)
+        self.add_part("spread", spread * share)
+        loss = ctc + spread * share
         return (loss, None) if return_outputs else loss
 
     def _targets(self, labels: torch.Tensor) -> list[torch.Tensor]:
