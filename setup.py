@@ -25,7 +25,7 @@ REQUIRED = [
     "fsspec>=2024.2",  # opens audio behind URLs, as datasets does
     # data
     "accelerate>=1.12",  # devices and processes below transformers, for device_map and the Trainer
-    "filelock>=3.20",  # locks of folders that several runs may write to; datasets and huggingface_hub bring it
+    "filelock>=3.30",  # claims and locks in folders that several runs write to; datasets brings it
     "datasets>=4.4",  # manifests, streaming, cached encoder features
     "evaluate>=0.4.6",  # metric modules share its interface
     "pyyaml>=6.0",  # recipes; transformers brings it

@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -179,6 +181,74 @@ def test_equal_runs_share_the_work(tmp_path: Path) -> None:
     compute_in_processes([(dataset, tmp_path / "features", 2)] * 3)
     stored = sum(len(Dataset.from_file(str(shard))) for shard in shards(tmp_path / "features"))
     assert stored == len(FeatureStore(tmp_path / "features")) == 8
+
+
+def start(dataset: Dataset, folder: Path) -> multiprocessing.Process:
+    kwargs = {"batch_size": 1, "shard_size": 2}
+    process = multiprocessing.get_context("fork").Process(target=compute, args=(dataset, folder), kwargs=kwargs)
+    process.start()
+    return process
+
+
+def wait_for_claim(process: multiprocessing.Process, folder: Path) -> str:
+    """The digest of a shard that the process has claimed."""
+    while process.is_alive():
+        for path in (folder / ".locks").glob("*.lock"):
+            with suppress(FileNotFoundError):  # released meanwhile
+                if f"pid={process.pid}\n" in path.read_text():
+                    return path.stem
+    raise AssertionError("the process has ended")
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, str]]:
+    rows = [row for shard in shards(folder) for row in Dataset.from_file(str(shard))]
+    assert len({row["key"] for row in rows}) == len(rows)
+    return {row["key"]: (row["speech"], row["checksum"]) for row in rows}
+
+
+def test_the_shard_of_a_killed_process_is_encoded_by_another_one(tmp_path: Path) -> None:
+    dataset = load_manifest(small_corpus(tmp_path, num_rows=24))
+    folder, straight = tmp_path / "features", tmp_path / "straight"
+    compute(dataset, straight, batch_size=1, shard_size=2)
+    first, *others = [start(dataset.shuffle(seed=seed), folder) for seed in range(3)]  # in any order of rows
+    digest = wait_for_claim(first, folder)
+    os.kill(first.pid, signal.SIGKILL)
+    for process in (first, *others):
+        process.join()
+    assert [process.exitcode for process in (first, *others)] == [-signal.SIGKILL, 0, 0]
+    assert len(list(folder.glob(f"shard-*-{digest}.arrow"))) == 1
+    assert contents(folder) == contents(straight)
+    assert FeatureStore(folder).verify() == [] and not list((folder / ".locks").glob("*.lock"))
+
+
+def test_the_shard_of_a_suspended_process_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a machine that does not answer; the process then ends well too."""
+    monkeypatch.setattr("listen.data.files._LEASE_SECONDS", 0.5)
+    dataset, folder = load_manifest(small_corpus(tmp_path, num_rows=12)), tmp_path / "features"
+    process = start(dataset, folder)
+    wait_for_claim(process, folder)
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        store = compute(dataset, folder, batch_size=1, shard_size=2)
+    finally:
+        os.kill(process.pid, signal.SIGCONT)
+    assert len(store) == 12 and store.verify() == []
+    process.join()
+    assert process.exitcode == 0
+    store = FeatureStore(folder)
+    assert len(store) == 12 and store.verify() == []
+
+
+def test_verify_finds_a_shard_with_fewer_rows_than_its_name_stands_for(tmp_path: Path) -> None:
+    dataset, folder = load_manifest(small_corpus(tmp_path, num_rows=3)), tmp_path / "features"
+    compute(dataset, folder)
+    (shard,) = shards(folder)
+    rows = Dataset.from_file(str(shard)).with_format("arrow")[:2]
+    shard.unlink()
+    with ArrowWriter(schema=rows.schema, path=str(shard)) as writer:
+        writer.write_table(rows)
+    (problem,) = FeatureStore(folder).verify()
+    assert shard.name in problem and "2 rows are not all of its rows" in problem
 
 
 def test_replaced_audio_is_encoded_again_and_copied_audio_is_not(tmp_path: Path) -> None:

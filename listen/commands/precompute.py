@@ -1,11 +1,12 @@
 """Run the frozen encoders over all training and evaluation audio once, and keep their features on disk.
 
     listen precompute --config examples/configs/listen-llama3-8b.yaml --data.features features/
-    accelerate launch --num_processes 8 examples/precompute_features.py ...           # each process takes its share
+    accelerate launch --num_processes 8 examples/precompute_features.py ...           # a process for each GPU
     listen precompute ... --verify                               # check a finished store
 
 Training with the same `--data.features` then reads them in place of audio. The LLM is not loaded. An interrupted
-run resumes where it stopped; more data can be added to a store later, also by several runs at the same time. The
+run resumes where it stopped, and more data can be added to a store later. Any number of machines that share the folder
+may run the same command: each claims one shard after another, without a connection between them. The
 features of a recording whose file was replaced are computed again. `--verify` computes nothing: it checks that the
 store holds every recording, and compares checksums of all features and digests of all audio files; the exit status is
 1 if there is a problem. Takes the arguments of `examples/train.py`: the

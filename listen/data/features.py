@@ -11,23 +11,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from datasets.arrow_writer import ArrowWriter
-from filelock import FileLock
 from torch.nn.utils.rnn import pad_sequence
 
 from ..fingerprint_listen import fingerprint as _digest
 from ..fingerprint_listen import same_weights
 from .audio import recordings_of
 from .content import is_same_content
-from .files import rename_complete, write_json
+from .files import lease, rename_complete, write_json
 
 STORE_FILE = "store.json"
 _FEATURES = Features(
@@ -42,6 +42,7 @@ _FEATURES = Features(
         "checksum": Value("string"),
     }
 )
+_DIGEST_LENGTH = 16
 _SCRIPT = "examples/precompute_features.py"
 
 
@@ -122,7 +123,7 @@ class FeatureStore:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         self.info = read_store_info(self.folder)
-        shards = sorted(self.folder.glob("shard-*.arrow"))
+        shards = _shard_files(self.folder)
         if not shards:
             raise FeatureStoreError(f"{self.folder} holds no features yet; run {_SCRIPT}")
         self._table = concatenate_datasets([_read_shard(shard) for shard in shards])
@@ -157,12 +158,12 @@ class FeatureStore:
         return [self[key] for key in recording_keys(row, self.folder)]
 
     def verify(self) -> list[str]:
-        """Check all features by their checksums, and the digests of all audio files that are there.
+        """Check rows and keys of all shards, all features by their checksums, and all audio files that are there.
 
         Returns:
             A message for each problem; older features of audio that was encoded again are none.
         """
-        problems, checksums = [], self._column("checksum")
+        problems, checksums = self._incomplete_shards(), self._column("checksum")
         for key, places in self._rows.items():
             try:
                 found = self._read(key, places[-1])
@@ -173,6 +174,18 @@ class FeatureStore:
                 problems.append(self._damage(key, "another checksum"))
             if not is_same_content(found.content, key, self.folder, read=True):
                 problems.append(f"the audio of {key!r} is not what its features were made of; run {_SCRIPT} again")
+        return problems
+
+    def _incomplete_shards(self) -> list[str]:
+        """A message for each shard whose rows are not those that its name stands for."""
+        problems = []
+        for shard in _shard_files(self.folder):
+            digest, keys = shard.stem.rpartition("-")[2], Dataset.from_file(str(shard))["key"]
+            # names of earlier versions stand for the keys in their order
+            if len(digest) == _DIGEST_LENGTH and digest not in (keys_digest(keys), _hash_lines(keys)):
+                problems.append(
+                    f"{shard} is damaged ({len(keys)} rows are not all of its rows); {_delete_advice(shard)}"
+                )
         return problems
 
     def _row(self, key: str) -> int | None:
@@ -280,7 +293,7 @@ def write_store_info(folder: Path, info: StoreInfo) -> None:
         FeatureStoreError: the folder holds a store with other encoders or settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f".{STORE_FILE}.lock"):  # of two runs with other encoders one is first
+    with lease(folder / f".{STORE_FILE}.lock"):  # of two runs with other encoders one is first
         if not (folder / STORE_FILE).is_file():
             write_json(folder / STORE_FILE, asdict(info))
             return
@@ -294,13 +307,18 @@ def recording_keys(row: Mapping[str, Any], folder: Path) -> list[str]:
     return ["+".join(_clip_key(clip, folder) for clip in clips) for clips in recordings_of(row)]
 
 
+def keys_digest(keys: Iterable[str]) -> str:
+    """Digest of the keys of a shard in any order, which is part of the shard's name."""
+    return _hash_lines(sorted(keys))
+
+
 def write_shard(path: Path, recordings: Iterator[tuple[str, EncodedRecording]]) -> None:
     """Write one Arrow file, renamed to its final name once it is complete.
 
     Raises:
         FeatureStoreError: a value does not fit into 16 bits.
     """
-    partial = path.with_suffix(".tmp")
+    partial = path.with_suffix(f".{uuid4().hex}.tmp")  # two runs may write one shard if the first was suspended
     try:
         with ArrowWriter(features=_FEATURES, path=str(partial), writer_batch_size=16) as writer:
             for key, recording in recordings:
@@ -355,6 +373,15 @@ def _pad_chunks(name: str, chunks: list[torch.Tensor], multiple: int) -> dict[st
     padded = torch.nn.functional.pad(padded, (0, 0, 0, frames - padded.shape[1])).float()  # (chunks, frames, width)
     mask = (torch.arange(frames) < lengths[:, None]).long()  # (chunks, frames)
     return {name: padded, f"{name}_mask": mask}
+
+
+def _hash_lines(lines: Iterable[str]) -> str:
+    text = "\n".join(lines)
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:_DIGEST_LENGTH]
+
+
+def _shard_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("shard-*.arrow"))
 
 
 def _clip_key(clip: Mapping[str, Any], folder: Path) -> str:

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLease, Timeout
 
+_LEASE_SECONDS = 60.0
 _RELEASE_SECONDS = 20.0  # data loader workers of a killed process keep its lock until they notice its end
 
 
@@ -66,6 +67,21 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 def write_json_lines(path: str | os.PathLike[str], records: Iterable[Any]) -> None:
     """Write one JSON object a line by `write_text`."""
     write_text(path, "".join(json_text(record) + "\n" for record in records))
+
+
+def lease(path: str | os.PathLike[str]) -> SoftFileLease:
+    """A lock between processes on any machines that share a folder.
+
+    It is a file with its owner, created at once or not at all, so that the file system needs no locks of its own. The
+    owner renews it from a thread. It is free again when its owner has died: at once on the same machine, else after
+    `_LEASE_SECONDS` without renewal. An owner that was suspended for longer may go on beside the next one, so a lease
+    saves work, but does not replace complete files under names of their own.
+
+    Args:
+        path: the file; its folder is created.
+    """
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    return SoftFileLease(path, lease_duration=_LEASE_SECONDS, poll_interval=0.2)
 
 
 @contextmanager

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -11,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
-from filelock import FileLock, Timeout
+from filelock import SoftFileLease, Timeout
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.utils import logging
@@ -24,16 +21,19 @@ from .content import audio_content
 from .features import (
     EncodedRecording,
     FeatureStore,
+    keys_digest,
     recording_keys,
     store_info,
     write_shard,
     write_store_info,
 )
+from .files import lease
 from .processes import launched_processes
 
 logger = logging.get_logger(__name__)
 _Recording = tuple[str, list[dict[str, Any]]]
-_LOCKS = ".locks"
+_Shard = dict[str, list[dict[str, Any]]]
+_LEASES = ".locks"
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,10 @@ def precompute_features(
     """Encode all recordings of a data set that are not in the store yet.
 
     Each recording is encoded once, even if several rows use it, and again once its audio file is replaced. An
-    interrupted run resumes after the last complete shard. Several runs may write into one folder at the same time; over
-    the same data they share the work. Under `accelerate launch` each process encodes its share.
+    interrupted run resumes after the last complete shard. Any number of runs, on any machines that share the folder,
+    may write at the same time: each claims one shard after another (see `listen.data.files.lease`), so that runs over
+    the same data share the work, and each returns when all of it is stored. The shard of a run that died is encoded by
+    another one.
 
     Args:
         model: a `ListenModel` whose encoders are frozen; runs on its device.
@@ -73,7 +75,7 @@ def precompute_features(
         shard_size: recordings per file.
         num_workers: worker processes that load audio.
         join_silence_seconds: silence between the clips of joined recordings; training must use the same.
-        progress: whether the main process shows a progress bar.
+        progress: whether to show a progress bar; of the processes of a launcher the main one does.
 
     Returns:
         The store with all recordings of the data set.
@@ -82,56 +84,61 @@ def precompute_features(
         FeatureStoreError: the folder holds features of other encoders or a damaged file, or an encoder is trainable.
         ValueError: audio that cannot be read.
     """
-    folder, state = Path(folder), launched_processes()
-    info = store_info(model, processor.feature_extractor, join_silence_seconds)
-    if state.is_main_process:
-        write_store_info(folder, info)
-    state.wait_for_everyone()
+    folder = Path(folder)
+    write_store_info(folder, store_info(model, processor.feature_extractor, join_silence_seconds))
     _remove_partial_shards(folder)
     work = _Work(model, processor, batch_size, num_workers, join_silence_seconds)
+    shown = progress and launched_processes().is_main_process
+    shards = _shards(dataset, folder, shard_size)
     while True:
         written = set(folder.glob("shard-*.arrow"))
-        pending = _pending(dataset, folder, state)
-        shards = [pending[start : start + shard_size] for start in range(0, len(pending), shard_size)]
-        quiet = not (progress and pending and state.is_main_process)
-        with tqdm(total=len(pending), desc="encoding", unit="clip", disable=quiet) as bar:
-            postponed = [shard for shard in shards if not _write_once(work, folder, shard, written, bar)]
+        pending = _pending(shards, folder)
+        left = sum(map(len, pending))
+        with tqdm(total=left, desc="encoding", unit="clip", disable=not (shown and left)) as bar:
+            postponed = [shard for shard in pending if not _write_once(work, folder, shard, written, bar)]
         if not postponed:
-            break
-        logger.warning(f"{folder}: another run encodes {sum(map(len, postponed))} of these recordings; waiting for it")
-        for shard in postponed:  # until it has written them, or has died
-            with _lock_of(folder, _digest(shard)):
+            return FeatureStore(folder)
+        logger.warning(f"{folder}: other runs encode {sum(map(len, postponed))} of these recordings; waiting for them")
+        for shard in postponed:  # until its run has written it, or has died
+            with _lease_of(folder, keys_digest(shard)):
                 pass
-    state.wait_for_everyone()
-    return FeatureStore(folder)
 
 
-def _write_once(work: _Work, folder: Path, shard: Sequence[_Recording], written: set[Path], bar: tqdm) -> bool:
+def _shards(dataset: Dataset, folder: Path, size: int) -> list[_Shard]:
+    """All recordings, each once, in shards that are the same in all runs over the same rows in any order."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in dataset.select_columns(["audio", "join"]):
+        found.update(zip(recording_keys(row, folder), recordings_of(row), strict=True))
+    keys = sorted(found)
+    return [{key: found[key] for key in keys[start : start + size]} for start in range(0, len(keys), size)]
+
+
+def _pending(shards: Sequence[_Shard], folder: Path) -> list[_Shard]:
+    """The shards without what is stored already."""
+    known = FeatureStore(folder) if any(folder.glob("shard-*.arrow")) else ()
+    left = ({key: clips for key, clips in shard.items() if key not in known} for shard in shards)
+    return [shard for shard in left if shard]
+
+
+def _write_once(work: _Work, folder: Path, shard: _Shard, written: set[Path], bar: tqdm) -> bool:
     """Encode and write a shard unless another run has done so since `written` was listed.
 
     Returns:
         Whether that is done; not if another run is at it.
     """
-    digest = _digest(shard)
+    digest = keys_digest(shard)
     try:
-        with _lock_of(folder, digest).acquire(timeout=0) as lock:
+        with _lease_of(folder, digest).acquire(timeout=0):
             if not set(folder.glob(f"shard-*-{digest}.arrow")) - written:
                 encoded = _encode_all(work, shard, bar)
                 write_shard(folder / f"shard-{_next_number(folder):05d}-{digest}.arrow", encoded)
-            Path(lock.lock_file).unlink(missing_ok=True)  # whoever waits for it locks a new file
     except Timeout:
         return False
     return True
 
 
-def _digest(shard: Sequence[_Recording]) -> str:
-    return hashlib.sha256("\n".join(key for key, _ in shard).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-
-
-def _lock_of(folder: Path, digest: str) -> FileLock:
-    """Lock of the run that encodes these recordings. The system frees it when the run dies."""
-    (folder / _LOCKS).mkdir(exist_ok=True)
-    return FileLock(folder / _LOCKS / f"{digest}.lock")
+def _lease_of(folder: Path, digest: str) -> SoftFileLease:
+    return lease(folder / _LEASES / f"{digest}.lock")
 
 
 def _next_number(folder: Path) -> int:
@@ -141,29 +148,16 @@ def _next_number(folder: Path) -> int:
 
 
 def _remove_partial_shards(folder: Path) -> None:
-    """Remove what killed runs left: partial shards whose lock is free."""
+    """Remove what killed runs left: partial shards that no run has claimed."""
     for partial in folder.glob("shard-*.tmp"):
-        with suppress(Timeout), _lock_of(folder, partial.stem.rpartition("-")[2]).acquire(timeout=0):
+        digest = partial.stem.rpartition("-")[2].partition(".")[0]
+        with suppress(Timeout), _lease_of(folder, digest).acquire(timeout=0):
             partial.unlink(missing_ok=True)
 
 
-def _pending(dataset: Dataset, folder: Path, state: PartialState) -> list[_Recording]:
-    """This process's share of the recordings to encode, each once, sorted by length so that padding is short.
-
-    Shares depend on the keys alone: what other runs store meanwhile moves no recording to another process.
-    """
-    known = FeatureStore(folder) if any(folder.glob("shard-*.arrow")) else ()
-    found: dict[str, list[dict[str, Any]]] = {}
-    for row in dataset.select_columns(["audio", "join"]):
-        for key, clips in zip(recording_keys(row, folder), recordings_of(row), strict=True):
-            share = zlib.crc32(key.encode("utf-8", "surrogateescape")) % state.num_processes
-            if share == state.process_index and key not in found and key not in known:
-                found[key] = clips
-    return sorted(found.items(), key=lambda item: sum(clip_seconds(clip) or 0.0 for clip in item[1]))
-
-
-def _encode_all(work: _Work, recordings: Sequence[_Recording], bar: tqdm) -> Iterator[tuple[str, EncodedRecording]]:
+def _encode_all(work: _Work, shard: _Shard, bar: tqdm) -> Iterator[tuple[str, EncodedRecording]]:
     extractor = work.processor.feature_extractor
+    recordings = sorted(shard.items(), key=lambda item: sum(clip_seconds(clip) or 0.0 for clip in item[1]))
 
     def collate(batch: list[_Recording]) -> tuple[list[tuple[str, str | None]], list[int], dict[str, torch.Tensor]]:
         sources = [(key, audio_content(clips)) for key, clips in batch]  # before the audio, which may be replaced
