@@ -34,12 +34,12 @@ TINY = Path(__file__).resolve().parents[2] / "model_cards" / "listen-tiny"
 _CLIP_ERRORS = (ValueError, OSError, RuntimeError)  # of a file, or of a clip that exceeds context or memory
 
 
-def add_model_argument(parser: argparse.ArgumentParser) -> None:
-    """The argument that names the model."""
+def add_model_argument(parser: argparse._ActionsContainer, required: bool = not TINY.exists()) -> None:
+    """The argument that names the model. The miniature is part of the repository, not of the package."""
     parser.add_argument(
         "--model",
         default=str(TINY) if TINY.exists() else None,
-        required=not TINY.exists(),  # the miniature is part of the repository, not of the package
+        required=required,
         help="folder or Hub id of a LiSTEN model (default in the repository: listen-tiny)",
     )
 

@@ -2,20 +2,27 @@
 
 listen demo
 listen demo --model my/checkpoint --adapter other=my/other-checkpoint
+listen demo --url http://localhost:8000/v1 --key KEY
 listen demo --tasks asr er sv --host 0.0.0.0 --port 7860
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 
-from .ask import add_model_argument
+from .ask import TINY, add_model_argument
+
+KEY_VARIABLE = "LISTEN_API_KEY"
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_model_argument(parser)
+    source = parser.add_mutually_exclusive_group(required=not TINY.exists())
+    add_model_argument(source, required=False)
+    source.add_argument("--url", help="ask `listen serve` or another server with the OpenAI API: http://HOST:PORT/v1")
+    parser.add_argument("--key", default=os.environ.get(KEY_VARIABLE), help=f"its key; default: {KEY_VARIABLE}")
     parser.add_argument(
         "--adapter",
         action="append",
@@ -32,14 +39,19 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Load the model and serve the page until it is interrupted."""
+    """Load the model, or reach the server, and serve the page until it is interrupted."""
     arguments = parse_arguments()
     unnamed = [entry for entry in arguments.adapter if not all(entry.partition("="))]
     if unnamed:
         raise ValueError(f"--adapter {unnamed[0]} must be NAME=MODEL")
-    from ..demo import LocalAnswers, build_page, launch  # gradio takes seconds, which --help need not
+    if arguments.url and (arguments.adapter or arguments.max_audio_seconds):
+        raise ValueError("--adapter and --max-audio-seconds are options of the server: give them to `listen serve`")
+    from ..demo import LocalAnswers, ServedAnswers, build_page, launch  # gradio takes seconds, which --help need not
 
-    adapters = dict(entry.split("=", 1) for entry in arguments.adapter)
-    answers = LocalAnswers(arguments.model, adapters, arguments.max_audio_seconds)
+    if arguments.url:
+        answers = ServedAnswers(arguments.url, arguments.key)
+    else:
+        adapters = dict(entry.split("=", 1) for entry in arguments.adapter)
+        answers = LocalAnswers(arguments.model, adapters, arguments.max_audio_seconds)
     page = build_page(answers, arguments.tasks)
     launch(page, server_name=arguments.host, server_port=arguments.port, share=arguments.share)

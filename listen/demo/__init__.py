@@ -6,5 +6,6 @@ with extra("demo"):
     from .page import build_page, launch
 
 from .answers import LocalAnswers
+from .served import ServedAnswers
 
-__all__ = ["LocalAnswers", "build_page", "launch"]
+__all__ = ["LocalAnswers", "ServedAnswers", "build_page", "launch"]

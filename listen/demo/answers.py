@@ -1,4 +1,4 @@
-"""Where the page gets its answers from: a model in this process."""
+"""Where the page gets its answers from: what it needs, and a model in this process."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ class Answers(Protocol):
         instructions: wording of each task.
         num_prompts: k at the start.
         samples: audio files to try.
+        reports_prompts: whether answers come with the prompts that were selected.
     """
 
     title: str
@@ -50,12 +51,14 @@ class Answers(Protocol):
     instructions: Mapping[str, str]
     num_prompts: int
     samples: list[str]
+    reports_prompts: bool
 
     def most_prompts(self, adapter: str) -> int:
         """The largest k of an adapter."""
 
     def stream(self, question: Question) -> Iterator[dict[str, Any]]:
-        """The answer while it is generated: items of `ListenPipeline.stream` with `"prompts"` in the last."""
+        """The answer while it is generated: items of `ListenPipeline.stream`, `"prompts"` in the last where
+        they are reported."""
 
 
 class LocalAnswers:
@@ -85,6 +88,7 @@ class LocalAnswers:
         self.instructions = self._processor.task_instructions
         self.num_prompts = self._processor.num_prompts
         self.samples = sample_files(model)
+        self.reports_prompts = True
 
     def most_prompts(self, adapter: str) -> int:
         """The largest k of an adapter: the size of its pool, 0 without one."""

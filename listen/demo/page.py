@@ -54,6 +54,8 @@ def build_page(answers: Answers, tasks: Sequence[str] | None = None) -> gradio.B
             with gradio.Column(min_width=320):
                 answer = gradio.Textbox(label="Answer", lines=3, buttons=["copy"], interactive=False, elem_id="answer")
                 prompts = _prompt_chart()
+                if not answers.reports_prompts:
+                    gradio.Markdown("The server does not report which prompts it selected.", elem_id="no-prompts")
                 _examples(answers.samples, clips)
         task.change(
             lambda name: gradio.Textbox(visible=_takes_question(name, answers.instructions)),

@@ -232,7 +232,13 @@ class Server:
     async def model(self, name: str) -> dict[str, Any]:
         """`GET /v1/models/{name}`."""
         self._adapter(name)
-        return {"id": name, "object": "model", "created": self.started, "owned_by": "listen"}
+        return {
+            "id": name,
+            "object": "model",
+            "created": self.started,
+            "owned_by": "listen",
+            **self.engine.details[name],
+        }
 
     async def health(self) -> dict[str, str]:
         """`GET /health`."""

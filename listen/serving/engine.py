@@ -94,9 +94,11 @@ class Engine(Protocol):
         sampling_rate: Rate in Hz at which the server decodes audio.
         task_instructions: Wording of the tasks by name, see `ListenProcessor.instruction`.
         on_batch: Called with the number of requests of each batch that runs.
+        details: What `/v1/models` says about each model beside its id, see `model_details`.
     """
 
     models: Mapping[str, str | None]
+    details: Mapping[str, Mapping[str, Any]]
     sampling_rate: int
     task_instructions: Mapping[str, str]
     on_batch: Callable[[int], None]
@@ -150,6 +152,29 @@ def model_names(model: str, language_model: str | None, adapters: Iterable[str])
     return names
 
 
+def model_details(models: Mapping[str, str | None], model: Any, processor: Any) -> dict[str, dict[str, Any]]:
+    """What a client can ask of each model.
+
+    Args:
+        models: Model id to adapter name, see `model_names`.
+        model: Holds the adapters.
+        processor: Its processor.
+
+    Returns:
+        Model id to `{"tasks": wording of each task, "num_prompts": k by default, "pool_size": the largest k}`. For the
+        base LLM, which takes no audio, there are no tasks and both numbers are 0.
+    """
+    details = {}
+    for name, adapter in models.items():
+        pool = None if adapter is None else model.adapters.named(adapter).prompt_pool
+        details[name] = {
+            "tasks": {} if adapter is None else dict(processor.task_instructions),
+            "num_prompts": 0 if pool is None else processor.num_prompts,
+            "pool_size": 0 if pool is None else pool.config.pool_size,
+        }
+    return details
+
+
 def _last_part(path: str) -> str:
     return path.rstrip("/").rsplit("/", 1)[-1]
 
@@ -162,5 +187,6 @@ __all__ = [
     "Request",
     "Sampling",
     "TokenLogprob",
+    "model_details",
     "model_names",
 ]

@@ -19,7 +19,16 @@ from ..adapter_listen import BASE_ADAPTER
 from ..language_models_listen import context_limit
 from ..pipeline_listen import ListenPipeline
 from .answers import GrowingAnswer
-from .engine import Delta, EngineUnavailableError, QueueFullError, Request, Sampling, TokenLogprob, model_names
+from .engine import (
+    Delta,
+    EngineUnavailableError,
+    QueueFullError,
+    Request,
+    Sampling,
+    TokenLogprob,
+    model_details,
+    model_names,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -69,6 +78,7 @@ class TransformersEngine:
         self.max_batch, self.max_waiting = max_batch, max_waiting
         base = (self.model.config.base_models or {}).get("language_model", {}).get("base_model_name_or_path")
         self.models = model_names(name, base, [other for other in self.model.adapters if other != "default"])
+        self.details = model_details(self.models, self.model, self.processor)
         self.sampling_rate = self.processor.feature_extractor.sampling_rate
         self.task_instructions = self.processor.task_instructions
         ends = self.model.generation_config.eos_token_id

@@ -24,7 +24,16 @@ from transformers.utils.chat_template_utils import Chat
 
 from ..language_models_listen import context_limit, embedded_inputs
 from ..pipeline_listen import ListenPipeline
-from .engine import Delta, EngineUnavailableError, QueueFullError, Request, Sampling, TokenLogprob, model_names
+from .engine import (
+    Delta,
+    EngineUnavailableError,
+    QueueFullError,
+    Request,
+    Sampling,
+    TokenLogprob,
+    model_details,
+    model_names,
+)
 
 MAX_TOKENS = 256
 """New tokens at most where a request to an adapter does not say, as in the pipeline."""
@@ -68,6 +77,7 @@ class VllmEngine:
         self.server, self.max_batch, self.max_waiting = server, max_batch, max_waiting
         base = (self.model.config.base_models or {}).get("language_model", {}).get("base_model_name_or_path")
         self.models = model_names(name, base, [other for other in self.model.adapters if other != "default"])
+        self.details = model_details(self.models, self.model, self.processor)
         self.sampling_rate = self.processor.feature_extractor.sampling_rate
         self.task_instructions = self.processor.task_instructions
         self.model.language_model = InputEmbeddings(self.model.language_model)
