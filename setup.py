@@ -57,6 +57,9 @@ EXTRAS = {
         "gradio>=6.31",  # the page of `listen demo`
         "pandas>=2.2",  # data of its chart; gradio brings it
     ],
+    "microphone": [
+        "sounddevice>=0.5",  # records for `listen ask --microphone`; on Linux it needs PortAudio beside it
+    ],
     "corpus": [
         *TRAINING,
         "espeakng-loader==0.2.4",  # speech of the built-in corpus; espeak-ng is GPL-3.0, hence never a hard dependency

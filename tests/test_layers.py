@@ -36,7 +36,7 @@ ROOT_ENTRIES = {
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "CITATION.cff", "LICENSE", "NOTICE"),
     *("Makefile", "pyproject.toml", "requirements.txt", "requirements-quantization.txt", "MANIFEST.in", ".gitignore"),
 }
-OPTIONAL = {"torchcodec", "sounddevice"}  # a decoder that is tried and gone without; the microphone of `listen ask`
+OPTIONAL = {"torchcodec"}  # a decoder that is tried and gone without
 PROVIDERS = importlib.metadata.packages_distributions()  # import name -> distributions
 
 

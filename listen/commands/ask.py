@@ -27,6 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .. import ListenForConditionalGeneration, ListenPipeline, ListenProcessor
+from ..data.extras import extra
 from ..data.tasks import get_task, list_tasks
 from ..tasks_listen import TASK_ALIASES
 
@@ -214,9 +215,8 @@ def record(seconds: float | None = None) -> dict[str, Any]:
 def load_sounddevice() -> Any:
     """The module `sounddevice`; see `record`."""
     try:
-        import sounddevice
-    except ImportError as error:
-        raise ImportError("sounddevice is not installed; install it by: pip install sounddevice") from error
+        with extra("microphone"):
+            import sounddevice
     except OSError as error:  # raised where the wheel brings no PortAudio
         raise OSError(f"{error}; install it, on Debian by: apt install libportaudio2") from error
     return sounddevice
