@@ -26,8 +26,10 @@ from fixtures_servers import free_port, running
 from fixtures_serving import served
 from fixtures_training import tiny_processor
 from fixtures_vllm import LanguageModelServer, language_model_server
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from listen import ListenConfig, ListenForConditionalGeneration, ListenPipeline, ListenProcessor
+from listen.serving.encoders import EncoderSide, drop_layers, embeddings_alone
 from listen.serving.engine import Delta, EngineUnavailableError, QueueFullError, Request, Sampling
 from listen.serving.vllm import VllmEngine, VllmServer, encoded_tensor
 
@@ -71,8 +73,10 @@ def server() -> Iterator[tuple[LanguageModelServer, str]]:
 @pytest.fixture(scope="module")
 def engine_of(two_adapters: Path) -> Callable[..., VllmEngine]:
     def make(url: str, **options: Any) -> VllmEngine:
-        pipeline = loaded()
-        pipeline.model.load_adapter(two_adapters, "other")
+        model = EncoderSide.from_pretrained(TINY)
+        model.load_adapter(two_adapters, "other")
+        drop_layers(model)
+        pipeline = ListenPipeline(model=model, processor=ListenProcessor.from_pretrained(TINY))
         return VllmEngine(pipeline, "my/listen-tiny", VllmServer(url), **options)
 
     return make
@@ -206,11 +210,37 @@ def test_text_for_an_adapter_is_answered_with_its_prompts(
     assert text == pipeline(chat, max_new_tokens=24, do_sample=False)[0]["generated_text"]
 
 
-def test_only_the_embeddings_of_the_llm_are_kept(
-    server: tuple[LanguageModelServer, str], engine_of: Callable[..., VllmEngine], pipeline: ListenPipeline
-) -> None:
-    kept = sum(p.numel() for p in engine_of(server[1]).model.language_model.parameters())
-    assert kept == pipeline.model.get_input_embeddings().weight.numel()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_the_embeddings_of_the_llm_are_loaded(dtype: torch.dtype) -> None:
+    """The layers are never read; everything else is what a whole model holds, bit for bit."""
+    whole, model = loaded(dtype=dtype).model, EncoderSide.from_pretrained(TINY, dtype=dtype)
+    table = model.get_input_embeddings().weight
+    read = [weight for weight in model.language_model.parameters() if weight.device.type != "meta"]
+    assert [weight is table for weight in read] == [True]
+    assert table.dtype == dtype and torch.equal(table, whole.get_input_embeddings().weight)
+    kept = {name: weight for name, weight in model.state_dict().items() if weight.device.type != "meta"}
+    others = whole.state_dict()
+    assert all(torch.equal(weight, others.pop(name)) for name, weight in kept.items())
+    assert others and all(name.startswith("language_model.") for name in others)
+    assert model.generation_config.to_dict() == whole.generation_config.to_dict()
+    drop_layers(model)
+    assert model.device.type == "cpu" and len([*model.language_model.parameters()]) == 1
+
+
+def test_an_adapter_of_another_llm_is_refused_by_its_embeddings(tmp_path: Path, two_adapters: Path) -> None:
+    llm = AutoModelForCausalLM.from_pretrained(TINY / "backbones" / "language_model")
+    llm.get_input_embeddings().weight.data.mul_(-1)
+    llm.save_pretrained(tmp_path)
+    model = EncoderSide.from_pretrained(TINY, backbones={"language_model": str(tmp_path)})
+    with pytest.raises(ValueError, match="another fingerprint"):
+        model.load_adapter(two_adapters, "other")
+
+
+def test_embeddings_that_are_more_than_a_table_are_read_with_their_llm(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16, "vocab_size": 32}
+    config = AutoConfig.for_model("gemma3_text", num_attention_heads=2, num_key_value_heads=1, head_dim=8, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    assert embeddings_alone(str(tmp_path), None, {}) is None
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from .. import ListenForConditionalGeneration, ListenPipeline, ListenProcessor
 from ..data.extras import extra
 from ..serving.app import Options, create_app
 from ..serving.clips import ClipLimits
+from ..serving.encoders import EncoderSide, drop_layers
 from ..serving.engine import Engine
 from ..serving.in_process import TransformersEngine
 from ..serving.vllm import VllmEngine, VllmServer
@@ -55,12 +56,15 @@ def load_engine(arguments: argparse.Namespace) -> Engine:
     """
     if (arguments.engine == "vllm") != bool(arguments.engine_url):
         raise ValueError("--engine vllm and --engine-url go together; give both, or neither")
-    model = ListenForConditionalGeneration.from_pretrained(arguments.model, dtype=arguments.dtype)
+    model_class = EncoderSide if arguments.engine == "vllm" else ListenForConditionalGeneration
+    model = model_class.from_pretrained(arguments.model, dtype=arguments.dtype)
     for given in arguments.adapter:
         name, is_pair, folder = given.partition("=")
         if not (is_pair and name and folder):
             raise ValueError(f"--adapter {given!r} must be NAME=DIR")
         model.load_adapter(folder, name)
+    if arguments.engine == "vllm":
+        drop_layers(model)  # before the model is moved to its device
     processor = ListenProcessor.from_pretrained(arguments.model)
     pipeline = ListenPipeline(model=model, processor=processor, device=arguments.device)
     limits = {"max_batch": arguments.max_batch, "max_waiting": arguments.max_waiting}

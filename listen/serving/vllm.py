@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.utils import httpx
-from torch import nn
 from transformers.utils.chat_template_utils import Chat
 
-from ..language_models_listen import context_limit, embedded_inputs
+from ..language_models_listen import context_limit
 from ..pipeline_listen import ListenPipeline
+from .encoders import InputEmbeddings, drop_layers
 from .engine import (
     Delta,
     EngineUnavailableError,
@@ -56,7 +56,8 @@ class VllmServer(NamedTuple):
 class VllmEngine:
     """Sends requests with audio to a vLLM server as embeddings, which it computes in batches of up to `max_batch`.
 
-    The LLM's layers are not used on this side and are freed: its input embeddings are kept.
+    The LLM's layers are not used on this side and are freed: its input embeddings are kept. `EncoderSide` loads a model
+    without them.
 
     Args:
         pipeline: Its model holds all adapters. Load it in the server's dtype.
@@ -72,7 +73,8 @@ class VllmEngine:
     def __init__(
         self, pipeline: ListenPipeline, name: str, server: VllmServer, max_batch: int = 16, max_waiting: int = 256
     ) -> None:
-        check_adapters(pipeline.model)
+        if not isinstance(pipeline.model.language_model, InputEmbeddings):
+            drop_layers(pipeline.model)
         self.pipeline, self.model, self.processor = pipeline, pipeline.model, pipeline.processor
         self.server, self.max_batch, self.max_waiting = server, max_batch, max_waiting
         base = (self.model.config.base_models or {}).get("language_model", {}).get("base_model_name_or_path")
@@ -80,7 +82,6 @@ class VllmEngine:
         self.details = model_details(self.models, self.model, self.processor)
         self.sampling_rate = self.processor.feature_extractor.sampling_rate
         self.task_instructions = self.processor.task_instructions
-        self.model.language_model = InputEmbeddings(self.model.language_model)
         headers = {"Authorization": f"Bearer {server.api_key}"} if server.api_key else {}
         address = server.url.rstrip("/").removesuffix("/v1")
         limits = httpx.Limits(max_connections=None)  # the queue is bounded, and so is vLLM's
@@ -251,41 +252,6 @@ class _Row:
     embeds: asyncio.Future[torch.Tensor]
 
 
-class InputEmbeddings(nn.Module):
-    """An LLM without its layers and its head: what `ListenModel.embed` reads of it.
-
-    Args:
-        language_model: Any causal LLM.
-    """
-
-    def __init__(self, language_model: Any) -> None:
-        super().__init__()
-        self.embeddings = language_model.get_input_embeddings()
-        self.config, self.dtype = language_model.config, language_model.dtype
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The input embeddings."""
-        return self.embeddings
-
-
-def check_adapters(model: Any) -> None:
-    """Refuse what embeddings alone do not carry to a vLLM server.
-
-    Raises:
-        ValueError: prompts or a LoRA in the LLM's layers, or an LLM that also reads ids.
-    """
-    reason = "which the vLLM server's bare LLM does not have; use --engine transformers"
-    for name, adapter in model.adapters.items():
-        if adapter.prompt_pool is not None and adapter.prompt_pool.config.form == "layers":
-            raise ValueError(f"adapter {name!r} has prompts in the LLM's layers (form='layers'), {reason}")
-    if model._lora_layers():
-        raise ValueError(f"adapter 'default' has a LoRA in the LLM's layers, {reason}")
-    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    embeds = model.get_input_embeddings()(ids)  # (1, 1, text width)
-    if embedded_inputs(model.language_model, ids, ids == 0, embeds).keys() != {"inputs_embeds"}:
-        raise ValueError("the LLM reads token ids in its layers too, which embeddings lack; use --engine transformers")
-
-
 def encoded_tensor(embeds: torch.Tensor) -> str:
     """Embeddings `(sequence, text width)` as vLLM takes them: base64 of a file of `torch.save`."""
     file = io.BytesIO()
@@ -402,11 +368,9 @@ def _refusal(status: int, text: str) -> Exception:
 __all__ = [
     "MAX_TOKENS",
     "STREAMED",
-    "InputEmbeddings",
     "VllmEngine",
     "VllmServer",
     "chat_body",
-    "check_adapters",
     "encoded_tensor",
     "sampling_fields",
     "token_logprobs",
