@@ -37,7 +37,7 @@ SHORTER = {  # the same commands over fewer rows and steps
     "examples/evaluate_tasks.py": ["--max-examples", "2", "--max-new-tokens", "16"],
     "examples/train.py": ["--training.max_steps", "2", "--training.keys_from_rows", "8"],
 }
-FOREIGN = ("curl", "vllm", "docker")  # programs of others, in commands for servers
+FOREIGN = ("curl", "vllm", "docker", "hf")  # programs of others, in commands for servers and the Hub
 ROWS = 4
 MOST_SECONDS = 600
 
