@@ -24,7 +24,7 @@ from huggingface_hub.utils import httpx
 
 from listen import ListenForConditionalGeneration, ListenPipeline, ListenProcessor
 from listen.audio_listen import load_waveform
-from listen.serving import in_process
+from listen.serving import clips, in_process
 from listen.serving.answers import GrowingAnswer
 from listen.serving.app import Options
 from listen.serving.clips import ClipLimits, fetch
@@ -81,6 +81,10 @@ def wav(samples: np.ndarray) -> bytes:
     file = io.BytesIO()
     soundfile.write(file, samples, 16000, format="WAV", subtype="FLOAT")
     return file.getvalue()
+
+
+def wav_of_silence(samples: int) -> bytes:
+    return wav(np.zeros(samples, np.float32))
 
 
 # ---------------------------------------------------------------------- answers
@@ -276,6 +280,30 @@ def wait_until(condition: Callable[[], bool]) -> None:
         ({"top_logprobs": 3}, 400, None, "needs logprobs"),
         ({"messages": []}, 400, "messages", "at least 1"),
         ({"task": "no-such"}, 400, "task", "tasks: acap, asr"),
+        ({"max_tokens": "5"}, 400, "max_tokens", "valid integer"),
+        ({"max_tokens": True}, 400, "max_tokens", "valid integer"),
+        ({"max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
+        ({"stream": "yes"}, 400, "stream", "valid boolean"),
+        ({"stop": 3}, 400, "stop", "valid string"),
+        ({"stop": [""]}, 400, None, "none of them empty"),
+        ({"seed": -1}, 400, "seed", "greater than or equal to 0"),
+        ({"model": 3}, 400, "model", "valid string"),
+        ({"num_prompts": 10**6}, 400, "messages", "pool_size=96"),
+        ({"messages": [{"role": "user", "content": None}]}, 400, "messages.0.content", "valid string"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            400,
+            "messages.0.content.0",
+            "image_url",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            400,
+            "messages.0.content.0.text.text",
+            "required",
+        ),
+        ({"messages": [{"role": "user", "content": "what " * 9000}]}, 400, "messages", "context of 2048"),
+        ({"messages": [{"role": "user", "content": "<|prompt|>"}]}, 400, "messages", "only the processor may write"),
     ],
 )
 def test_wrong_fields_are_named(address: str, change: dict, status: int, param: str | None, message: str) -> None:
@@ -292,12 +320,58 @@ def test_wrong_fields_are_named(address: str, change: dict, status: int, param: 
         ({"type": "audio_url", "audio_url": {"url": f"file://{SPEECH}"}}, "is not fetched"),
         ({"type": "audio_url", "audio_url": {"url": "http://127.0.0.1:1/a.wav"}}, "private address"),
         ({"type": "audio_url", "audio_url": {"url": "http://[::1]/a.wav"}}, "private address"),
+        ({"type": "audio_url", "audio_url": {"url": "FILE:///etc/hostname"}}, "is not fetched"),
+        ({"type": "audio_url", "audio_url": {"url": "http:///a.wav"}}, "no host"),
+        ({"type": "audio_url", "audio_url": {"url": "http://127.0.0.1:99999/"}}, "Port out of range"),
+        ({"type": "audio_url", "audio_url": {"url": "data:audio/wav;base64,"}}, "empty audio"),
+        ({"type": "input_audio", "input_audio": {"data": ""}}, "empty audio"),
+        ({"type": "input_audio", "input_audio": {"data": base64_of(b"RIFF")}}, "cannot decode"),
+        ({"type": "input_audio", "input_audio": {"data": base64_of(wav_of_silence(0))}}, "a clip of 0 samples"),
     ],
 )
 def test_a_bad_clip_is_named_by_its_field(address: str, part: dict, message: str) -> None:
     messages = [{"role": "user", "content": [{"type": "text", "text": QUESTION}, part]}]
     error = error_of(post(address, json={"messages": messages}), 400)
     assert error["param"].startswith(f"messages.0.content.1.{part['type']}.") and message in error["message"]
+
+
+@pytest.mark.parametrize(
+    "host", ["127.1", "2130706433", "0x7f000001", "0", "169.254.169.254", "10.0.0.1", "100.64.0.1"]
+)
+def test_private_addresses_are_found_in_every_notation(host: str) -> None:
+    with pytest.raises(ValueError, match="private address"):
+        asyncio.run(fetch(f"http://{host}/a.wav", ClipLimits()))
+
+
+@pytest.mark.parametrize(
+    "address", ["::ffff:10.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "224.0.0.1", "ff02::1", "fe80::1%lo"]
+)
+def test_addresses_that_lead_inside_are_not_public(address: str) -> None:
+    assert not clips._is_public(address) and clips._is_public("8.8.8.8") and clips._is_public("2606:4700::1111")
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"null", b"[" * 100_000, b'{"messages": [{"role": "user", "content": "\xff"}]}']
+)
+def test_bodies_that_are_no_request_are_refused(address: str, body: bytes) -> None:
+    error_of(post(address, content=body, headers={"Content-Type": "application/json"}), 400)
+
+
+def test_settings_at_their_limits_are_answered(address: str) -> None:
+    """A temperature near 0 is greedy; huge limits and stop strings, null fields and whole numbers change nothing."""
+    body = {"messages": question(SPEECH), "temperature": 0}
+    changes = [
+        *({"temperature": 1e-300}, {"temperature": 1, "top_p": 1e-9}, {"max_tokens": 10**30}, {"stop": ["a" * 10**6]}),
+        *({"tools": None, "max_tokens": None}, {"logprobs": True, "top_logprobs": 20}),
+    ]
+    for change in changes:
+        choice = post(address, json={**body, **change}).json()["choices"][0]
+        assert (choice["message"]["content"], choice["finish_reason"]) == (ANSWER, "stop")
+
+
+def test_an_upload_gives_each_field_once(address: str) -> None:
+    files = [("file", SPEECH.read_bytes()), ("file", OTHER.read_bytes())]
+    assert error_of(post(address, "audio/transcriptions", files=files), 400)["param"] == "file"
 
 
 def test_large_bodies_are_refused_with_and_without_a_length(address: str) -> None:

@@ -53,7 +53,8 @@ class GrowingAnswer:
         """The part that later tokens cannot change: no half character at its end, no start of a stop string."""
         text = text.rstrip(_INCOMPLETE)
         for stop in self.sampling.stop:
-            held = next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
+            longest = min(len(stop) - 1, len(text))
+            held = next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
             text = text[: len(text) - held]
         return text.rstrip()
 

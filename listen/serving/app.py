@@ -17,7 +17,7 @@ with extra("serve"):
     from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from . import engine as engines
-from .bodies import ChatBody, Message, UploadBody, add_task
+from .bodies import ChatBody, Message, UploadBody, add_task, stable_temperature
 from .clips import ClipLimits, decode, fetch
 from .engine import Delta, Engine, Sampling
 from .guard import Guard
@@ -144,6 +144,9 @@ class Server:
     async def _upload(
         self, body: UploadBody, prompt: str | None, task: str | None, http: Request
     ) -> Response | dict[str, Any]:
+        names = [name for name, _ in (await http.form()).multi_items()]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ApiError(400, f"field {twice[0]!r} is given twice; give it once, and one file a request", twice[0])
         if body.prompt and body.task:
             raise ApiError(400, "prompt and task exclude each other; give one", "prompt")
         if body.stream and body.response_format != "json":
@@ -154,7 +157,7 @@ class Server:
         clip = await self._clip(await body.file.read(), "file")
         messages = [{"role": "user", "content": [clip, *([{"type": "text", "text": prompt}] if prompt else [])]}]
         messages = self._with_task(messages, task)
-        sampling = Sampling(temperature=body.temperature)
+        sampling = Sampling(temperature=stable_temperature(body.temperature))
         request = engines.Request(messages, adapter, task, body.num_prompts, sampling)
         if body.stream:
             return _event_stream(transcript_events(await self._started(request, name)))
@@ -279,11 +282,22 @@ async def _api_error(http: Request, error: ApiError) -> JSONResponse:
 
 
 async def _invalid(http: Request, error: RequestValidationError) -> JSONResponse:
-    first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"][1:])
+    first, *others = error.errors()
+    if first["loc"][-1] == "str":  # text or a list: what is wrong inside the list says more
+        place = len(first["loc"]) - 1
+        first = max(
+            [first, *(e for e in others if e["loc"][:place] == first["loc"][:place])], key=lambda e: len(e["loc"])
+        )
+    is_json = first["type"] != "json_invalid"  # else its place is a position in the text
+    field = ".".join(str(part) for part in first["loc"][1:] if not _is_type(part)) if is_json else ""
     unknown = "unknown field; leave it out" + ("; name the language in prompt" if field == "language" else "")
     reason = unknown if first["type"] == "extra_forbidden" else first["msg"]
     return JSONResponse(ApiError(400, f"{field or 'body'}: {reason}", field or None, first["type"]).body, 400)
+
+
+def _is_type(part: Any) -> bool:
+    """Whether a part of an error's place names one of several types, not a field."""
+    return part == "str" or str(part).startswith("list[")
 
 
 async def _http_error(http: Request, error: HTTPException) -> JSONResponse:

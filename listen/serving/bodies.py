@@ -15,11 +15,11 @@ from ..chat_listen import INPUT_FIELD
 from .engine import Sampling
 
 IGNORED = ("user", "metadata", "store", "service_tier", "parallel_tool_calls", "prompt_cache_key", "safety_identifier")
-"""Fields without an effect on the answer. All other unknown fields are refused."""
+"""Fields without an effect on the answer. All other unknown fields are refused, unless they are null."""
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)  # "5" and true are no numbers
 
 
 class TextPart(_Strict):
@@ -104,7 +104,10 @@ class ChatBody(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _without_ignored(cls, data: Any) -> Any:
-        return {key: value for key, value in data.items() if key not in IGNORED} if isinstance(data, dict) else data
+        if not isinstance(data, dict):
+            return data
+        known = cls.model_fields.keys() - IGNORED
+        return {key: value for key, value in data.items() if key in known or not (key in IGNORED or value is None)}
 
     def sampling(self) -> Sampling:
         """The settings of generation.
@@ -121,7 +124,7 @@ class ChatBody(_Strict):
             raise ValueError("stop takes up to 16 strings, none of them empty")
         return Sampling(
             max_tokens=self.max_completion_tokens or self.max_tokens,
-            temperature=self.temperature,
+            temperature=stable_temperature(self.temperature),
             top_p=self.top_p,
             seed=self.seed,
             stop=stop,
@@ -129,8 +132,10 @@ class ChatBody(_Strict):
         )
 
 
-class UploadBody(_Strict):
+class UploadBody(BaseModel):
     """The form of `POST /v1/audio/transcriptions` and `/translations`. `task` and `num_prompts` are ours."""
+
+    model_config = ConfigDict(extra="forbid")
 
     file: UploadFile
     model: str | None = None
@@ -140,6 +145,11 @@ class UploadBody(_Strict):
     stream: bool = False
     temperature: float | None = Field(None, ge=0, le=2)
     num_prompts: int | None = Field(None, ge=0)
+
+
+def stable_temperature(temperature: float | None) -> float | None:
+    """Temperatures below 1e-5 as 0, which is greedy: scores divided by them overflow. vLLM does the same."""
+    return 0.0 if temperature is not None and temperature < 1e-5 else temperature
 
 
 def add_task(messages: list[dict[str, Any]], task: str, instructions: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -163,4 +173,4 @@ def add_task(messages: list[dict[str, Any]], task: str, instructions: Mapping[st
     return [*before, {**last, "content": [*texts, *clips, {"type": "text", "text": end}]}]
 
 
-__all__ = ["IGNORED", "ChatBody", "Message", "UploadBody", "add_task"]
+__all__ = ["IGNORED", "ChatBody", "Message", "UploadBody", "add_task", "stable_temperature"]

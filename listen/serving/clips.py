@@ -14,6 +14,8 @@ from huggingface_hub.utils import httpx
 from ..audio_listen import load_waveform
 from ..sources_listen import URL_TIMEOUT
 
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")  # gateways send these to the IPv4 address in the last 32 bits
+
 
 class ClipLimits(NamedTuple):
     """What one clip may be.
@@ -63,11 +65,27 @@ async def fetch(address: str, limits: ClipLimits) -> Any:
 
 
 async def _check_public(address: str) -> None:
-    parts = urlsplit(address)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    found = await asyncio.get_running_loop().getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
-    if any(not ipaddress.ip_address(entry[4][0].partition("%")[0]).is_global for entry in found):
-        raise ValueError(f"{parts.hostname!r} is a private address, which this server does not fetch from")
+    try:
+        parts = urlsplit(address)
+        host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+        if host is None:
+            raise ValueError("no host")
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except ValueError as error:  # of a port, of brackets, of a name
+        raise ValueError(f"{address[:200]!r} is no address of a clip ({error}); check it") from error
+    if not all(_is_public(entry[4][0]) for entry in found):
+        raise ValueError(f"{host!r} is a private address, which this server does not fetch from")
+
+
+def _is_public(address: str) -> bool:
+    """Whether an IP address, and every IPv4 address that it carries inside, is one of the public internet."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    every: list[Any] = [ip]
+    if isinstance(ip, ipaddress.IPv6Address):
+        every += [inner for inner in (ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())) if inner is not None]
+        if ip in _NAT64:
+            every.append(ipaddress.IPv4Address(int(ip) % 2**32))
+    return all(each.is_global and not each.is_multicast for each in every)
 
 
 async def _get(address: str, limit: int) -> bytes:
