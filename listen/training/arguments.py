@@ -216,6 +216,8 @@ class ListenTrainingArguments(TrainingArguments):
                 "or a task's score such as asr_wer"
             )
         super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # there it only warns, at the start of each data loader
         check_report_to(self.report_to)
         if self.metric_for_best_model == "loss":  # the default of transformers, where one is needed
             self.metric_for_best_model = "lm_loss"
