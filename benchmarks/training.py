@@ -53,11 +53,11 @@ def response_length(setting: Setting) -> int:
 
 
 def listen_step(setting: Setting, inputs: dict[str, torch.Tensor], kept: int) -> Step:
-    """A step of the whole model: forward, backward to the adapter, AdamW."""
+    """A step of the whole model: forward, backward to the adapter, fused AdamW as by the Trainer."""
     model, answer = setting.model, response_length(setting)
     labels = torch.full_like(inputs["input_ids"], -100)  # (batch, positions)
     labels[:, -answer:] = inputs["input_ids"][:, -answer:]
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
 
     def step() -> None:
         model(**inputs, labels=labels, logits_to_keep=kept).loss.backward()
@@ -90,7 +90,7 @@ def lora_step(setting: Setting, inputs: dict[str, torch.Tensor]) -> Step:
     """A step of LoRA, rank 8, by PEFT on a copy of the LLM, on ready embeddings."""
     language_model = copy.deepcopy(setting.model.language_model)
     language_model.add_adapter(LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
-    optimizer = torch.optim.AdamW([p for p in language_model.parameters() if p.requires_grad], lr=1e-5)
+    optimizer = torch.optim.AdamW([p for p in language_model.parameters() if p.requires_grad], lr=1e-5, fused=True)
     pass_once = bare_step(setting, language_model, inputs)
 
     def step() -> None:

@@ -5,12 +5,15 @@
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel, EuroBertConfig, PreTrainedConfig
 from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerMultiHeadAttention, eager_attention_forward
 from transformers.models.eurobert.modeling_eurobert import (
     EuroBertDecoderLayer,
     EuroBertRMSNorm,
@@ -135,6 +138,55 @@ class FusingConnector(nn.Module):
         return torch.cat((speech, audio), dim=-1), mask
 
 
+class FewQueriesAttention(Blip2QFormerMultiHeadAttention):
+    """Cross-attention of few queries to many frames, with the same weights and results as upstream's, in less time.
+
+    A head's score is q . (K x + b), which is (K' q) . x + q . b: it is cheaper to project the one query of a window
+    than each of its frames. Likewise, V is applied to the attended mean of the frames. A frame of constant 1 behind x
+    carries both biases. The cost is Q (1/F + 1/d) of upstream's, for Q queries, F frames and heads of width d.
+    """
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As upstream; `hidden_states` are `(windows, queries, hidden)`, the encoder's `(windows, frames, width)`."""
+        count, num_queries, _ = hidden_states.shape
+        heads, size = self.num_attention_heads, self.attention_head_size
+        many = num_queries * (1 / encoder_hidden_states.shape[1] + 1 / size) > 0.5  # nothing is gained
+        if many or self.key.weight.is_meta:  # offloaded weights are there only while their own layer runs
+            return super().forward(
+                hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, **kwargs
+            )
+        frames = F.pad(encoder_hidden_states, (0, 1), value=1.0)[:, None]  # (windows, 1, frames, width + 1)
+        key, value = (
+            torch.cat((layer.weight, layer.bias[:, None]), 1).unflatten(0, (heads, size))  # (heads, size, width + 1)
+            for layer in (self.key, self.value)
+        )
+        queries = self.query(hidden_states).view(-1, heads, size).transpose(0, 1)  # (heads, windows * queries, size)
+        queries = (queries @ key).unflatten(1, (count, num_queries)).transpose(0, 1)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attended, weights = attend(
+            self,
+            queries.reshape(count, 1, heads * num_queries, -1),
+            frames,
+            frames,
+            encoder_attention_mask[:, :, :1] if encoder_attention_mask is not None else None,  # queries share it
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        attended = attended.view(count, heads, num_queries, -1).transpose(0, 1)  # (heads, windows, queries, width + 1)
+        outputs = attended.flatten(1, 2) @ value.transpose(1, 2)  # (heads, windows * queries, size)
+        if weights is not None:
+            weights = weights.view(count, heads, num_queries, -1)
+        return outputs.transpose(0, 1).reshape(count, num_queries, -1), weights
+
+
 class WindowQFormer(FusingConnector):
     """SALMONN's window-level Q-Former (arXiv 2310.13289, sec. 3): learned queries read one window of frames at a time.
 
@@ -152,6 +204,8 @@ class WindowQFormer(FusingConnector):
         """Make the Q-Former and its queries."""
         self.window = self.config.window_frames(self.frame_seconds)
         self.qformer = Blip2QFormerModel(_qformer_config(self.config, width))
+        for layer in self.qformer.encoder.layer:
+            layer.crossattention.attention.__class__ = FewQueriesAttention  # the same parameters
         self.query_tokens = nn.Parameter(torch.empty(1, self.config.num_queries, self.config.hidden_size))
 
     def embed(self, frames: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,9 +7,12 @@ import math
 import pytest
 import torch
 from conftest import tiny_config
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Blip2QFormerConfig
+from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerMultiHeadAttention
 
 from listen.configuration_listen import ListenConnectorConfig
-from listen.modeling_connector import WindowQFormer
+from listen.modeling_connector import FewQueriesAttention, WindowQFormer
 
 SPEECH, AUDIO, TEXT, WINDOW = 12, 8, 20, 17
 FRAME_SECONDS = 0.02
@@ -183,3 +186,52 @@ def test_salmonn_settings_that_cannot_work_are_named(settings: dict, message: st
 def test_salmonn_needs_padded_clips() -> None:
     with pytest.raises(ValueError, match="salmonn_compat=True needs clips padded to 30 s, but pad_to_30s=False"):
         tiny_config(connector_config={"salmonn_compat": True})
+
+
+@pytest.mark.parametrize("num_queries", [1, 3])
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+def test_attention_of_few_queries_equals_upstreams(kernel: str, num_queries: int) -> None:
+    """Outputs and gradients, with masked frames; with eager attention also the weights and dropout."""
+    torch.manual_seed(0)
+    dropout = 0.3 if kernel == "eager" else 0.0
+    config = Blip2QFormerConfig(
+        hidden_size=32,
+        num_attention_heads=2,
+        encoder_hidden_size=48,
+        attention_probs_dropout_prob=dropout,
+        attn_implementation=kernel,
+    )
+    attention = Blip2QFormerMultiHeadAttention(config, is_cross_attention=True)
+    queries, frames = torch.randn(4, num_queries, 32), torch.randn(4, 12, 48)
+    mask = (torch.arange(12) < torch.tensor([12, 5, 1, 8])[:, None])[:, None, None].expand(-1, -1, num_queries, -1)
+    if kernel == "eager":
+        mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+
+    def run(kind: type) -> list[torch.Tensor]:
+        attention.__class__ = kind
+        attention.zero_grad()
+        inputs = [queries.clone().requires_grad_(), frames.clone().requires_grad_()]
+        torch.manual_seed(1)
+        output, weights = attention(inputs[0], None, inputs[1], mask)
+        output.square().sum().backward()
+        gradients = [tensor.grad for tensor in (*inputs, *attention.parameters())]
+        return [output, *gradients, *([weights] if weights is not None else [])]
+
+    expected, found = run(Blip2QFormerMultiHeadAttention), run(FewQueriesAttention)
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_attention_of_few_queries_computes_less(connector: WindowQFormer) -> None:
+    """Floating-point operations of a pass and its backward, against upstream's attention."""
+    frames = torch.randn(1, 170, SPEECH)
+    counts = []
+    for kind in (FewQueriesAttention, Blip2QFormerMultiHeadAttention):
+        for layer in connector.qformer.encoder.layer:
+            assert layer.crossattention.attention.__class__ is FewQueriesAttention or counts
+            layer.crossattention.attention.__class__ = kind
+        with FlopCounterMode(display=False) as counter:
+            connector(frames, torch.ones(1, 170), torch.randn(1, 170, AUDIO), torch.ones(1, 170))[0].sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] < 0.8 * counts[1]
