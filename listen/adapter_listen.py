@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedConfig
@@ -16,7 +17,7 @@ from transformers.utils import cached_file
 from .checkpoint_listen import HUB_KWARGS, check_backbone
 from .configuration_adapter import ListenConnectorConfig, ListenPromptPoolConfig, check_padding
 from .configuration_listen import BACKBONES
-from .language_models_listen import mean_embedding, random_embeddings
+from .language_models_listen import check_later, mean_embedding, random_embeddings
 from .layer_prompts_listen import LayerPrompts
 from .lora_listen import ADAPTERS_OF_THREAD, LoraMixin
 from .modeling_connector import ConvRotary, WindowQFormer
@@ -72,24 +73,34 @@ class Adapters(nn.ModuleDict):
             raise ValueError(f"adapter {name!r} is unknown; loaded adapters: {', '.join(self)}")
         return self[name]
 
-    def connect(self, encoded: EncodedAudio, is_audio: torch.Tensor, names: list[str | None]) -> torch.Tensor:
+    def connect(
+        self, encoded: EncodedAudio, is_audio: torch.Tensor, names: list[str | None], num_audio: int | None = None
+    ) -> torch.Tensor:
         """Audio embeddings for the placeholders of a batch.
 
         Args:
             encoded: Encoder frames of all chunks of the batch, in order.
             is_audio: `(batch, sequence)` audio placeholders.
             names: Adapter of each row.
+            num_audio: Audio placeholders of all rows, where it is known: it is then not read from the device.
 
         Returns:
             `(total, text width)`, the chunks one after the other.
 
         Raises:
             ValueError: the placeholders of a row are not filled by whole chunks, or a row with audio has no adapter.
+            RuntimeError: the first of these, or a wrong `num_audio`, where that is given.
         """
         if len(set(names)) > 1:
             return self._connect_by_row(encoded, is_audio, names)
-        embeddings, lengths = self.named(names[0]).connector(*encoded.to_tuple())  # (total, text width), (chunks,)
-        chunk_rows(lengths, is_audio)  # raises where audio and text do not match
+        connector = self.named(names[0]).connector
+        embeddings, lengths = connector(*encoded.to_tuple(), total=num_audio)  # (total, text width), (chunks,)
+        if num_audio is None:
+            chunk_rows(lengths, is_audio)  # raises where audio and text do not match
+        else:
+            chunk_ends, row_ends = F.pad(lengths.cumsum(0), (1, 0)), is_audio.sum(-1).cumsum(0)
+            fits = torch.isin(row_ends, chunk_ends).all() & (row_ends[-1] == num_audio) & (chunk_ends[-1] == num_audio)
+            check_later(fits, f"the chunks of audio do not fill the audio placeholders of the rows, {num_audio} in all")
         return embeddings
 
     def _connect_by_row(self, encoded: EncodedAudio, is_audio: torch.Tensor, names: list[str | None]) -> torch.Tensor:
@@ -124,7 +135,12 @@ class Adapters(nn.ModuleDict):
         return first
 
     def pick(
-        self, query: torch.Tensor, counts: torch.Tensor, task_ids: torch.Tensor | None, names: list[str | None]
+        self,
+        query: torch.Tensor,
+        counts: torch.Tensor,
+        task_ids: torch.Tensor | None,
+        names: list[str | None],
+        num_prompts: int | None = None,
     ) -> tuple[torch.Tensor, PromptOutput]:
         """Prompts for the placeholders of a batch.
 
@@ -133,6 +149,7 @@ class Adapters(nn.ModuleDict):
             counts: `(batch,)` prompts that each row asks for.
             task_ids: `(batch,)`, for pools of strategy `"task"`.
             names: Adapter of each row.
+            num_prompts: The count of every row, where it is known, see `ListenPromptPool.forward`.
 
         Returns:
             `(counts.sum(), text width)`, the rows one after the other, and what was picked.
@@ -145,7 +162,7 @@ class Adapters(nn.ModuleDict):
         pool = self.named(names[0]).prompt_pool
         if pool is None:
             raise ValueError(f"adapter {names[0]!r} has no prompt pool; process the input with num_prompts=0")
-        prompts, selection = pool(query, counts, task_ids)
+        prompts, selection = pool(query, counts, task_ids, num_prompts)
         layers = None
         if pool.config.form == "layers":
             valid = selection.indices >= 0  # (batch, k)

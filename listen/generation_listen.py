@@ -21,7 +21,8 @@ from .outputs_listen import EncodedAudio
 _ENCODED = tuple(EncodedAudio.__annotations__)
 _AUDIO_INPUTS = (*ListenFeatureExtractor.model_input_names, *_ENCODED)
 _PREFILL_ONLY = (*_ENCODED, "query_mask", "task_ids", "adapter_names")
-_NOT_FORWARDED = ("tokenizer", "assistant_tokenizer")  # for stop strings and assistants; `generate` passes them on
+# for stop strings and assistants, whom `generate` passes them on to; counts of a batch before it is expanded
+_NOT_FORWARDED = ("tokenizer", "assistant_tokenizer", "num_audio", "num_prompts")
 
 
 class ListenGenerationMixin(GenerationMixin):

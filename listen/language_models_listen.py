@@ -195,6 +195,15 @@ def check_context(limit: int | None, positions: int, num_prompts: int, num_audio
     )
 
 
+def check_later(holds: torch.Tensor, message: str) -> None:
+    """Raise a `RuntimeError` unless all of `holds` is true, without waiting for the device: from a GPU it comes later.
+
+    Devices that cannot fail later are not checked.
+    """
+    if holds.device.type in ("cpu", "cuda"):
+        torch._assert_async(holds.all(), message)
+
+
 def shape_error(name: str, value: torch.Tensor, shape: tuple[int, ...]) -> ValueError:
     """The error for a mask or labels of another shape than the inputs that they belong to."""
     return ValueError(
@@ -282,6 +291,7 @@ __all__ = [
     "check_cache",
     "check_context",
     "check_input",
+    "check_later",
     "frame_mask",
     "shape_error",
     "unfit_stream",

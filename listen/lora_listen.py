@@ -27,7 +27,13 @@ class ThreadAdapter:
     """The active adapter of a model in the current thread, or coroutine, where it is not the one of all threads.
 
     It is true where that is none: a LoRA layer that asks for its truth is then disabled.
+
+    Attributes:
+        used: Whether a thread ever had its own; else the context variable, which `torch.compile` cannot read, is left
+            alone.
     """
+
+    used = False
 
     def __bool__(self) -> bool:
         return ADAPTERS_OF_THREAD.get().get(self, "") is None
@@ -42,6 +48,7 @@ class ThreadAdapter:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Within it this thread has no adapter."""
+        self.used = True
         token = ADAPTERS_OF_THREAD.set({**ADAPTERS_OF_THREAD.get(), self: None})
         try:
             yield

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel, EuroBertConfig, PreTrainedConfig
-from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerMultiHeadAttention, eager_attention_forward
 from transformers.models.eurobert.modeling_eurobert import (
@@ -22,6 +21,9 @@ from transformers.models.eurobert.modeling_eurobert import (
 
 from .attention_listen import additive_attention
 from .geometry_listen import num_resampled
+
+# added to the scores of padding, within fp16; the masks of transformers look for padding first, which waits for the device
+_PADDING_SCORE = -3e4
 
 
 class FusingConnector(nn.Module):
@@ -71,12 +73,15 @@ class FusingConnector(nn.Module):
             )
         self.attention_config._attn_implementation_internal = chosen
 
-    def embed(self, frames: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def embed(
+        self, frames: torch.Tensor, mask: torch.Tensor, total: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states of the embeddings, before the projection.
 
         Args:
             frames: Fused frames `(chunks, frames, width)`, zero where the mask is false.
             mask: `(chunks, frames)`, true on real frames.
+            total: Embeddings of all chunks, see `forward`.
 
         Returns:
             `(total, config.hidden_size)`, the chunks one after the other, and embeddings of each chunk, `(chunks,)`.
@@ -94,6 +99,7 @@ class FusingConnector(nn.Module):
         speech_mask: torch.Tensor,
         audio_hidden_states: torch.Tensor | None = None,
         audio_mask: torch.Tensor | None = None,
+        total: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Turn encoder frames into audio embeddings.
 
@@ -102,6 +108,8 @@ class FusingConnector(nn.Module):
             speech_mask: `(chunks, speech frames)`, 1 on real frames; ignored with `config.salmonn_compat`.
             audio_hidden_states: `(chunks, audio frames, audio width)`, or `None` without an audio encoder.
             audio_mask: `(chunks, audio frames)`.
+            total: Embeddings of all chunks, where it is known, so that it is not read from the device. The caller
+                compares it with the lengths that are returned.
 
         Returns:
             The embeddings of all chunks one after the other, `(total, text width)`, and how many each chunk has,
@@ -113,7 +121,7 @@ class FusingConnector(nn.Module):
         if self.config.salmonn_compat:
             speech_mask = torch.ones_like(speech_mask)  # padding is encoded too
         frames, mask = self.fuse(speech_hidden_states, speech_mask, audio_hidden_states, audio_mask)
-        hidden, counts = self.embed(frames, mask)  # (total, hidden), (chunks,)
+        hidden, counts = self.embed(frames, mask, total)  # (total, hidden), (chunks,)
         return self.projection(hidden), counts
 
     def fuse(
@@ -163,12 +171,10 @@ class FewQueriesAttention(Blip2QFormerMultiHeadAttention):
                 hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, **kwargs
             )
         frames = F.pad(encoder_hidden_states, (0, 1), value=1.0)[:, None]  # (windows, 1, frames, width + 1)
-        key, value = (
-            torch.cat((layer.weight, layer.bias[:, None]), 1).unflatten(0, (heads, size))  # (heads, size, width + 1)
-            for layer in (self.key, self.value)
-        )
+        key = torch.cat((self.key.weight, self.key.bias[:, None]), 1)  # (heads * size, width + 1)
+        value = torch.cat((self.value.weight, self.value.bias[:, None]), 1)
         queries = self.query(hidden_states).view(-1, heads, size).transpose(0, 1)  # (heads, windows * queries, size)
-        queries = (queries @ key).unflatten(1, (count, num_queries)).transpose(0, 1)
+        queries = (queries @ key.unflatten(0, (heads, size))).unflatten(1, (count, num_queries)).transpose(0, 1)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         attended, weights = attend(
             self,
@@ -181,7 +187,9 @@ class FewQueriesAttention(Blip2QFormerMultiHeadAttention):
             **kwargs,
         )
         attended = attended.view(count, heads, num_queries, -1).transpose(0, 1)  # (heads, windows, queries, width + 1)
-        outputs = attended.flatten(1, 2) @ value.transpose(1, 2)  # (heads, windows * queries, size)
+        outputs = attended.flatten(1, 2) @ value.unflatten(0, (heads, size)).transpose(
+            1, 2
+        )  # (heads, windows * queries, size)
         if weights is not None:
             weights = weights.view(count, heads, num_queries, -1)
         return outputs.transpose(0, 1).reshape(count, num_queries, -1), weights
@@ -208,7 +216,9 @@ class WindowQFormer(FusingConnector):
             layer.crossattention.attention.__class__ = FewQueriesAttention  # the same parameters
         self.query_tokens = nn.Parameter(torch.empty(1, self.config.num_queries, self.config.hidden_size))
 
-    def embed(self, frames: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def embed(
+        self, frames: torch.Tensor, mask: torch.Tensor, total: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Read each window with the queries; see `FusingConnector.embed`."""
         if self.config.salmonn_compat:
             windows, window_mask = self._salmonn_windows(frames)
@@ -217,12 +227,16 @@ class WindowQFormer(FusingConnector):
             windows = F.pad(frames, (0, 0, 0, tail)).unflatten(1, (-1, self.window))  # (chunks, windows, frames, width)
             window_mask = F.pad(mask, (0, tail)).unflatten(1, (-1, self.window))  # (chunks, windows, frames)
         real = window_mask.any(-1)  # (chunks, windows)
-        kept = real.flatten().nonzero()[:, 0]  # (real windows,): one look-up for both, as it waits for the device
+        count = int(real.sum()) if total is None else total // self.config.num_queries
+        kept = (~real.flatten()).long().argsort(stable=True)[:count]  # (real windows,): their places, in order
         windows = windows.flatten(0, 1)[kept]  # (real windows, frames, width)
         window_mask = window_mask.flatten(0, 1)[kept]  # (real windows, frames)
         queries = self.query_tokens.expand(len(windows), -1, -1)  # (real windows, queries, hidden)
+        padding_scores = (_PADDING_SCORE * ~window_mask[:, None, None]).to(
+            windows.dtype
+        )  # (real windows, 1, 1, frames)
         hidden = self.qformer(
-            query_embeds=queries, encoder_hidden_states=windows, encoder_attention_mask=window_mask.long()
+            query_embeds=queries, encoder_hidden_states=windows, encoder_attention_mask=padding_scores
         ).last_hidden_state  # (real windows, queries, hidden)
         return hidden.flatten(0, 1), real.sum(-1) * self.config.num_queries
 
@@ -272,7 +286,9 @@ class ConvRotary(FusingConnector):
         self.layers = nn.ModuleList(EuroBertDecoderLayer(self.layer_config, i) for i in range(config.num_hidden_layers))
         self.norm = EuroBertRMSNorm(config.hidden_size, eps=self.layer_config.rms_norm_eps)
 
-    def embed(self, frames: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def embed(
+        self, frames: torch.Tensor, mask: torch.Tensor, total: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Shorten the frames and attend over the chunk; see `FusingConnector.embed`."""
         tail = -frames.shape[1] % self.stride
         overlap = self.kernel_size - self.stride
@@ -281,12 +297,14 @@ class ConvRotary(FusingConnector):
         real = F.pad(mask, (0, tail)).unflatten(1, (-1, self.stride)).any(-1)  # (chunks, embeddings)
         # an empty chunk attends to its padding: a softmax over nothing would be NaN, in the gradient too
         attended = real | ~real.any(-1, keepdim=True)
-        attention_mask = create_bidirectional_mask(self.layer_config, inputs_embeds=hidden, attention_mask=attended)
+        attention_mask = (_PADDING_SCORE * ~attended[:, None, None]).to(hidden.dtype)  # (chunks, 1, 1, embeddings)
         positions = torch.arange(hidden.shape[1], device=hidden.device)[None]  # (1, embeddings)
         rotations = self.rotary(hidden, positions)
         for layer in self.layers:
             hidden = layer(hidden, attention_mask=attention_mask, position_embeddings=rotations)
-        return self.norm(hidden)[real], real.sum(-1)  # (total, hidden), (chunks,)
+        count = int(real.sum()) if total is None else total
+        kept = (~real.flatten()).long().argsort(stable=True)[:count]  # (total,): places of real embeddings, in order
+        return self.norm(hidden).flatten(0, 1)[kept], real.sum(-1)  # (total, hidden), (chunks,)
 
 
 def resample_frames(states: torch.Tensor, mask: torch.Tensor, step: Fraction) -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,6 +27,7 @@ from .language_models_listen import (
     UNPACK,
     check_input,
     check_language_model,
+    check_later,
     check_not_packed,
     embedded_inputs,
     frame_mask,
@@ -256,6 +257,8 @@ class ListenModel(ListenPreTrainedModel):
         query_mask: torch.Tensor | None = None,
         task_ids: torch.Tensor | None = None,
         adapter_names: list[str] | None = None,
+        num_audio: int | None = None,
+        num_prompts: int | None = None,
         for_layers: bool = False,
     ) -> tuple[torch.Tensor, PromptOutput | None]:
         """The LLM's input embeddings with audio and prompts in their places.
@@ -267,6 +270,8 @@ class ListenModel(ListenPreTrainedModel):
             query_mask: `(batch, length)` positions, from the first on, that the query averages; all by default.
             task_ids: `(batch,)`, for pools of strategy `"task"`.
             adapter_names: Adapter of each row; the active one by default, `"__base__"` for none.
+            num_audio: Audio placeholders of all rows, see `ListenForConditionalGeneration.forward`.
+            num_prompts: Prompt placeholders of each row, likewise.
             for_layers: Whether prompts of form `"layers"`, which are no part of the embeddings, are allowed: the caller
                 runs the LLM with them by `run_with_layer_prompts`.
 
@@ -277,7 +282,9 @@ class ListenModel(ListenPreTrainedModel):
             ValueError: placeholders and audio do not match, the mask does not fit the form of the prompts, or prompts
                 of form `"layers"` would be lost.
         """
-        active = ADAPTERS_OF_THREAD.get().get(self._of_thread, self._active_adapter)  # self.active_adapter
+        active = self._active_adapter  # self.active_adapter
+        if self._of_thread.used:
+            active = ADAPTERS_OF_THREAD.get().get(self._of_thread, active)
         names = adapter_names or [active] * len(input_ids)
         if len(names) != len(input_ids):
             raise ValueError(f"adapter_names names {len(names)} rows but the batch has {len(input_ids)}")
@@ -289,20 +296,23 @@ class ListenModel(ListenPreTrainedModel):
         ids = input_ids.masked_fill(is_audio | is_prompt, 0)
         embeds = self.language_model.get_input_embeddings()(ids)  # (batch, sequence, text width)
         if encoded is not None:
-            audio = self.adapters.connect(encoded, is_audio, names)  # (total, text width)
+            audio = self.adapters.connect(encoded, is_audio, names, num_audio)  # (total, text width)
             embeds = embeds.masked_scatter(is_audio[..., None], audio.to(embeds.dtype))
         elif is_audio.any():
             raise ValueError(
                 f"the text holds {int(is_audio.sum())} audio placeholders but no audio was given; "
                 "pass input_features, or take them out"
             )
-        if not is_prompt.any():
+        if not num_prompts and not is_prompt.any():
             return embeds, None
-        query = pool_query(
-            self.adapters, names, embeds, is_audio, is_prompt, attention_mask, query_mask
-        )  # (batch, text width)
-        prompts, picked = self.adapters.pick(query, is_prompt.sum(-1), task_ids, names)  # (total, text width)
-        if picked.layers or (attention_mask is not None and (is_prompt & (attention_mask == 0)).any()):
+        masks = (is_audio, is_prompt, attention_mask, query_mask)
+        query = pool_query(self.adapters, names, embeds, *masks, wait=num_prompts is None)  # (batch, text width)
+        counts = is_prompt.sum(-1)  # (batch,)
+        prompts, picked = self.adapters.pick(query, counts, task_ids, names, num_prompts)  # (total, text width)
+        masked = is_prompt & (attention_mask == 0) if attention_mask is not None else None  # (batch, sequence)
+        if num_prompts is not None and masked is not None and not picked.layers:
+            check_later(~masked, "attention_mask is 0 at a prompt placeholder")
+        elif picked.layers or (masked is not None and masked.any()):
             # static caches have masks of four axes, but `generate` gives the flat one as `query_mask` too
             check_prompt_mask(picked.layers, is_prompt, query_mask if attention_mask is None else attention_mask)
         if picked.layers and not for_layers:
@@ -412,6 +422,8 @@ class ListenModel(ListenPreTrainedModel):
         task_ids: torch.LongTensor | None = None,
         adapter_names: list[str] | None = None,
         text_only: bool = False,
+        num_audio: int | None = None,
+        num_prompts: int | None = None,
         **kwargs: Any,
     ) -> ListenModelOutput:
         """Hidden states of the LLM for text, audio and prompts; see `ListenForConditionalGeneration.forward`."""
@@ -428,6 +440,7 @@ class ListenModel(ListenPreTrainedModel):
             audio_hidden_states_mask,
         )
         choices = {"query_mask": query_mask, "task_ids": task_ids, "adapter_names": adapter_names}
+        choices |= {"num_audio": num_audio, "num_prompts": num_prompts}
         given = (input_ids, inputs_embeds, attention_mask, position_ids, encoded, text_only)
         inputs, prompts = self._llm_inputs(*given, **choices)
         picked, llm = prompts or PromptOutput(), self.language_model.base_model
@@ -482,6 +495,8 @@ class ListenForConditionalGeneration(ListenGenerationMixin, ListenModel):
         task_ids: torch.LongTensor | None = None,
         adapter_names: list[str] | None = None,
         text_only: bool = False,
+        num_audio: int | None = None,
+        num_prompts: int | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> ListenOutput:
@@ -511,6 +526,9 @@ class ListenForConditionalGeneration(ListenGenerationMixin, ListenModel):
             adapter_names: Adapter of each row; the active one by default, `"__base__"` for none.
             text_only: Whether `input_ids` hold no placeholders, as in decoding: nothing is searched, so that no value
                 is read from the device.
+            num_audio: Audio placeholders of all rows together. With it and `num_prompts`, as `ListenCollator` gives
+                them, no value is read from the device; a mismatch raises a `RuntimeError`, on a GPU later on.
+            num_prompts: Prompt placeholders of each row, where all have as many.
             num_items_in_batch: Labels of the whole accumulated batch, given by the Trainer. In eval mode it also makes
                 logits as long as the labels, zero where `logits_to_keep` leaves them out, for `compute_metrics`.
             **kwargs: Further arguments of the LLM's forward, such as `output_hidden_states`.
@@ -540,6 +558,7 @@ class ListenForConditionalGeneration(ListenGenerationMixin, ListenModel):
         if labels is not None and query_mask is None:
             query_mask = (labels != -100).cumsum(-1) == 0  # (batch, sequence): the query sees no answer
         choices = {"query_mask": query_mask, "task_ids": task_ids, "adapter_names": adapter_names}
+        choices |= {"num_audio": num_audio, "num_prompts": num_prompts}
         given = (input_ids, inputs_embeds, attention_mask, position_ids, encoded, text_only)
         inputs, prompts = self._llm_inputs(*given, **choices)
         picked, llm = prompts or PromptOutput(), self.language_model

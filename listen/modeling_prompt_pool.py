@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedConfig
 
+from .language_models_listen import check_later
+
 
 @dataclass
 class PromptSelection:
@@ -244,7 +246,11 @@ class ListenPromptPool(nn.Module):
         self.strategy = STRATEGIES[config.strategy](config)
 
     def forward(
-        self, query: torch.Tensor, counts: torch.Tensor, task_ids: torch.Tensor | None = None
+        self,
+        query: torch.Tensor,
+        counts: torch.Tensor,
+        task_ids: torch.Tensor | None = None,
+        num_prompts: int | None = None,
     ) -> tuple[torch.Tensor, PromptSelection]:
         """Pick prompts for each query.
 
@@ -252,6 +258,7 @@ class ListenPromptPool(nn.Module):
             query: `(batch, width)` mean of the embeddings before the response, see `query_source`.
             counts: `(batch,)` prompts that each row asks for.
             task_ids: `(batch,)` indices into `config.tasks`, for `strategy="task"`.
+            num_prompts: The count of every row, where it is known: it is then not read from the device.
 
         Returns:
             The prompts of all rows one after the other, `(counts.sum(), width)`, and the selection, `k = max(counts)`.
@@ -259,9 +266,12 @@ class ListenPromptPool(nn.Module):
 
         Raises:
             ValueError: a row asks for more prompts than it can reach.
+            RuntimeError: the counts are not `num_prompts`.
         """
-        asked = counts.tolist()  # the one value that is read from the device
+        asked = counts.tolist() if num_prompts is None else [num_prompts]
         k = max(asked)
+        if num_prompts is not None:
+            check_later(counts == k, f"a row does not ask for num_prompts={k} prompts")
         if k > self.most_prompts:
             raise ValueError(
                 f"the input asks for {k} prompts but the pool can give {self.most_prompts}; lower num_prompts"
@@ -369,6 +379,7 @@ def pool_query(
     is_prompt: torch.Tensor,
     attention_mask: torch.Tensor | None,
     query_mask: torch.Tensor | None,
+    wait: bool = True,
 ) -> torch.Tensor:
     """The mean of the text embeddings, and of the audio unless a row's pool leaves it out: what picks the prompts.
 
@@ -380,12 +391,14 @@ def pool_query(
         is_prompt: `(batch, sequence)`.
         attention_mask: `(batch, sequence)`, 1 on real positions.
         query_mask: `(batch, length)` positions, from the first on, that count; all by default.
+        wait: Whether the check of empty rows waits for the device.
 
     Returns:
         `(batch, text width)` in fp32.
 
     Raises:
-        ValueError: no position is left for a row, or the pass is shorter than `query_mask`.
+        ValueError: no position is left for a row (without `wait` a `RuntimeError`), or the pass is shorter than
+            `query_mask`.
     """
     of_text = []
     for name in names:
@@ -405,11 +418,14 @@ def pool_query(
         mask = mask & F.pad(query_mask.bool(), (0, mask.shape[1] - query_mask.shape[1]))
     weights = mask[..., None].float()  # (batch, sequence, 1)
     empty = is_prompt.any(-1) & ~mask.any(-1)  # (batch,)
-    if empty.any():
-        raise ValueError(
-            f"row {int(empty.long().argmax())} has nothing to pick its prompts by: give audio or text, and labels "
-            "of -100 before the answer, or the query_mask of apply_chat_template"
-        )
+    advice = (
+        "nothing to pick its prompts by: give audio or text, and labels of -100 before the answer, or the query_mask "
+        "of apply_chat_template"
+    )
+    if not wait:
+        check_later(~empty, f"a row has {advice}")
+    elif empty.any():
+        raise ValueError(f"row {int(empty.long().argmax())} has {advice}")
     return (embeds.float() * weights).sum(1) / weights.sum(1).clamp_min(1.0)
 
 

@@ -106,7 +106,22 @@ class ListenWhisperEncoder(_EncoderOfPair, WhisperEncoder):
         Raises:
             ValueError: shapes do not fit, or there are more frames than the encoder has positions for.
         """
-        self._check_input(input_features, input_features_mask)
+        bins = self.config.num_mel_bins
+        if input_features.dim() != 3 or input_features.shape[1] != bins:
+            raise ValueError(
+                f"ListenWhisperEncoder needs input_features (batch, {bins}, frames), got "
+                f"{tuple(input_features.shape)}; set the feature extractor's feature_size to {bins}."
+            )
+        batch, _, frames = input_features.shape
+        limit = self.config.max_source_positions * self.downsampling
+        if not 0 < frames <= limit:
+            raise ValueError(
+                f"ListenWhisperEncoder takes 1 to {limit} frames ({limit // 100} s at 10 ms), got {frames}; cut longer "
+                "clips into chunks."
+            )
+        if input_features_mask is not None and tuple(input_features_mask.shape) != (batch, frames):
+            shape = tuple(input_features_mask.shape)
+            raise ValueError(f"ListenWhisperEncoder needs input_features_mask of shape {(batch, frames)}, got {shape}.")
         frames, padding, attention_mask = input_features, None, None
         if input_features_mask is not None:
             padding = ~input_features_mask.bool().unsqueeze(1)  # (batch, 1, frames)
@@ -129,25 +144,6 @@ class ListenWhisperEncoder(_EncoderOfPair, WhisperEncoder):
                 continue
             hidden_states = layer(hidden_states, attention_mask, **kwargs)
         return BaseModelOutput(last_hidden_state=self.layer_norm(hidden_states))
-
-    def _check_input(self, input_features: torch.Tensor, mask: torch.Tensor | None) -> None:
-        bins = self.config.num_mel_bins
-        if input_features.dim() != 3 or input_features.shape[1] != bins:
-            raise ValueError(
-                f"ListenWhisperEncoder needs input_features (batch, {bins}, frames), got "
-                f"{tuple(input_features.shape)}; set the feature extractor's feature_size to {bins}."
-            )
-        batch, _, frames = input_features.shape
-        limit = self.config.max_source_positions * self.downsampling
-        if not 0 < frames <= limit:
-            raise ValueError(
-                f"ListenWhisperEncoder takes 1 to {limit} frames ({limit // 100} s at 10 ms), got {frames}; cut longer "
-                "clips into chunks."
-            )
-        if mask is not None and tuple(mask.shape) != (batch, frames):
-            raise ValueError(
-                f"ListenWhisperEncoder needs input_features_mask of shape {(batch, frames)}, got {tuple(mask.shape)}."
-            )
 
 
 class MaskedGroupNorm(nn.GroupNorm):

@@ -352,19 +352,99 @@ def test_decoding_waits_for_the_device_no_more_than_the_bare_llm(in_vocabulary: 
     assert ours <= bare
 
 
+def stored_batch(model: ListenForConditionalGeneration, seconds: tuple[float, ...] = (0.5, 0.9)) -> dict[str, Any]:
+    """A training batch on stored features, one clip a row."""
+    inputs = make_inputs(model, [[clip(length)] for length in seconds])
+    text = {name: inputs.pop(name) for name in ("input_ids", "attention_mask")}
+    labels = text["input_ids"].clone()
+    labels[:, :-2] = -100
+    return {**text, **model.encode_audio(**inputs), "labels": labels, "logits_to_keep": 3}
+
+
+def placeholder_counts(model: ListenForConditionalGeneration, batch: dict[str, Any]) -> dict[str, int]:
+    """What the collator knows of a batch."""
+    is_audio, is_prompt = model.placeholder_masks(batch["input_ids"])
+    return {"num_audio": int(is_audio.sum()), "num_prompts": int(is_prompt[0].sum())}
+
+
 def test_a_training_pass_on_stored_features_reads_few_values_from_the_device() -> None:
     """Those that the LLM reads itself, its windows, and five checks of the input; lists of lengths are not counted."""
     model = tiny_model().train()
-    inputs = make_inputs(model, [[clip(0.5)], [clip(0.9)]])
-    text = {name: inputs.pop(name) for name in ("input_ids", "attention_mask")}
-    stored = dict(model.encode_audio(**inputs))
-    labels = text["input_ids"].clone()
-    labels[:, :-2] = -100
-    ours = synchronisations(lambda: model(**text, **stored, labels=labels, logits_to_keep=3))
-    alone = {"input_ids": torch.full_like(text["input_ids"], 7), "attention_mask": text["attention_mask"]}
+    batch = stored_batch(model)
+    ours = synchronisations(lambda: model(**batch))
+    alone = {"input_ids": torch.full_like(batch["input_ids"], 7), "attention_mask": batch["attention_mask"]}
     bare = synchronisations(lambda: model.language_model(**alone, use_cache=False, logits_to_keep=3))
     assert len(ours) - len(bare) <= 6
     assert ours.count("nonzero") <= 1 and "index" not in ours
+    counts = placeholder_counts(model, batch)
+    assert synchronisations(lambda: model(**batch, **counts)) == bare  # none, where the counts are known
+
+
+@pytest.mark.parametrize(
+    "changed", [{}, {"connector_config": {"type": "conv_rotary", "hidden_size": 32, "num_attention_heads": 2}}]
+)
+def test_known_counts_change_no_result(changed: dict[str, Any]) -> None:
+    model = tiny_model(**changed).train()
+    batch = stored_batch(model)
+
+    def run(**counts: int) -> list[torch.Tensor]:
+        model.zero_grad()
+        torch.manual_seed(0)
+        output = model(**batch, **counts)
+        output.loss.backward()
+        return [output.loss, output.logits, *(weight.grad for weight in model.adapters.parameters())]
+
+    for ours, theirs in zip(run(**placeholder_counts(model, batch)), run(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"num_audio": 2}, "do not fill the audio placeholders"),
+        ({"num_audio": 9}, "do not fill the audio placeholders"),
+        ({"num_prompts": 2}, "num_prompts=2"),
+    ],
+)
+def test_wrong_counts_are_refused(wrong: dict[str, int], message: str) -> None:
+    model = tiny_model().train()
+    batch = stored_batch(model)
+    counts = {**placeholder_counts(model, batch), **wrong}
+    with pytest.raises(RuntimeError, match=message):
+        model(**batch, **counts)
+
+
+def test_features_of_other_clips_are_refused_with_known_counts() -> None:
+    model = tiny_model().train()
+    batch, other = stored_batch(model), stored_batch(model, (0.9, 0.5))
+    frames = {name: value for name, value in other.items() if "hidden_states" in name}
+    with pytest.raises(RuntimeError, match="do not fill the audio placeholders"):
+        model(**{**batch, **frames}, **placeholder_counts(model, batch))
+
+
+def test_the_collator_counts_placeholders(tmp_path: Path) -> None:
+    model = tiny_model().train()
+    batch = ListenCollator(tiny_processor(model.config))(list(load_manifest(small_corpus(tmp_path, num_rows=3))))
+    assert {name: batch[name] for name in ("num_audio", "num_prompts")} == placeholder_counts(model, batch)
+
+
+@pytest.mark.slow
+def test_the_training_forward_compiles_without_graph_breaks() -> None:
+    """The whole forward pass is one graph; its loss and gradients are those of the pass without compilation."""
+    model = tiny_model(connector_config={"dropout": 0.0}).train()
+    batch = stored_batch(model)
+    batch |= placeholder_counts(model, batch)
+    assert torch._dynamo.explain(model.forward)(**batch).graph_break_count == 0
+    torch._dynamo.reset()
+    losses, gradients = [], []
+    for forward in (model.forward, torch.compile(model.forward, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        losses.append(forward(**batch).loss)
+        losses[-1].backward()
+        gradients.append([weight.grad.clone() for weight in model.adapters.parameters()])
+    torch.testing.assert_close(losses[1], losses[0], atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, which reports synchronisations itself")

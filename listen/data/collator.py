@@ -113,9 +113,10 @@ class ListenCollator:
         Returns:
             `input_ids`, `attention_mask` `(batch, sequence)`, padded on the left; the audio inputs of all recordings
             in order; `task_ids` `(batch,)` for pools divided among tasks. For training and loss also `labels`
-            `(batch, sequence)`, -100 before the answers, and `logits_to_keep`, the number of last positions that
-            include all answers; with `teacher` also `teacher_input_ids` and `teacher_attention_mask`, with the same
-            answers at the end. For generation also `rows`, a list of mappings that describe the samples.
+            `(batch, sequence)`, -100 before the answers, `logits_to_keep`, the number of last positions that
+            include all answers, and the counts of placeholders `num_audio` and `num_prompts`, see the model's
+            `forward`; with `teacher` also `teacher_input_ids` and `teacher_attention_mask`, with the same answers at
+            the end. For generation also `rows`, a list of mappings that describe the samples.
 
         Raises:
             ValueError: a row that cannot be used; the message names it.
@@ -217,7 +218,12 @@ class ListenCollator:
         labels = ids.masked_fill(~_suffix_mask(lengths, length), IGNORED)  # (batch, sequence)
         # one more than the longest answer: the position before it predicts its first token
         kept = min(length, self._rounded(max(lengths) + 1))
-        return {**inputs, "input_ids": ids, "attention_mask": mask, "labels": labels, "logits_to_keep": kept}
+        batch = {**inputs, "input_ids": ids, "attention_mask": mask, "labels": labels, "logits_to_keep": kept}
+        prompts = (ids == self.processor.prompt_token_id).sum(-1)  # (batch,)
+        if prompts.min() == prompts.max():  # with both counts the forward pass reads no value from the device
+            num_audio = int((ids == self.processor.audio_token_id).sum())
+            batch |= {"num_audio": num_audio, "num_prompts": int(prompts[0])}
+        return batch
 
     def _teacher_inputs(
         self, rows: Sequence[Mapping[str, Any]], examples: Sequence[Example], answers: Sequence[list[int]]
