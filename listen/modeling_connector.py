@@ -22,7 +22,7 @@ from transformers.models.eurobert.modeling_eurobert import (
 from .attention_listen import additive_attention
 from .geometry_listen import num_resampled
 
-# added to the scores of padding, within fp16; the masks of transformers look for padding first, which waits for the device
+# added to the scores of padding, within fp16; transformers' own masks look for padding first: that waits for the device
 _PADDING_SCORE = -3e4
 
 

@@ -35,7 +35,7 @@ from .language_models_listen import (
     unfit_stream,
 )
 from .layer_prompts_listen import check_prompt_mask, kept_prompts, run_with_layer_prompts
-from .lora_listen import ADAPTERS_OF_THREAD, ThreadAdapter
+from .lora_listen import ThreadAdapter
 from .modeling_beats import BeatsModel
 from .modeling_connector import resample_frames
 from .modeling_prompt_pool import pool_query
@@ -243,11 +243,10 @@ class ListenModel(ListenPreTrainedModel):
 
     def placeholder_masks(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Where audio and where prompts stand in `input_ids`, both `(batch, sequence)`."""
-        audio_id, prompt_id = self.config.audio_token_id, self.config.prompt_token_id
         # no id is negative: one that the config lacks stands nowhere
-        return input_ids == (-1 if audio_id is None else audio_id), input_ids == (
-            -1 if prompt_id is None else prompt_id
-        )
+        audio_id = -1 if self.config.audio_token_id is None else self.config.audio_token_id
+        prompt_id = -1 if self.config.prompt_token_id is None else self.config.prompt_token_id
+        return input_ids == audio_id, input_ids == prompt_id
 
     def embed(
         self,
@@ -282,9 +281,7 @@ class ListenModel(ListenPreTrainedModel):
             ValueError: placeholders and audio do not match, the mask does not fit the form of the prompts, or prompts
                 of form `"layers"` would be lost.
         """
-        active = self._active_adapter  # self.active_adapter
-        if self._of_thread.used:
-            active = ADAPTERS_OF_THREAD.get().get(self._of_thread, active)
+        active = self.active_adapter if self._of_thread.used else self._active_adapter
         names = adapter_names or [active] * len(input_ids)
         if len(names) != len(input_ids):
             raise ValueError(f"adapter_names names {len(names)} rows but the batch has {len(input_ids)}")
@@ -309,10 +306,10 @@ class ListenModel(ListenPreTrainedModel):
         query = pool_query(self.adapters, names, embeds, *masks, wait=num_prompts is None)  # (batch, text width)
         counts = is_prompt.sum(-1)  # (batch,)
         prompts, picked = self.adapters.pick(query, counts, task_ids, names, num_prompts)  # (total, text width)
-        masked = is_prompt & (attention_mask == 0) if attention_mask is not None else None  # (batch, sequence)
-        if num_prompts is not None and masked is not None and not picked.layers:
+        masked = is_prompt & (attention_mask == 0) if attention_mask is not None else is_prompt & False
+        if num_prompts is not None and not picked.layers:
             check_later(~masked, "attention_mask is 0 at a prompt placeholder")
-        elif picked.layers or (masked is not None and masked.any()):
+        elif picked.layers or masked.any():
             # static caches have masks of four axes, but `generate` gives the flat one as `query_mask` too
             check_prompt_mask(picked.layers, is_prompt, query_mask if attention_mask is None else attention_mask)
         if picked.layers and not for_layers:
@@ -429,20 +426,12 @@ class ListenModel(ListenPreTrainedModel):
         """Hidden states of the LLM for text, audio and prompts; see `ListenForConditionalGeneration.forward`."""
         llm_kwargs = self._llm_kwargs(use_cache, kwargs)
         check_input(self.config, input_ids, attention_mask, None, query_mask, past_key_values is not None)
-        encoded = self._encoded(
-            input_features,
-            input_features_mask,
-            input_values,
-            input_values_mask,
-            speech_hidden_states,
-            speech_hidden_states_mask,
-            audio_hidden_states,
-            audio_hidden_states_mask,
-        )
+        features = (input_features, input_features_mask, input_values, input_values_mask)
+        frames = (speech_hidden_states, speech_hidden_states_mask, audio_hidden_states, audio_hidden_states_mask)
+        encoded = self._encoded(*features, *frames)
         choices = {"query_mask": query_mask, "task_ids": task_ids, "adapter_names": adapter_names}
-        choices |= {"num_audio": num_audio, "num_prompts": num_prompts}
         given = (input_ids, inputs_embeds, attention_mask, position_ids, encoded, text_only)
-        inputs, prompts = self._llm_inputs(*given, **choices)
+        inputs, prompts = self._llm_inputs(*given, **choices, num_audio=num_audio, num_prompts=num_prompts)
         picked, llm = prompts or PromptOutput(), self.language_model.base_model
         if picked.layers or hasattr(past_key_values, "layer_prompts"):
             llm = partial(run_with_layer_prompts, llm, picked.layers or kept_prompts(past_key_values))
@@ -540,16 +529,9 @@ class ListenForConditionalGeneration(ListenGenerationMixin, ListenModel):
         """
         llm_kwargs = self._llm_kwargs(use_cache, kwargs)
         check_input(self.config, input_ids, attention_mask, labels, query_mask, past_key_values is not None)
-        encoded = self._encoded(
-            input_features,
-            input_features_mask,
-            input_values,
-            input_values_mask,
-            speech_hidden_states,
-            speech_hidden_states_mask,
-            audio_hidden_states,
-            audio_hidden_states_mask,
-        )
+        features = (input_features, input_features_mask, input_values, input_values_mask)
+        frames = (speech_hidden_states, speech_hidden_states_mask, audio_hidden_states, audio_hidden_states_mask)
+        encoded = self._encoded(*features, *frames)
         if labels is None and num_items_in_batch is not None:
             raise ValueError(_LABELS_TAKEN)
         if labels is not None and input_ids is not None:
@@ -558,9 +540,8 @@ class ListenForConditionalGeneration(ListenGenerationMixin, ListenModel):
         if labels is not None and query_mask is None:
             query_mask = (labels != -100).cumsum(-1) == 0  # (batch, sequence): the query sees no answer
         choices = {"query_mask": query_mask, "task_ids": task_ids, "adapter_names": adapter_names}
-        choices |= {"num_audio": num_audio, "num_prompts": num_prompts}
         given = (input_ids, inputs_embeds, attention_mask, position_ids, encoded, text_only)
-        inputs, prompts = self._llm_inputs(*given, **choices)
+        inputs, prompts = self._llm_inputs(*given, **choices, num_audio=num_audio, num_prompts=num_prompts)
         picked, llm = prompts or PromptOutput(), self.language_model
         if picked.layers or hasattr(past_key_values, "layer_prompts"):
             llm = partial(run_with_layer_prompts, llm, picked.layers or kept_prompts(past_key_values))
