@@ -370,6 +370,59 @@ def test_settings_at_their_limits_are_answered(address: str) -> None:
         assert (choice["message"]["content"], choice["finish_reason"]) == (ANSWER, "stop")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(
+            {"stop": "a yellow"},
+            {"logprobs": True, "top_logprobs": 1},
+            {"temperature": 1.5, "seed": 3},
+            {"max_tokens": 3},
+        ),
+        {"messages": question(SPEECH, text="Translate the speech into Chinese.")},  # its characters span tokens
+    ],
+)
+def test_a_stream_adds_up_to_the_whole_answer(client: openai.OpenAI, change: dict[str, Any]) -> None:
+    options = {"model": "listen-tiny", "messages": question(SPEECH), **change}
+    choice = client.chat.completions.create(**options).choices[0]
+    parts = [chunk.choices[0] for chunk in client.chat.completions.create(**options, stream=True)]
+    assert "".join(part.delta.content or "" for part in parts) == choice.message.content
+    assert [part.finish_reason for part in parts if part.finish_reason] == [choice.finish_reason]
+    entries = [entry for part in parts if part.logprobs for entry in part.logprobs.content]
+    assert entries == (choice.logprobs.content if choice.logprobs else [])
+    assert bool(entries) == ("logprobs" in change)
+
+
+def test_the_clips_of_a_request_share_a_limit_of_length(listen: ListenPipeline) -> None:
+    options = Options(clip=ClipLimits(seconds=2.0))
+    with served(TransformersEngine(listen, str(FOLDER)), options) as address:
+        clip = wav_of_silence(16000)
+        assert post(address, json={"messages": question(clip, clip), "max_tokens": 1}).status_code == 200
+        error = error_of(post(address, json={"messages": question(clip) + question(clip, clip)}), 400)
+    assert error["param"] == "messages.1.content.1.input_audio.data" and "more than 2 s of audio" in error["message"]
+
+
+def test_an_error_within_a_stream_is_its_last_event(listen: ListenPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = in_process._Rows.__call__
+
+    def failing_step(rows: Any, *arguments: Any, **kwargs: Any) -> torch.Tensor:
+        if rows.batch[0].answer.ids:
+            raise RuntimeError("secret detail")
+        return step(rows, *arguments, **kwargs)
+
+    monkeypatch.setattr(in_process._Rows, "__call__", failing_step)
+    with served(TransformersEngine(listen, str(FOLDER))) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0)
+        received = []
+        with pytest.raises(openai.APIError, match="the engine failed on this request") as caught:
+            for chunk in client.chat.completions.create(model="listen-tiny", messages=question(SPEECH), stream=True):
+                received.append(chunk.choices[0].delta.content)
+        assert received == ["", "the"] and "secret" not in str(caught.value)
+        monkeypatch.setattr(in_process._Rows, "__call__", step)
+        answer = client.chat.completions.create(model="listen-tiny", messages=question(SPEECH))
+    assert answer.choices[0].message.content == ANSWER
+
+
 def test_an_upload_gives_each_field_once(address: str) -> None:
     files = [("file", SPEECH.read_bytes()), ("file", OTHER.read_bytes())]
     assert error_of(post(address, "audio/transcriptions", files=files), 400)["param"] == "file"

@@ -42,7 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-batch", type=int, default=16, help="requests in one batch")
     parser.add_argument("--max-waiting", type=int, default=256, help="requests that may wait; 429 beyond")
     parser.add_argument("--max-body-mb", type=float, default=25.0, help="size of a request in MiB")
-    parser.add_argument("--max-audio-seconds", type=float, default=600.0, help="length of one clip")
+    parser.add_argument("--max-audio-seconds", type=float, default=600.0, help="length of all clips of a request")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds until an answer must be complete")
     parser.add_argument("--allow-private-urls", action="store_true", help="fetch audio from inside the own network too")
     return parser.parse_args()

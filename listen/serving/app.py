@@ -18,7 +18,7 @@ with extra("serve"):
 
 from . import engine as engines
 from .bodies import ChatBody, Message, UploadBody, add_task, stable_temperature
-from .clips import ClipLimits, decode, fetch
+from .clips import ClipLimits, RequestClips
 from .engine import Delta, Engine, Sampling
 from .guard import Guard
 from .metrics import Metrics
@@ -34,7 +34,7 @@ class Options(NamedTuple):
     Attributes:
         api_key: Wanted from clients; `None` for none.
         max_body_bytes: Of one request.
-        clip: Of one clip.
+        clip: Of the clips of one request.
         timeout: Seconds until an answer must be complete.
     """
 
@@ -88,7 +88,8 @@ class Server:
             sampling = body.sampling()
         except ValueError as error:
             raise ApiError(400, str(error)) from error
-        messages = [await self._message(message, i) for i, message in enumerate(body.messages)]
+        clips = self._new_clips()
+        messages = [await self._message(message, i, clips) for i, message in enumerate(body.messages)]
         messages = self._with_task(messages, body.task)
         if adapter is None:
             _check_text_alone(name, messages, body)
@@ -99,7 +100,7 @@ class Server:
         include_usage = body.stream_options is not None and body.stream_options.include_usage
         return _event_stream(chunks(head, await self._started(request, name), include_usage))
 
-    async def _message(self, message: Message, index: int) -> dict[str, Any]:
+    async def _message(self, message: Message, index: int, clips: RequestClips) -> dict[str, Any]:
         role = "system" if message.role == "developer" else message.role
         if isinstance(message.content, str):
             return {"role": role, "content": message.content}
@@ -109,21 +110,22 @@ class Server:
             if part.type == "text":
                 content.append({"type": "text", "text": part.text})
             elif part.type == "input_audio":
-                content.append(await self._clip({"data": part.input_audio.data}, f"{field}.data"))
+                content.append(await self._clip({"data": part.input_audio.data}, f"{field}.data", clips))
             else:
-                content.append(await self._clip(part.audio_url.url, f"{field}.url"))
+                content.append(await self._clip(part.audio_url.url, f"{field}.url", clips))
         return {"role": role, "content": content}
 
-    async def _clip(self, clip: Any, field: str) -> dict[str, Any]:
+    def _new_clips(self) -> RequestClips:
+        return RequestClips(self.engine.sampling_rate, self.options.clip)
+
+    async def _clip(self, clip: Any, field: str, clips: RequestClips) -> dict[str, Any]:
         """Content with the decoded samples `(samples,)`; a string is an address."""
-        rate = self.engine.sampling_rate
         try:
-            source = await fetch(clip, self.options.clip) if isinstance(clip, str) else clip
-            waveform = await decode(source, rate, self.options.clip)
+            waveform = await clips.decode(clip)
         except (ValueError, TypeError, OSError) as error:
             raise ApiError(400, str(error), field, "invalid_audio") from error
-        self.metrics.audio.inc(len(waveform) / rate)
-        return {"type": "audio", "array": waveform, "sampling_rate": rate}
+        self.metrics.audio.inc(len(waveform) / clips.rate)
+        return {"type": "audio", "array": waveform, "sampling_rate": clips.rate}
 
     def _with_task(self, messages: list[dict[str, Any]], task: str | None) -> list[dict[str, Any]]:
         try:
@@ -154,7 +156,7 @@ class Server:
         name, adapter = self._adapter(body.model)
         if adapter is None:
             raise ApiError(400, f"model {name!r} is the base LLM, which takes no audio; choose another", "model")
-        clip = await self._clip(await body.file.read(), "file")
+        clip = await self._clip(await body.file.read(), "file", self._new_clips())
         messages = [{"role": "user", "content": [clip, *([{"type": "text", "text": prompt}] if prompt else [])]}]
         messages = self._with_task(messages, task)
         sampling = Sampling(temperature=stable_temperature(body.temperature))

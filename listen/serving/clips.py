@@ -18,10 +18,10 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")  # gateways send these to the IPv4
 
 
 class ClipLimits(NamedTuple):
-    """What one clip may be.
+    """What the clips of a request may be.
 
     Attributes:
-        seconds: Length at most.
+        seconds: Length of all clips together at most.
         bytes: Of a clip at an address.
         private_addresses: Whether addresses inside the server's own network are fetched.
     """
@@ -31,16 +31,30 @@ class ClipLimits(NamedTuple):
     private_addresses: bool = False
 
 
-async def decode(clip: Any, rate: int, limits: ClipLimits) -> np.ndarray:
-    """The samples `(samples,)` float32 of a file's bytes, of `{"data": base64}` or of a data URI.
+class RequestClips:
+    """The clips of one request. Compressed silence is small: the limit of length is that of all clips together.
 
-    Raises:
-        ValueError: it cannot be decoded, or is too long.
+    Args:
+        rate: Rate in Hz at which clips are decoded.
+        limits: See there.
     """
-    waveform = await asyncio.to_thread(load_waveform, clip, None, rate, limits.seconds + 1)
-    if len(waveform) > limits.seconds * rate:
-        raise ValueError(f"the clip is longer than {limits.seconds:g} s, the server's limit; send a shorter one")
-    return waveform
+
+    def __init__(self, rate: int, limits: ClipLimits) -> None:
+        self.rate, self.limits, self.seconds = rate, limits, 0.0
+
+    async def decode(self, clip: Any) -> np.ndarray:
+        """The samples `(samples,)` float32 of a file's bytes, of `{"data": base64}`, a data URI or a web address.
+
+        Raises:
+            ValueError: it cannot be fetched or decoded, or the request holds too much audio.
+        """
+        source = await fetch(clip, self.limits) if isinstance(clip, str) else clip
+        left = self.limits.seconds - self.seconds
+        waveform = await asyncio.to_thread(load_waveform, source, None, self.rate, left + 1)
+        self.seconds += len(waveform) / self.rate
+        if self.seconds > self.limits.seconds:
+            raise ValueError(f"the request holds more than {self.limits.seconds:g} s of audio, the limit; send less")
+        return waveform
 
 
 async def fetch(address: str, limits: ClipLimits) -> Any:
@@ -101,4 +115,4 @@ async def _get(address: str, limit: int) -> bytes:
     return bytes(content)
 
 
-__all__ = ["ClipLimits", "decode", "fetch"]
+__all__ = ["ClipLimits", "RequestClips", "fetch"]
