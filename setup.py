@@ -72,6 +72,7 @@ EXTRAS = {
         "python-multipart>=0.0.12",  # uploads of transcriptions
         "prometheus_client>=0.20",  # metrics
     ],
+    "ray": ["ray[data]>=2.50"],  # work on a cluster
     "quantization": [
         "bitsandbytes>=0.50",  # LLMs held in 4 or 8 bit
         "torchao>=0.18",  # LLMs held in int8, and other types

@@ -273,13 +273,15 @@ class FrozenBackbonesMixin(ModelCardMixin):
                 config.check_publishable()
             state, writes = kwargs.get("state_dict"), kwargs.get("is_main_process", True)
             config.base_models = {name: self._described(name, save_directory, writes) for name in config.base_models}
-        held = self._hide_quantization()
+        held, kind = self._hide_quantization(), type(self)
         try:
+            self.__class__ = _class_before_sharding(kind)
             with self.kept_card(save_directory):
                 super().save_pretrained(save_directory, **{**kwargs, "state_dict": state})
             if kwargs.get("is_main_process", True):
                 write_model_card(save_directory, self)
         finally:
+            self.__class__ = kind
             self._keys_to_ignore_on_save = ignored
             for name, value in before.items():
                 if hasattr(config, name):
@@ -561,6 +563,11 @@ def _main_device(device_map: Any) -> Any:
         accelerator = torch.accelerator.current_accelerator()
         return str(accelerator) if accelerator is not None else "cpu"
     return device_map
+
+
+def _class_before_sharding(kind: type) -> type:
+    """The class as it is written: `fully_shard` gives a model a class of torch with another name and module."""
+    return next(base for base in kind.__mro__ if not base.__module__.startswith("torch."))
 
 
 __all__ = [

@@ -95,8 +95,12 @@ class ListenPreTrainedModel(SwitchableAttention, AdapterMixin, PreTrainedModel):
                 yield name, backbone
 
     def post_init(self) -> None:
-        """As upstream; also notes whether the LLM cannot take back a token, as assisted decoding does."""
+        """As upstream; also notes whether the LLM cannot take back a token, as assisted decoding does.
+
+        FSDP refuses names of layers that the model lacks, such as those of Whisper's decoder.
+        """
         super().post_init()
+        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
         if getattr(self, "language_model", None) is not None:
             self._is_stateful = self.language_model._is_stateful
 

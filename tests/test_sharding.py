@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import os
+import socket
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from conftest import clip, make_inputs, tiny_config, tiny_model
-from fixtures_backbones import save_backbones
+from fixtures_backbones import model_section, save_backbones
+from fixtures_repository import ROOT
+from fixtures_training import small_corpus
 from safetensors.torch import load_file
 from torch import distributed, multiprocessing
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from transformers import AutoModel
 
 from listen import ListenConfig, ListenForConditionalGeneration
+from listen.training import build_arguments
+from listen.training import train as run_training
 
 STEPS, ROWS = 3, 4
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -102,3 +113,78 @@ def test_sharded_training_equals_one_process_and_its_checkpoints_fit_any_number(
     # AdamW moves a weight by up to 1e-3 a step, also where the sum of its gradients is little more than rounding
     for name, value in loaded.adapters.state_dict().items():
         torch.testing.assert_close(value, whole.adapters.state_dict()[name], atol=2e-4, rtol=0.0)
+
+
+# ------------------------------------------------------------------ through the Trainer
+
+
+def launch_settings() -> dict[str, str]:
+    """The environment that `accelerate launch` makes of examples/configs/accelerate/fsdp2.yaml."""
+    config = yaml.safe_load((ROOT / "examples" / "configs" / "accelerate" / "fsdp2.yaml").read_text())["fsdp_config"]
+    return {"ACCELERATE_USE_FSDP": "true", **{name.upper(): str(value) for name, value in config.items()}}
+
+
+def fit(folder: Path, name: str, world: int, steps: int = 3, model: dict | None = None, resume: str = "") -> None:
+    """A run of 4 rows a step, one in a batch: the same batches for any number of processes."""
+    settings = json.loads((folder / "settings.json").read_text())
+    settings["model"] = model or settings["model"]
+    options = {"output_dir": str(folder / name), "max_steps": steps, "gradient_accumulation_steps": 4 // world}
+    settings["training"].update(options, resume=resume or False)
+    arguments = build_arguments(settings)
+    if world > 1:  # accelerate shards models on accelerators alone, so this process says that it has one
+        assert arguments.training.device.type == "cpu"
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+    result = run_training(arguments.model, arguments.data, arguments.training, raw=arguments.raw)
+    (folder / f"{name}.json").write_text(json.dumps([entry["loss"] for entry in result.history if "loss" in entry]))
+
+
+def train_worker(rank: int, world: int, port: int, folder: Path, runs: list[dict]) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()}, ACCELERATE_USE_CPU="true")
+    os.environ.update(launch_settings())
+    torch.set_num_threads(1)
+    for options in runs:
+        fit(folder, world=world, **options)
+
+
+def launch(folder: Path, world: int, *runs: dict) -> None:
+    """Runs in the same processes, one after the other."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    multiprocessing.spawn(train_worker, (world, port, folder, list(runs)), nprocs=world)
+
+
+def losses(folder: Path, name: str) -> list[float]:
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+@pytest.mark.slow
+def test_the_trainer_over_fsdp_equals_one_process_and_its_checkpoints_hold_the_adapter(tmp_path: Path) -> None:
+    training = {"save_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 1, "learning_rate": 1e-3}
+    training |= {
+        "use_cpu": True,
+        "num_threads": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "lr_scheduler_type": "constant",
+    }
+    settings = {"model": model_section(save_backbones(tmp_path / "backbones")), "training": training}
+    settings["data"] = {"train": [str(small_corpus(tmp_path, num_rows=12))]}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    saved = {"checkpoint": str(tmp_path / "two" / "model")}
+    whole = {"name": "two"}, {"name": "resumed", "resume": str(tmp_path / "two" / "checkpoint-2")}
+    launch(tmp_path, 2, *whole, {"name": "two more", "model": saved, "steps": 2})
+    launch(tmp_path, 4, {"name": "four more", "model": saved, "steps": 2})
+    fit(tmp_path, "one", world=1)
+    fit(tmp_path, "one more", world=1, model=saved, steps=2)
+    assert losses(tmp_path, "two") == pytest.approx(losses(tmp_path, "one"), abs=1e-5)
+    assert losses(tmp_path, "resumed")[-1] == pytest.approx(losses(tmp_path, "two")[-1], abs=1e-5)
+    for name in ("two more", "four more"):
+        assert losses(tmp_path, name) == pytest.approx(losses(tmp_path, "one more"), abs=1e-5)
+    for folder in ("two/checkpoint-2", "two/model", "four more/model"):
+        names = {path.name for path in (tmp_path / folder).iterdir()}
+        assert names >= {path.name for path in (tmp_path / "one" / "model").iterdir()}
+        assert not [name for name in names if "fsdp" in name]
+        weights, expected = (load_file(tmp_path / place / "model.safetensors") for place in (folder, "one/model"))
+        assert weights.keys() == expected.keys()
+        assert AutoModel.from_pretrained(tmp_path / folder, trust_remote_code=True).num_parameters() > 0

@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -32,7 +32,7 @@ from datasets import DatasetDict
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .chat_models import Answer, ChatModel, ChatModelError
+from .chat_models import Answer, ChatModel, ChatModelError, Conversation
 from .files import hold_folder, json_text, write_bytes, write_json, write_json_lines
 from .manifest import load_manifest
 from .processes import launched_processes
@@ -329,30 +329,40 @@ def _ask(
     bar = tqdm(total=sum(map(len, mine)), desc="targets", disable=not (progress and state.is_main_process))
     store = _AnswerFiles(folder, state.process_index)
     with bar, store:
-        for batch in mine:
-            pending = [request for request in batch if request.key not in done]
-            if pending:
-                answers = _answers(llm, pending, _batch_seed(seed, batch))
-                store.add(pending, answers)
-                errors.update(answer.error for answer in answers if answer.text is None)
-                all_failed = all(answer.text is None for answer in answers)
-                # the rest of a partly answered batch failed before: the requests are at fault, not the LLM
-                failures = failures + len(batch) if all_failed and len(pending) == len(batch) else 0
-                if failures >= _MAX_FAILURES:
-                    raise TargetError(f"every request of a batch failed; check the LLM: {answers[0].error}")
+        todo = [(batch, [request for request in batch if request.key not in done]) for batch in mine]
+        bar.update(sum(len(batch) for batch, pending in todo if not pending))
+        todo = [(batch, pending) for batch, pending in todo if pending]
+        calls = [(pending, _batch_seed(seed, batch)) for batch, pending in todo]
+        for (batch, pending), answers in zip(todo, _answers(llm, calls), strict=True):
+            store.add(pending, answers)
+            errors.update(answer.error for answer in answers if answer.text is None)
+            all_failed = all(answer.text is None for answer in answers)
+            # the rest of a partly answered batch failed before: the requests are at fault, not the LLM
+            failures = failures + len(batch) if all_failed and len(pending) == len(batch) else 0
+            if failures >= _MAX_FAILURES:
+                raise TargetError(f"every request of a batch failed; check the LLM: {answers[0].error}")
             bar.update(len(batch))
     return errors
 
 
-def _answers(llm: ChatModel, pending: Sequence[_Request], seed: int) -> list[Answer]:
-    """One answer for each request; those that cannot be stored have failed."""
+def _answers(llm: ChatModel, calls: Sequence[tuple[Sequence[_Request], int]]) -> Iterator[list[Answer]]:
+    """The answers to each batch of requests with its seed; those that cannot be stored have failed."""
+    batches = [([[{"role": "user", "content": request.prompt}] for request in batch], seed) for batch, seed in calls]
+    if hasattr(llm, "answer_batches"):  # workers of a cluster answer several at a time
+        found = llm.answer_batches(batches)
+    else:
+        found = (_answers_or_errors(llm, *batch) for batch in batches)
+    for answers in found:
+        known = [a.text is None or (isinstance(a.text, str) and _is_unicode(a.text)) for a in answers]
+        odd = Answer(None, error="the answer is not valid Unicode text")
+        yield [answer if is_text else odd for answer, is_text in zip(answers, known, strict=True)]
+
+
+def _answers_or_errors(llm: ChatModel, conversations: Sequence[Conversation], seed: int) -> list[Answer]:
     try:
-        answers = llm.answer([[{"role": "user", "content": request.prompt}] for request in pending], seed=seed)
+        return llm.answer(conversations, seed=seed)
     except ChatModelError as error:
-        return [Answer(None, error=str(error))] * len(pending)
-    known = [answer.text is None or (isinstance(answer.text, str) and _is_unicode(answer.text)) for answer in answers]
-    odd = Answer(None, error="the answer is not valid Unicode text")
-    return [answer if is_text else odd for answer, is_text in zip(answers, known, strict=True)]
+        return [Answer(None, error=str(error))] * len(conversations)
 
 
 class _AnswerFiles:

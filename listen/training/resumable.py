@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..data.files import json_text, write_text
 from .progress import use_short_lines
-from .push import ModelFolderTrainer
+from .sharded import ShardedTrainer
 from .streaming import CollateUnlessSkipped, StreamReader, keep_whole
 
 RUN_STATE_FILE = "run_state.json"
@@ -40,7 +40,7 @@ def read_run_state(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
         return {}
 
 
-class ResumableTrainer(ModelFolderTrainer):
+class ResumableTrainer(ShardedTrainer):
     """A Trainer with checkpoints that carry the id of their run and the sums behind the log.
 
     On SIGTERM, which machines that are taken away get before they are turned off, it finishes the step, saves a
