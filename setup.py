@@ -72,7 +72,9 @@ EXTRAS = {
         "python-multipart>=0.0.12",  # uploads of transcriptions
         "prometheus_client>=0.20",  # metrics
     ],
-    "ray": ["ray[data]>=2.50"],  # work on a cluster
+    "ray": [
+        "ray>=2.50",  # work on a cluster; datasets brings what its extra "data" needs
+    ],
     "quantization": [
         "bitsandbytes>=0.50",  # LLMs held in 4 or 8 bit
         "torchao>=0.18",  # LLMs held in int8, and other types
