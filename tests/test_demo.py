@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import soundfile
 from fixtures_serving import served
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from listen import ListenForConditionalGeneration, ListenPipeline, ListenProcessor
 from listen.demo import LocalAnswers, ServedAnswers, build_page, launch
-from listen.demo.answers import Question
+from listen.demo.answers import Example, Question, read_examples
 from listen.demo.page import OWN_QUESTION, check_question, task_choices
 from listen.demo.served import ServerError
 from listen.serving.app import Options
@@ -51,7 +55,24 @@ def test_what_is_missing_is_named(clips: list[str], task: str, question: str, me
     assert check_question(["a.wav"], "asr", "unused", INSTRUCTIONS) == (None, "asr")
 
 
+def test_examples_are_those_of_the_list_or_all_files(tmp_path: Path) -> None:
+    pair = Example([SPEECH, OTHER], "sv")
+    assert pair in read_examples(str(FOLDER))
+    (tmp_path / "samples").mkdir()
+    for name in ("b.wav", "a.flac", "notes.txt"):
+        (tmp_path / "samples" / name).touch()
+    assert [Path(clip).name for one in read_examples(str(tmp_path)) for clip in one.clips] == ["a.flac", "b.wav"]
+    (tmp_path / "samples" / "examples.json").write_text('{"clips": []}')
+    with pytest.raises(ValueError, match=r"examples.json must be a list such as \[{"):
+        read_examples(str(tmp_path))
+
+
 # ---------------------------------------------------------------------- answers of a server
+
+
+def negate(adapter: Any) -> None:
+    for parameter in adapter.connector.projection.parameters():
+        parameter.data.mul_(-1.0)
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +80,7 @@ def listen() -> ListenPipeline:
     """The miniature with a second adapter, whose connector differs."""
     model = ListenForConditionalGeneration.from_pretrained(FOLDER)
     model.load_adapter(FOLDER, "second")
-    for parameter in model.adapters["second"].connector.projection.parameters():
-        parameter.data.mul_(-1.0)
+    negate(model.adapters["second"])
     return ListenPipeline(model=model, processor=ListenProcessor.from_pretrained(FOLDER))
 
 
@@ -133,31 +153,124 @@ def test_errors_of_a_server_are_plain(server: str, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    page = build_page(LocalAnswers(str(FOLDER)), ["asr", "sv"])
+    answers = LocalAnswers(str(FOLDER), {"second": str(FOLDER)})
+    negate(answers._model.adapters["second"])
+    page = build_page(answers, ["asr", "er", "acap", "sv"])
     _, url, _ = launch(page, prevent_thread_lock=True, quiet=True)
     yield url
     page.close()
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not os.path.exists(CHROMIUM), reason="no chromium")
-def test_the_page_answers_about_an_uploaded_file(address: str) -> None:
-    from playwright.sync_api import expect, sync_playwright
-
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Chromium, whose microphone plays a clip once."""
+    if not os.path.exists(CHROMIUM):
+        pytest.skip("no chromium")
     flags = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
     with sync_playwright() as playwright:
+        flags.append(f"--use-file-for-fake-audio-capture={SPEECH}%noloop")
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
-        page = browser.new_page(viewport={"width": 1300, "height": 900}, permissions=["microphone"])
-        page.goto(address)
-        page.locator("#clip input[type=file]").set_input_files(SPEECH)
-        expect(page.locator("#clip audio, #clip #waveform").first).to_be_attached(timeout=30_000)
-        page.locator("#ask").click()
-        expect(page.locator("#answer textarea")).to_have_value(SAID, timeout=60_000)
-        expect(page.locator("#prompts")).to_be_visible()
-        if folder := os.environ.get("LISTEN_SCREENSHOTS"):
-            page.wait_for_timeout(1500)
-            page.screenshot(path=f"{folder}/wide.png")
-            page.set_viewport_size({"width": 390, "height": 844})
-            page.wait_for_timeout(1000)
-            page.screenshot(path=f"{folder}/phone.png", full_page=True)
+        yield browser
         browser.close()
+
+
+@pytest.fixture
+def page(browser: Browser, address: str) -> Iterator[Page]:
+    page = browser.new_page(viewport={"width": 1300, "height": 900}, permissions=["microphone"])
+    page.set_default_timeout(60_000)
+    page.goto(address)
+    yield page
+    page.close()
+
+
+def upload(page: Page, clip: str, field: str = "#clip") -> None:
+    page.locator(f"{field} input[type=file]").set_input_files(clip)
+    expect(page.locator(f"{field} input[type=file]")).to_have_count(0)
+
+
+def choose(page: Page, field: str, entry: str) -> None:
+    page.locator(f"{field} input").click()
+    page.get_by_role("option", name=entry).click()
+
+
+def ask(page: Page, expected: str | re.Pattern[str]) -> None:
+    page.locator("#ask").click()
+    expect(page.locator("#answer textarea")).to_have_value(expected, timeout=60_000)
+
+
+def picture(page: Page, name: str) -> None:
+    """A screenshot into the folder LISTEN_SCREENSHOTS, where that is set."""
+    if folder := os.environ.get("LISTEN_SCREENSHOTS"):
+        page.wait_for_timeout(1500)  # charts and drawers move
+        page.screenshot(path=f"{folder}/{name}.png", full_page=True)
+
+
+@pytest.mark.slow
+def test_the_page_answers_about_an_uploaded_file(page: Page) -> None:
+    upload(page, SPEECH)
+    ask(page, SAID)
+    expect(page.locator("#prompts canvas, #prompts svg").first).to_be_visible()
+    picture(page, "wide")
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.wait_for_function("document.documentElement.scrollWidth <= 390")
+    picture(page, "phone")
+
+
+@pytest.mark.slow
+def test_the_page_answers_about_a_recording(page: Page) -> None:
+    page.locator("#clip").get_by_label("Record audio").click()
+    page.locator("#clip .record-button").click()
+    page.wait_for_timeout(1000 * soundfile.info(SPEECH).duration + 1000)
+    page.locator("#clip .stop-button").click()
+    expect(page.locator("#clip .record-button")).to_have_count(0)
+    ask(page, re.compile("found a yellow"))  # the browser filters sound: single words may change
+
+
+@pytest.mark.slow
+def test_the_page_compares_two_clips(page: Page) -> None:
+    upload(page, SPEECH)
+    choose(page, "#task", "Speaker verification")
+    page.locator("#ask").click()
+    expect(page.get_by_text("Speaker verification compares 2 clips. Add a second clip.")).to_be_visible()
+    upload(page, OTHER, "#second-clip")
+    ask(page, "no")
+    picture(page, "pair")
+    page.get_by_text("Speech recognition: speech.wav").click()  # an example fills in clips and task
+    expect(page.locator("#task input")).to_have_value("Speech recognition")
+    ask(page, SAID)
+
+
+@pytest.mark.slow
+def test_adapter_and_k_change_the_answer(page: Page) -> None:
+    upload(page, SCENE)
+    choose(page, "#task", "Audio captioning")
+    ask(page, "a dog barks while an engine hums")
+    page.get_by_text("Settings").click()
+    k = page.locator("#k input[type=number]")
+    k.fill("0")
+    k.blur()
+    ask(page, re.compile("^(?!.*a dog barks while an engine hums).+"))
+    expect(page.locator("#prompts")).not_to_be_visible()
+    k.fill("4")
+    k.blur()
+    choose(page, "#adapter", "second")
+    ask(page, re.compile("^(?!.*a dog barks while an engine hums).+"))
+
+
+@pytest.mark.slow
+def test_the_page_answers_over_a_server(browser: Browser, server: str) -> None:
+    demo = build_page(ServedAnswers(server, "right"), ["asr"])
+    _, url, _ = launch(demo, prevent_thread_lock=True, quiet=True)
+    page = browser.new_page()
+    page.goto(url)
+    expect(page.locator("#no-prompts")).to_be_visible()
+    upload(page, SPEECH)
+    ask(page, SAID)
+    expect(page.locator("#prompts")).not_to_be_visible()
+    broken = {"name": "mine.wav", "mimeType": "audio/wav", "buffer": b"no audio"}
+    page.locator("#clip").get_by_label("Clear").click()
+    page.locator("#clip input[type=file]").set_input_files(broken)
+    page.locator("#ask").click()
+    expect(page.get_by_text("The server refused the request (status 400): cannot decode")).to_be_visible()
+    page.close()
+    demo.close()

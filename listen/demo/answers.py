@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -34,6 +35,18 @@ class Question(NamedTuple):
     max_new_tokens: int = 128
 
 
+class Example(NamedTuple):
+    """Clips to try.
+
+    Attributes:
+        clips: paths, in order.
+        task: name of a task that fits; `None` for the one that is chosen at the start.
+    """
+
+    clips: list[str]
+    task: str | None = None
+
+
 class Answers(Protocol):
     """What the page needs.
 
@@ -42,7 +55,7 @@ class Answers(Protocol):
         adapters: names of the adapters, the first one chosen at the start.
         instructions: wording of each task.
         num_prompts: k at the start.
-        samples: audio files to try.
+        examples: clips to try.
         reports_prompts: whether answers come with the prompts that were selected.
     """
 
@@ -50,7 +63,7 @@ class Answers(Protocol):
     adapters: list[str]
     instructions: Mapping[str, str]
     num_prompts: int
-    samples: list[str]
+    examples: list[Example]
     reports_prompts: bool
 
     def most_prompts(self, adapter: str) -> int:
@@ -87,7 +100,7 @@ class LocalAnswers:
         self.adapters = [*self._model.adapters]
         self.instructions = self._processor.task_instructions
         self.num_prompts = self._processor.num_prompts
-        self.samples = sample_files(model)
+        self.examples = read_examples(model)
         self.reports_prompts = True
 
     def most_prompts(self, adapter: str) -> int:
@@ -107,15 +120,30 @@ class LocalAnswers:
         )
 
 
-def sample_files(model: str) -> list[str]:
-    """Audio files in the folder `samples` of a model, local or on the Hub; none where it has no such folder."""
+def read_examples(model: str) -> list[Example]:
+    """The examples in the folder `samples` of a model, local or on the Hub; none where it has no such folder.
+
+    Its file `examples.json` lists them: `[{"clips": ["a.wav", "b.wav"], "task": "sv"}, ...]`. Without it, each audio
+    file is an example.
+
+    Raises:
+        ValueError: the file has another form.
+    """
     folder = Path(model)
     if not folder.is_dir():
         try:
             folder = Path(snapshot_download(model, allow_patterns="samples/*"))
         except (HfHubHTTPError, LocalEntryNotFoundError):  # the model was loaded: it is cached, its samples are not
             return []
-    return sorted(str(path) for path in (folder / "samples").glob("*") if path.suffix.lower() in _AUDIO_SUFFIXES)
+    folder = folder / "samples"
+    listed = folder / "examples.json"
+    if not listed.exists():
+        return [Example([str(path)]) for path in sorted(folder.glob("*")) if path.suffix.lower() in _AUDIO_SUFFIXES]
+    try:
+        rows = json.loads(listed.read_text(encoding="utf-8"))
+        return [Example([str(folder / clip) for clip in row["clips"]], row["task"]) for row in rows]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{listed} must be a list such as [{{"clips": ["a.wav"], "task": "asr"}}]') from error
 
 
-__all__ = ["Answers", "LocalAnswers", "Question", "sample_files"]
+__all__ = ["Answers", "Example", "LocalAnswers", "Question", "read_examples"]

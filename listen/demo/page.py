@@ -10,7 +10,7 @@ import gradio
 import pandas
 
 from ..data.tasks import get_task, list_tasks
-from .answers import Answers, Question
+from .answers import Answers, Example, Question
 
 OWN_QUESTION = "your own question"
 """Entry of the drop-down, in place of a task."""
@@ -19,6 +19,8 @@ _ERRORS = (ValueError, TypeError, OSError, RuntimeError)  # of input, of files, 
 _CSS = """
 .gradio-container { max-width: 1100px !important; margin: auto !important; }
 #answer textarea { font-size: 1.15rem; }
+#prompts { overflow: hidden; }
+#prompts canvas, #prompts svg { max-width: 100% !important; height: auto !important; }
 """
 
 
@@ -39,7 +41,7 @@ def build_page(answers: Answers, tasks: Sequence[str] | None = None) -> gradio.B
         )
         with gradio.Row():
             with gradio.Column(min_width=320):
-                clips = _clip_inputs()
+                *clips, more = _clip_inputs()
                 task = gradio.Dropdown([*choices], value=choices[0][1], label="Task", elem_id="task")
                 question = gradio.Textbox(
                     label="Question",
@@ -48,19 +50,22 @@ def build_page(answers: Answers, tasks: Sequence[str] | None = None) -> gradio.B
                     elem_id="question",
                 )
                 with gradio.Row():
-                    ask = gradio.Button("Ask", variant="primary", elem_id="ask")
-                    stop = gradio.Button("Stop", elem_id="stop")
+                    ask = gradio.Button("Ask", variant="primary", min_width=120, elem_id="ask")
+                    stop = gradio.Button("Stop", min_width=120, elem_id="stop")
                 settings = _settings(answers)
             with gradio.Column(min_width=320):
                 answer = gradio.Textbox(label="Answer", lines=3, buttons=["copy"], interactive=False, elem_id="answer")
                 prompts = _prompt_chart()
                 if not answers.reports_prompts:
                     gradio.Markdown("The server does not report which prompts it selected.", elem_id="no-prompts")
-                _examples(answers.samples, clips)
+                _examples(answers.examples, choices, [*clips, task])
         task.change(
-            lambda name: gradio.Textbox(visible=_takes_question(name, answers.instructions)),
+            lambda name: (
+                gradio.Textbox(visible=_takes_question(name, answers.instructions)),
+                gradio.Accordion(open=_clips_of(name) > 1),
+            ),
             task,
-            question,
+            [question, more],
             api_name=False,
         )
         _connect(answers, [*clips, task, question, *settings], [answer, prompts], (ask, question), stop)
@@ -111,7 +116,7 @@ def check_question(
     Raises:
         ValueError: a clip or the question is missing.
     """
-    needed = get_task(task).clips if task in list_tasks() else 1
+    needed = _clips_of(task)
     if not clips:
         raise ValueError("There is no clip. Record one, or upload a file.")
     if len(clips) < needed:
@@ -122,6 +127,10 @@ def check_question(
     return (question.strip() if takes_question else None), (None if task == OWN_QUESTION else task)
 
 
+def _clips_of(task: str) -> int:
+    return get_task(task).clips if task in list_tasks() else 1
+
+
 def _takes_question(task: str, instructions: Mapping[str, str]) -> bool:
     return task == OWN_QUESTION or "{question}" in instructions[task]
 
@@ -129,13 +138,20 @@ def _takes_question(task: str, instructions: Mapping[str, str]) -> bool:
 # ---------------------------------------------------------------------- parts of the page
 
 
-def _clip_inputs() -> list[gradio.Audio]:
+def _clip_inputs() -> tuple[gradio.Audio, gradio.Audio, gradio.Accordion]:
+    """The two clips, and what the second one is folded into."""
     waveform = gradio.WaveformOptions(waveform_color="#94a3b8", waveform_progress_color="#f97316")
-    options = {"sources": ["upload", "microphone"], "type": "filepath", "waveform_options": waveform}
+    options = {
+        "sources": ["upload", "microphone"],
+        "type": "filepath",
+        "waveform_options": waveform,
+        "buttons": ["download"],
+    }
+    options["waveform_options"] = waveform
     first = gradio.Audio(label="Clip", elem_id="clip", **options)
-    with gradio.Accordion("Second clip, for questions that compare", open=False, elem_id="more"):
+    with gradio.Accordion("Second clip, for questions that compare", open=False, elem_id="more") as more:
         second = gradio.Audio(label="Second clip", elem_id="second-clip", **options)
-    return [first, second]
+    return first, second, more
 
 
 def _settings(answers: Answers) -> list[gradio.components.Component]:
@@ -163,12 +179,17 @@ def _prompt_chart() -> gradio.BarPlot:
     )
 
 
-def _examples(samples: list[str], clips: list[gradio.Audio]) -> None:
-    """Single clips of the model's folder, and a pair of them."""
-    rows = [[path, None] for path in samples] + ([samples[:2]] if len(samples) > 1 else [])
+def _examples(
+    examples: list[Example], choices: list[tuple[str, str]], inputs: list[gradio.components.Component]
+) -> None:
+    """Clips of the model's folder with a task; those of tasks that are not offered are left out."""
+    titles = {name: title for title, name in choices}
+    rows = [Example(one.clips, one.task or choices[0][1]) for one in examples]
+    rows = [one for one in rows if one.task in titles]
     if rows:
-        labels = [" and ".join(Path(path).name for path in row if path) for row in rows]
-        gradio.Examples(rows, clips, example_labels=labels, label="Examples")
+        labels = [f"{titles[one.task]}: {' and '.join(Path(clip).name for clip in one.clips)}" for one in rows]
+        values = [[*(one.clips + [None])[:2], one.task] for one in rows]
+        gradio.Examples(values, inputs, example_labels=labels, label="Examples")
 
 
 def _connect(
@@ -200,7 +221,8 @@ def _connect(
 def chart_of(prompts: list[dict[str, Any]]) -> gradio.BarPlot:
     """The chart of selected prompts, `[{"index": position in the pool, "score": float}, ...]`; hidden for none."""
     rows = {"prompt": [f"#{one['index']}" for one in prompts], "score": [one["score"] for one in prompts]}
-    return gradio.BarPlot(pandas.DataFrame(rows), visible=bool(prompts))
+    lowest = min([0.0, *rows["score"]])  # bars start at 0
+    return gradio.BarPlot(pandas.DataFrame(rows), y_lim=[lowest, None], visible=bool(prompts))
 
 
 def _message(error: Exception, clips: list[str]) -> str:

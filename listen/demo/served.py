@@ -13,7 +13,7 @@ from huggingface_hub.utils import httpx
 
 from ..chat_listen import INPUT_FIELD
 from ..tasks_listen import TASK_INSTRUCTIONS
-from .answers import Question
+from .answers import Example, Question
 
 _TIMEOUT = httpx.Timeout(300.0, connect=10.0)  # seconds; the first piece may have to wait in the server's queue
 
@@ -50,7 +50,7 @@ class ServedAnswers:
         first = self._models[self.title]
         self.instructions = first.get("tasks", TASK_INSTRUCTIONS)
         self.num_prompts = first.get("num_prompts", 0)
-        self.samples: list[str] = []
+        self.examples: list[Example] = []
         self.reports_prompts = False
 
     def most_prompts(self, adapter: str) -> int:
