@@ -166,6 +166,7 @@ def browser() -> Iterator[Browser]:
     """Chromium, whose microphone plays a clip once."""
     if not os.path.exists(CHROMIUM):
         pytest.skip("no chromium")
+    expect.set_options(timeout=60_000)  # the page loads slowly on a busy machine
     flags = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
     with sync_playwright() as playwright:
         flags.append(f"--use-file-for-fake-audio-capture={SPEECH}%noloop")
@@ -195,7 +196,7 @@ def choose(page: Page, field: str, entry: str) -> None:
 
 def ask(page: Page, expected: str | re.Pattern[str]) -> None:
     page.locator("#ask").click()
-    expect(page.locator("#answer textarea")).to_have_value(expected, timeout=60_000)
+    expect(page.locator("#answer textarea")).to_have_value(expected)
 
 
 def picture(page: Page, name: str) -> None:
