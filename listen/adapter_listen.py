@@ -93,8 +93,8 @@ class Adapters(nn.ModuleDict):
         """
         if len(set(names)) > 1:
             return self._connect_by_row(encoded, is_audio, names)
-        connector = self.named(names[0]).connector
-        embeddings, lengths = connector(*encoded.to_tuple(), total=num_audio)  # (total, text width), (chunks,)
+        adapter = self[names[0]] if names[0] in self else self.named(names[0])  # which raises
+        embeddings, lengths = adapter.connector(*encoded.to_tuple(), total=num_audio)  # (total, width), (chunks,)
         if num_audio is None:
             chunk_rows(lengths, is_audio)  # raises where audio and text do not match
         else:
@@ -159,7 +159,7 @@ class Adapters(nn.ModuleDict):
         """
         if len(set(names)) > 1:
             return self._pick_by_row(query, counts, task_ids, names)
-        pool = self.named(names[0]).prompt_pool
+        pool = (self[names[0]] if names[0] in self else self.named(names[0])).prompt_pool
         if pool is None:
             raise ValueError(f"adapter {names[0]!r} has no prompt pool; process the input with num_prompts=0")
         prompts, selection = pool(query, counts, task_ids, num_prompts)
