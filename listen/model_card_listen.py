@@ -115,7 +115,10 @@ def _digest(content: str) -> str:
 
 def _metadata(name: str, saved: dict[str, Any], model: Any, source: Path, folder: Path) -> ModelCardData:
     known = ModelCard.load(source, ignore_metadata_errors=True).data.to_dict() if source.is_file() else {}
-    data = {field: known[field] for field in _INHERITED if field in known} | (model.card_data or {})
+    given = model.card_data or {}
+    if "license" in given:  # a name and a link belong to the license that they stood beside
+        known = {field: value for field, value in known.items() if field not in ("license_name", "license_link")}
+    data = {field: known[field] for field in _INHERITED if field in known} | given
     if not data.get("license"):  # ours covers the code alone
         data |= {"license": "other", "license_name": "see-base-models"}
     bases = dict.fromkeys(base_model_ids(saved))

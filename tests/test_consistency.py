@@ -32,7 +32,7 @@ TEXT = [*CODE, *TESTS, *RECIPES, *LAUNCHES, *PAGES, *(ROOT / name for name in SE
 
 MAX_BODY, MAX_MEDIAN, MAX_P90 = 50, 8, 20  # lines of a function, its docstring not counted
 MAX_FILE = 600  # lines of a module
-MAX_MODEL_BYTES = 20_000_000  # of all committed weights
+MAX_MODEL_BYTES = 24_000_000  # of a model folder: 9.5 M parameters in float16, and a tokenizer
 PICKLES = {".pt", ".pth", ".bin", ".pkl", ".ckpt"}
 # written in pieces, so that this file may be read by its own rule
 FORBIDDEN = [r"\bTO" r"DO\b", r"\bFIX" r"ME\b", r"\bXX" r"X\b", r"(?<![\w.])/wo" r"rk/", r"/ro" r"ot/", r"/ho" r"me/\w"]

@@ -132,8 +132,11 @@ def test_a_card_that_a_person_wrote_stays(backbones: Path, tmp_path: Path, fake_
 def test_a_card_follows_the_model_until_it_is_edited(backbones: Path, tmp_path: Path) -> None:
     model = fresh(backbones)
     model.card_data = {"license": "cc-by-4.0", "language": ["en", "zh"], "datasets": ["someone/clips"]}
+    fresh(backbones).save_pretrained(tmp_path)
+    assert ModelCard.load(tmp_path / "README.md").data.license_name == "see-base-models"
     model.save_pretrained(tmp_path)
-    assert ModelCard.load(tmp_path / "README.md").data.eval_results is None
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert data.eval_results is None and "license_name" not in data.to_dict()
     scores = {"asr": {"wer": 0.25, "cer": float("nan"), "n": 8}, "details": {"seed": 0}}
     (tmp_path / "metrics.json").write_text(json.dumps(scores))
     loaded = AutoModel.from_pretrained(tmp_path)

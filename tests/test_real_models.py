@@ -1,20 +1,25 @@
 """A new model over real pretrained backbones: OpenAI's Whisper tiny.en and SmolLM2-135M-Instruct.
 
 Runs where the environment variable LISTEN_REAL_MODELS names a folder with `whisper-tiny.en` and
-`smollm2-135m-instruct`. The adapter is random, so answers are compared with each other, not with the truth.
+`smollm2-135m-instruct`. The adapter is random, so answers are compared with each other, not with the truth; the last tests
+are of a published adapter over Whisper base.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import clip
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, BatchFeature
 
 from listen import ListenConfig, ListenForConditionalGeneration, ListenProcessor
+from listen.data import load_manifest
+from listen.evaluation import evaluate_model
 
 FOLDER = Path(os.environ.get("LISTEN_REAL_MODELS") or "missing")
 SPEECH_ENCODER, LANGUAGE_MODEL = FOLDER / "whisper-tiny.en", FOLDER / "smollm2-135m-instruct"
@@ -119,3 +124,37 @@ def test_a_checkpoint_holds_the_adapter_alone_and_loads(listen: Listen, tmp_path
     assert inputs["input_ids"].tolist() == inputs_of(processor, CHATS[:1])["input_ids"].tolist()
     with torch.no_grad():
         assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
+# ------------------------------------------------------------------ the published adapter
+
+CARD = Path(__file__).parents[1] / "model_cards" / "listen-smollm2-135m"
+DATA = Path(os.environ.get("LISTEN_REAL_DATA") or "missing")
+
+
+@pytest.fixture(scope="module")
+def published() -> Listen:
+    backbones = {"speech_encoder": str(FOLDER / "whisper-base"), "language_model": str(LANGUAGE_MODEL)}
+    model = ListenForConditionalGeneration.from_pretrained(CARD, backbones=backbones, dtype=torch.float32)
+    return model.eval(), ListenProcessor.from_pretrained(CARD)
+
+
+def test_the_published_adapter_is_small_and_loads_over_public_backbones(published: Listen) -> None:
+    named = json.loads((CARD / "config.json").read_text())["base_models"]
+    assert {name: spec["base_model_name_or_path"] for name, spec in named.items()} == {
+        "speech_encoder": "openai/whisper-base",
+        "language_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    }
+    with safe_open(CARD / "model.safetensors", "pt") as file:
+        assert all(key.startswith("adapters.default.") for key in file.keys())
+    model, _ = published
+    assert model.config.prompt_pool_config.form == "layers"
+
+
+@pytest.mark.skipif(not (DATA / "asr_dev.jsonl").is_file(), reason="LISTEN_REAL_DATA names no folder of recordings")
+def test_the_published_adapter_transcribes_held_out_speakers(published: Listen) -> None:
+    """40 sentences; the card's .532 is of 500. Without its prompts the adapter does not transcribe."""
+    rows = load_manifest(DATA / "asr_dev.jsonl").select(range(40))
+    options = {"batch_size": 20, "max_new_tokens": 32, "num_resamples": 0, "progress": False}
+    found = [evaluate_model(*published, rows, num_prompts=k, **options).metrics["asr"]["wer"] for k in (13, 0)]
+    assert found[0] < 0.6 and found[1] > 0.9

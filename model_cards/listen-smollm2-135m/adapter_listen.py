@@ -1,0 +1,1 @@
+../../listen/adapter_listen.py

@@ -1,0 +1,1 @@
+../../listen/arguments_listen.py

@@ -1,0 +1,1 @@
+../../listen/attention_listen.py

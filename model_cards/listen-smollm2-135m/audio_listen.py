@@ -1,0 +1,1 @@
+../../listen/audio_listen.py

@@ -1,0 +1,1 @@
+../../listen/chat_listen.py

@@ -1,0 +1,1 @@
+../../listen/checkpoint_listen.py

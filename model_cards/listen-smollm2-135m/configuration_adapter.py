@@ -1,0 +1,1 @@
+../../listen/configuration_adapter.py

@@ -1,0 +1,1 @@
+../../listen/configuration_listen.py

@@ -1,0 +1,1 @@
+../../listen/feature_extraction_listen.py

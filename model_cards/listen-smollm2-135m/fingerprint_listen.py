@@ -1,0 +1,1 @@
+../../listen/fingerprint_listen.py

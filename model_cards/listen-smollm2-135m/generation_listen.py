@@ -1,0 +1,1 @@
+../../listen/generation_listen.py

@@ -1,0 +1,1 @@
+../../listen/geometry_listen.py

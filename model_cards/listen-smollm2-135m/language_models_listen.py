@@ -1,0 +1,1 @@
+../../listen/language_models_listen.py

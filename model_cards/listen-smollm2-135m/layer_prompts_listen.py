@@ -1,0 +1,1 @@
+../../listen/layer_prompts_listen.py

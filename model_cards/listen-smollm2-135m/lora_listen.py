@@ -1,0 +1,1 @@
+../../listen/lora_listen.py

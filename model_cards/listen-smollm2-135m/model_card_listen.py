@@ -1,0 +1,1 @@
+../../listen/model_card_listen.py

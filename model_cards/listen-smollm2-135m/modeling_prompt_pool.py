@@ -1,0 +1,1 @@
+../../listen/modeling_prompt_pool.py

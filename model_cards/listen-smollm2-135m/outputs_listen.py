@@ -1,0 +1,1 @@
+../../listen/outputs_listen.py

@@ -1,0 +1,1 @@
+../../listen/pipeline_listen.py

@@ -1,0 +1,1 @@
+../../listen/placeholders_listen.py

@@ -1,0 +1,1 @@
+../../listen/presets_listen.py

@@ -1,0 +1,1 @@
+../../listen/pretrained_listen.py

@@ -1,0 +1,1 @@
+../../listen/processing_listen.py

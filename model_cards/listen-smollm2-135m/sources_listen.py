@@ -1,0 +1,1 @@
+../../listen/sources_listen.py

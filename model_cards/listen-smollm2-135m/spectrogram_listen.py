@@ -1,0 +1,1 @@
+../../listen/spectrogram_listen.py

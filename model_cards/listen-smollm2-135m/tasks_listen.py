@@ -1,0 +1,1 @@
+../../listen/tasks_listen.py

@@ -1,0 +1,1 @@
+../../listen/weights_listen.py
