@@ -206,7 +206,7 @@ def test_distillation_brings_the_student_to_its_teacher(backbones: dict, manifes
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"alignment": "kd"}, "training.alignment='kd' is unknown; choose lm or distill"),
+        ({"alignment": "kd"}, "training.alignment='kd' is unknown; choose one of lm, distill, ctc"),
         ({"alignment": "distill", "distill_temperature": 0.0}, "distill_temperature=0.0 must be positive"),
         ({"alignment": "distill", "distill_lm_weight": -1.0}, "distill_lm_weight=-1.0 not negative"),
         ({"distill_temperature": 2.0}, "no effect with alignment=lm; set alignment=distill"),
