@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -207,9 +208,9 @@ def _values(weight: torch.Tensor) -> tuple[torch.Tensor | None, int]:
         return None, _UNKNOWN
     state, scales = getattr(weight, "quant_state", None), getattr(weight, "SCB", None)
     if state is not None:
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(weight.data, state), _QUANTISED
+        # by name: an import would make transformers ask everybody for it who loads the model from the Hub
+        dequantize = import_module("bitsandbytes.functional").dequantize_4bit
+        return dequantize(weight.data, state), _QUANTISED
     if scales is not None and weight.dtype == torch.int8:  # bitsandbytes: one scale for each row
         return weight.data.float() * (scales.to(weight.device).float() / 127)[:, None], _QUANTISED
     if type(weight.data).__module__.startswith("torchao"):

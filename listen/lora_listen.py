@@ -1,8 +1,12 @@
-"""A PEFT LoRA on the frozen LLM: attach, merge, save and load it."""
+"""A PEFT LoRA on the frozen LLM: attach, merge, save and load it.
+
+PEFT is imported by name: an import would make transformers ask everybody for it who loads a model from the Hub.
+"""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib import import_module
 from types import MappingProxyType
 from typing import Any
 
@@ -96,9 +100,8 @@ class LoraMixin(FrozenBackbonesMixin):
             if required:
                 raise ValueError("the LLM has no LoRA to merge; add one with add_adapter(LoraConfig(...))")
             return []
-        from peft.tuners.lora import LoraLayer
-
-        return [module for module in self.language_model.modules() if isinstance(module, LoraLayer)]
+        layer = import_module("peft.tuners.lora").LoraLayer
+        return [module for module in self.language_model.modules() if isinstance(module, layer)]
 
     def _holds_lora(self, name: str) -> bool:
         return bool(self.config.lora_config) and name.startswith("language_model.")
@@ -131,18 +134,14 @@ class LoraMixin(FrozenBackbonesMixin):
         return None
 
     def _attach_lora(self, lora_config: Any, adapter_name: str = "default") -> None:
-        from peft import LoraConfig
-
         if isinstance(lora_config, dict):
-            lora_config = LoraConfig(**lora_config)
+            lora_config = import_module("peft").LoraConfig(**lora_config)
         _check_lora(lora_config, adapter_name)
         self.language_model.add_adapter(lora_config)
         self._carry_lora(lora_config)
 
     def _load_peft(self, source: str, adapter_name: str, hub: dict[str, Any], **kwargs: Any) -> Any:
-        from peft import PeftConfig
-
-        lora_config = PeftConfig.from_pretrained(source, **hub)
+        lora_config = import_module("peft").PeftConfig.from_pretrained(source, **hub)
         _check_lora(lora_config, adapter_name)
         loaded = self.language_model.load_adapter(source, **kwargs)
         self._carry_lora(lora_config)
@@ -191,9 +190,7 @@ def _plain_name(key: str) -> str:
 
 def _check_lora(lora_config: Any, adapter_name: str) -> None:
     """Refuse what checkpoints cannot hold: other PEFT methods, weights of the LLM itself, a second name."""
-    from peft import LoraConfig
-
-    if not isinstance(lora_config, LoraConfig):
+    if not isinstance(lora_config, import_module("peft").LoraConfig):
         raise ValueError(f"{type(lora_config).__name__} is no LoraConfig, the only PEFT method that checkpoints hold")
     for name in _BEYOND_LORA:
         if getattr(lora_config, name, None):

@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from io import BytesIO
 from numbers import Real
 from typing import Any, NamedTuple
@@ -394,10 +395,10 @@ def decode_otherwise(source: Source, seconds: float | None, error: Exception) ->
 
 
 def _by_torchcodec(source: Source, seconds: float | None) -> tuple[np.ndarray, int]:
-    from torchcodec.decoders import AudioDecoder
-
+    # by name: an import would make transformers ask everybody for it who loads the model from the Hub
+    make_decoder = import_module("torchcodec.decoders").AudioDecoder
     content = source.file.getvalue() if isinstance(source.file, BytesIO) else source.file
-    decoder = AudioDecoder(content, num_channels=1)
+    decoder = make_decoder(content, num_channels=1)
     most = MAX_SAMPLES / decoder.metadata.sample_rate
     decoded = decoder.get_samples_played_in_range(0.0, most if seconds is None else min(seconds, most))
     return decoded.data[0].numpy(), int(decoded.sample_rate)
@@ -405,8 +406,7 @@ def _by_torchcodec(source: Source, seconds: float | None) -> tuple[np.ndarray, i
 
 def _by_audioread(source: Source, seconds: float | None) -> tuple[np.ndarray, int]:
     """By FFmpeg's program or the system's decoder, which audioread finds; librosa depends on it."""
-    import audioread
-
+    audioread = import_module("audioread")
     with tempfile.TemporaryDirectory() as folder:
         path = source.file
         if isinstance(path, BytesIO):

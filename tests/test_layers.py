@@ -25,6 +25,7 @@ from fixtures_repository import (
     parse,
 )
 from packaging.utils import canonicalize_name
+from transformers.dynamic_module_utils import get_imports
 
 HUB_PACKAGES = {"torch", "transformers", "numpy", "safetensors", "huggingface_hub"}  # all with transformers
 # from below; the flat modules lie beneath them
@@ -36,7 +37,6 @@ ROOT_ENTRIES = {
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "CITATION.cff", "LICENSE", "NOTICE"),
     *("Makefile", "pyproject.toml", "requirements.txt", "requirements-quantization.txt", "MANIFEST.in", ".gitignore"),
 }
-OPTIONAL = {"torchcodec"}  # a decoder that is tried and gone without
 PROVIDERS = importlib.metadata.packages_distributions()  # import name -> distributions
 
 
@@ -106,11 +106,21 @@ def test_flat_modules_travel_alone() -> None:
     assert offenders(FLAT, find) == {}
 
 
+def test_loading_from_the_hub_asks_for_no_optional_package() -> None:
+    """transformers loads no repository of which a file imports a missing package, be it inside a function."""
+    always = HUB_PACKAGES | {"soundfile", "fsspec"} | set(sys.stdlib_module_names)  # fsspec comes with huggingface_hub
+
+    def find(path: Path) -> set[str]:
+        return set(get_imports(path)) - always
+
+    assert offenders(FLAT, find) == {}
+
+
 def test_imports_are_declared() -> None:
     """Nothing is imported, wherever the import stands, that setup.py does not ask for."""
     setup = "\n".join(lines_of(ROOT / "setup.py"))
     declared = {canonicalize_name(name) for name in re.findall(r'^ +.*?"([\w-]+)[<>=]=.*?"', setup, flags=re.MULTILINE)}
-    own = {"listen", *OPTIONAL, *(part for script in [*SCRIPTS, *TESTS] for part in (script.stem, script.parent.name))}
+    own = {"listen", *(part for script in [*SCRIPTS, *TESTS] for part in (script.stem, script.parent.name))}
 
     def find(path: Path) -> list[str]:
         foreign = set().union(*map(foreign_packages, imports_of(parse(path)))) - own
