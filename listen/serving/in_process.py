@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -19,16 +18,8 @@ from ..adapter_listen import BASE_ADAPTER
 from ..language_models_listen import context_limit
 from ..pipeline_listen import ListenPipeline
 from .answers import GrowingAnswer
-from .engine import (
-    Delta,
-    EngineUnavailableError,
-    QueueFullError,
-    Request,
-    Sampling,
-    TokenLogprob,
-    model_details,
-    model_names,
-)
+from .engine import Delta, EngineUnavailableError, Request, Sampling, TokenLogprob
+from .queued import QueuedEngine
 
 logger = logging.get_logger(__name__)
 
@@ -51,7 +42,7 @@ class _Row:
         self.loop.call_soon_threadsafe(self.pieces.put_nowait, piece)
 
 
-class TransformersEngine:
+class TransformersEngine(QueuedEngine):
     """Answers in batches of up to `max_batch` requests, by one thread. Greedy answers are the pipeline's.
 
     A batch holds requests with the same sampling settings and k. Each row has its own adapter, limit and stop strings.
@@ -64,43 +55,24 @@ class TransformersEngine:
         max_waiting: Requests that may wait; `QueueFullError` beyond.
     """
 
-    def __init__(
-        self,
-        pipeline: ListenPipeline,
-        name: str,
-        max_batch: int = 16,
-        max_waiting: int = 256,
-    ) -> None:
-        for option, value in (("max_batch", max_batch), ("max_waiting", max_waiting)):
-            if value < 1:
-                raise ValueError(f"{option}={value} must be 1 or more")
-        self.pipeline, self.model, self.processor = pipeline, pipeline.model, pipeline.processor
-        self.max_batch, self.max_waiting = max_batch, max_waiting
-        base = (self.model.config.base_models or {}).get("language_model", {}).get("base_model_name_or_path")
-        self.models = model_names(name, base, [other for other in self.model.adapters if other != "default"])
-        self.details = model_details(self.models, self.model, self.processor)
-        self.sampling_rate = self.processor.feature_extractor.sampling_rate
-        self.task_instructions = self.processor.task_instructions
+    def __init__(self, pipeline: ListenPipeline, name: str, max_batch: int = 16, max_waiting: int = 256) -> None:
+        super().__init__(pipeline, name, max_batch, max_waiting)
         ends = self.model.generation_config.eos_token_id
         self._end_ids = set(ends if isinstance(ends, list) else [ends])
-        self.on_batch: Callable[[int], None] = lambda size: None
-        self._waiting: deque[_Row] = deque()
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._dispatcher: asyncio.Task | None = None
-        self._closing = False
 
     # ------------------------------------------------------------------ on the event loop
 
     async def stream(self, request: Request) -> AsyncIterator[Delta]:
         """The answer, see `Engine.stream`."""
         await self.check_health()
-        if len(self._waiting) >= self.max_waiting:
-            raise QueueFullError(f"{len(self._waiting)} requests wait already; try again later")
+        self.check_room()
         if self._dispatcher is None:
             self._dispatcher = asyncio.create_task(self._dispatch())
         row = _Row(request, asyncio.get_running_loop())
-        self._waiting.append(row)
+        self.rows.append(row)
         self._arrived.set()
         try:
             while True:
@@ -112,24 +84,18 @@ class TransformersEngine:
                     return
         finally:
             row.dropped = True  # a running batch ends this row, a waiting one is skipped
-            if row in self._waiting:
-                self._waiting.remove(row)
-
-    @property
-    def waiting(self) -> int:
-        """See `Engine.waiting`."""
-        return len(self._waiting)
+            if row in self.rows:
+                self.rows.remove(row)
 
     async def check_health(self) -> None:
         """See `Engine.check_health`."""
-        if self._closing:
-            raise EngineUnavailableError("the server is shutting down; send the request to another one")
+        self.check_open()
         if self._dispatcher is not None and self._dispatcher.done():
             raise EngineUnavailableError("the engine has stopped after an error; restart the server")
 
     async def close(self) -> None:
         """See `Engine.close`."""
-        self._closing = True
+        self.closing = True
         self._arrived.set()
         if self._dispatcher is not None:
             await self._dispatcher
@@ -140,22 +106,15 @@ class TransformersEngine:
         while True:
             await self._arrived.wait()
             self._arrived.clear()
-            while self._waiting:
-                batch = self._take_batch()
+            while self.rows:
+                sampling = self.rows[0].request.sampling
+                is_seeded = sampling.seed is not None and sampling.temperature
+                batch = self.take_batch(1 if is_seeded else self.max_batch)
                 await asyncio.get_running_loop().run_in_executor(self._thread, self._answer, batch)
-            if self._closing:
+            if self.closing:
                 return
 
-    def _take_batch(self) -> list[_Row]:
-        """The oldest waiting request, and those behind it that can run with it."""
-        group = self._group(self._waiting[0].request)
-        batch = [row for row in self._waiting if self._group(row.request) == group][: self.max_batch]
-        if batch[0].request.sampling.seed is not None and batch[0].request.sampling.temperature:
-            batch = batch[:1]
-        self._waiting = deque(row for row in self._waiting if row not in batch)
-        return batch
-
-    def _group(self, request: Request) -> tuple[Any, ...]:
+    def group(self, request: Request) -> tuple[Any, ...]:
         """Requests of equal groups can run in one batch: one k, one sampling, and audio windows of one length."""
         sampling = request.sampling
         windows = None

@@ -10,8 +10,7 @@ import asyncio
 import base64
 import io
 import json
-from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -24,16 +23,8 @@ from transformers.utils.chat_template_utils import Chat
 from ..language_models_listen import context_limit
 from ..pipeline_listen import ListenPipeline
 from .encoders import InputEmbeddings, drop_layers
-from .engine import (
-    Delta,
-    EngineUnavailableError,
-    QueueFullError,
-    Request,
-    Sampling,
-    TokenLogprob,
-    model_details,
-    model_names,
-)
+from .engine import Delta, EngineUnavailableError, QueueFullError, Request, Sampling, TokenLogprob
+from .queued import QueuedEngine
 
 MAX_TOKENS = 256
 """New tokens at most where a request to an adapter does not say, as in the pipeline."""
@@ -53,7 +44,7 @@ class VllmServer(NamedTuple):
     timeout: float = 300.0
 
 
-class VllmEngine:
+class VllmEngine(QueuedEngine):
     """Sends requests with audio to a vLLM server as embeddings, which it computes in batches of up to `max_batch`.
 
     The LLM's layers are not used on this side and are freed: its input embeddings are kept. `EncoderSide` loads a model
@@ -67,7 +58,7 @@ class VllmEngine:
         max_waiting: Requests that may wait for the encoders; `QueueFullError` beyond.
 
     Raises:
-        ValueError: an adapter or LLM whose input is more than embeddings.
+        ValueError: an adapter or LLM whose input is more than embeddings, or as in `QueuedEngine`.
     """
 
     def __init__(
@@ -75,32 +66,23 @@ class VllmEngine:
     ) -> None:
         if not isinstance(pipeline.model.language_model, InputEmbeddings):
             drop_layers(pipeline.model)
-        self.pipeline, self.model, self.processor = pipeline, pipeline.model, pipeline.processor
-        self.server, self.max_batch, self.max_waiting = server, max_batch, max_waiting
-        base = (self.model.config.base_models or {}).get("language_model", {}).get("base_model_name_or_path")
-        self.models = model_names(name, base, [other for other in self.model.adapters if other != "default"])
-        self.details = model_details(self.models, self.model, self.processor)
-        self.sampling_rate = self.processor.feature_extractor.sampling_rate
-        self.task_instructions = self.processor.task_instructions
+        super().__init__(pipeline, name, max_batch, max_waiting)
+        self.server = server
         headers = {"Authorization": f"Bearer {server.api_key}"} if server.api_key else {}
         address = server.url.rstrip("/").removesuffix("/v1")
         limits = httpx.Limits(max_connections=None)  # the queue is bounded, and so is vLLM's
         timeout = httpx.Timeout(server.timeout, connect=10)
         self._client = httpx.AsyncClient(base_url=address, headers=headers, timeout=timeout, limits=limits)
-        self.on_batch: Callable[[int], None] = lambda size: None
-        self._waiting: deque[_Row] = deque()
         self._encoding: asyncio.Task | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")
         self._served: tuple[str, int | None] | None = None
         self._running = 0
-        self._closing = False
 
     # ------------------------------------------------------------------ requests
 
     async def stream(self, request: Request) -> AsyncIterator[Delta]:
         """The answer, see `Engine.stream`."""
-        if self._closing:
-            raise EngineUnavailableError("the server is shutting down; send the request to another one")
+        self.check_open()
         self._running += 1
         try:
             model, context = await self._served_model()
@@ -113,15 +95,9 @@ class VllmEngine:
         finally:
             self._running -= 1
 
-    @property
-    def waiting(self) -> int:
-        """See `Engine.waiting`."""
-        return len(self._waiting)
-
     async def check_health(self) -> None:
         """See `Engine.check_health`."""
-        if self._closing:
-            raise EngineUnavailableError("the server is shutting down; send the request to another one")
+        self.check_open()
         try:
             response = await self._client.get("/health", timeout=5)
         except httpx.HTTPError as error:
@@ -131,7 +107,7 @@ class VllmEngine:
 
     async def close(self) -> None:
         """See `Engine.close`."""
-        self._closing = True
+        self.closing = True
         while self._running:
             await asyncio.sleep(0.05)
         self._thread.shutdown()
@@ -185,18 +161,17 @@ class VllmEngine:
         return {**sampling, "prompt_embeds": encoded_tensor(embeds), "max_tokens": min(most, room)}
 
     async def _embeds(self, request: Request) -> torch.Tensor:
-        if len(self._waiting) >= self.max_waiting:
-            raise QueueFullError(f"{len(self._waiting)} requests wait already; try again later")
+        self.check_room()
         row = _Row(request, asyncio.get_running_loop().create_future())
-        self._waiting.append(row)
+        self.rows.append(row)
         if self._encoding is None or self._encoding.done():
             self._encoding = asyncio.create_task(self._encode_waiting())
         return await row.embeds
 
     async def _encode_waiting(self) -> None:
         """Encode batch after batch until nothing waits."""
-        while self._waiting:
-            batch = [row for row in self._take_batch() if not row.embeds.cancelled()]
+        while self.rows:
+            batch = [row for row in self.take_batch(self.max_batch) if not row.embeds.cancelled()]
             if batch:
                 await self._encode(batch)
 
@@ -217,14 +192,8 @@ class VllmEngine:
             if not row.embeds.done():
                 row.embeds.set_result(embeds)
 
-    def _take_batch(self) -> list[_Row]:
-        """The oldest waiting request, and those behind it with the same k and windows."""
-        group = self._group(self._waiting[0].request)
-        batch = [row for row in self._waiting if self._group(row.request) == group][: self.max_batch]
-        self._waiting = deque(row for row in self._waiting if row not in batch)
-        return batch
-
-    def _group(self, request: Request) -> tuple[Any, ...]:
+    def group(self, request: Request) -> tuple[Any, ...]:
+        """Requests with the same k and windows."""
         settings = self.model.adapters[request.adapter].connector.config.settings()
         return request.num_prompts, sorted(settings.items())
 
