@@ -147,7 +147,6 @@ def _clip_inputs() -> tuple[gradio.Audio, gradio.Audio, gradio.Accordion]:
         "waveform_options": waveform,
         "buttons": ["download"],
     }
-    options["waveform_options"] = waveform
     first = gradio.Audio(label="Clip", elem_id="clip", **options)
     with gradio.Accordion("Second clip, for questions that compare", open=False, elem_id="more") as more:
         second = gradio.Audio(label="Second clip", elem_id="second-clip", **options)
