@@ -19,7 +19,7 @@ from .language_models_listen import check_cache, check_input, context_limit, is_
 from .outputs_listen import EncodedAudio
 
 _ENCODED = tuple(EncodedAudio.__annotations__)
-_AUDIO_INPUTS = (*ListenFeatureExtractor.model_input_names, *_ENCODED)
+AUDIO_INPUTS = (*ListenFeatureExtractor.model_input_names, *_ENCODED)
 _PREFILL_ONLY = (*_ENCODED, "query_mask", "task_ids", "adapter_names")
 # for stop strings and assistants, whom `generate` passes them on to; counts of a batch before it is expanded
 _NOT_FORWARDED = ("tokenizer", "assistant_tokenizer", "num_audio", "num_prompts")
@@ -130,7 +130,7 @@ class ListenGenerationMixin(GenerationMixin):
         if expand_size == 1:
             return input_ids, model_kwargs
         check_input(self.config, input_ids, model_kwargs.get("attention_mask"))
-        audio = {name: model_kwargs.pop(name) for name in _AUDIO_INPUTS if name in model_kwargs}
+        audio = {name: model_kwargs.pop(name) for name in AUDIO_INPUTS if name in model_kwargs}
         names = model_kwargs.pop("adapter_names")
         encoded = self._encoded(**audio)
         if encoded is not None:

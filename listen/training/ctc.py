@@ -8,8 +8,7 @@ connector. Other runs take the result as `model.connector_from`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,9 +16,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..feature_extraction_listen import ListenFeatureExtractor
-from ..modeling_listen import ListenForConditionalGeneration
-from ..outputs_listen import EncodedAudio
+from ..generation_listen import AUDIO_INPUTS
 from .datasets import count_tasks
 from .trainer import ListenTrainer
 from .values import ArgumentError
@@ -143,32 +140,25 @@ class CtcTrainer(ListenTrainer):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         base, labels = self.accelerator.unwrap_model(model), inputs["labels"]
-        embeddings = _audio_embeddings(base, inputs)  # (total, width)
+        encoded = base._encoded(**{name: inputs[name] for name in AUDIO_INPUTS if name in inputs})
+        embeddings = base.get_audio_features(encoded=encoded).pooler_output  # (total, width)
         lengths = base.placeholder_masks(inputs["input_ids"])[0].sum(-1)  # (batch,)
         with torch.autocast(labels.device.type, enabled=False):
             log_probabilities = self.distances(embeddings)  # (total, 1 + tokens)
             summed = ctc_loss(log_probabilities, lengths.tolist(), self._targets(labels))
             spread = self.distances.spread(embeddings, log_probabilities)
-        share = 1 if num_items_in_batch is None else (labels >= 0).sum() / num_items_in_batch  # of accumulated batches
-        ctc = summed / (labels >= 0).sum() * share
-        self.add_part("ctc_loss", ctc)
-        self.add_part("spread", spread * share)
-        loss = ctc + spread * share
+        num_labels = (labels >= 0).sum()
+        num_items = num_labels if num_items_in_batch is None else num_items_in_batch  # of all accumulated batches
+        parts = {"ctc_loss": summed / num_items, "spread": spread * num_labels / num_items}
+        for name, value in parts.items():
+            self.add_part(name, value)
+        loss = sum(parts.values())
         return (loss, None) if return_outputs else loss
 
     def _targets(self, labels: torch.Tensor) -> list[torch.Tensor]:
         """Classes of the words of each row, without the tokens of the chat template that end the turn."""
         classes = self.distances.classes[labels.clamp_min(0)] * (labels >= 0)  # (batch, sequence)
         return [row[row > 0] for row in classes]
-
-
-def _audio_embeddings(model: ListenForConditionalGeneration, inputs: Mapping[str, Any]) -> torch.Tensor:
-    """Audio embeddings of all recordings, `(total, width)`, from features or from stored frames of the encoders."""
-    frames = {field.name: inputs[field.name] for field in fields(EncodedAudio) if field.name in inputs}
-    if frames:
-        return model.get_audio_features(encoded=EncodedAudio(**frames)).pooler_output
-    names = ListenFeatureExtractor.model_input_names
-    return model.get_audio_features(**{name: inputs[name] for name in names if name in inputs}).pooler_output
 
 
 def _check(trainer: CtcTrainer) -> None:
@@ -182,12 +172,9 @@ def _check(trainer: CtcTrainer) -> None:
             f"training.alignment=ctc needs answers that are the words of the recording, but data.train has the tasks "
             f"{', '.join(others)}; give each source tasks={list(WORD_TASKS[:1])}"
         )
-    idle = [name for name, p in trainer.model.named_parameters() if p.requires_grad and _is_idle(name)]
+    trained = (name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad)
+    idle = [name for name in trained if ".prompt_pool." in name or ".lora_" in name]
     if idle:
         raise ArgumentError(
             f"training.alignment=ctc does not train {idle[0]}; give model.prompt_pool.pool_size=0 and no model.lora"
         )
-
-
-def _is_idle(name: str) -> bool:
-    return ".prompt_pool." in name or ".lora_" in name
