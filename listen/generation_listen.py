@@ -310,4 +310,10 @@ class PlaceholderFreeCandidates(CandidateGenerator):
         return self.generator.update_candidate_strategy(input_ids, scores, num_matches)
 
 
-__all__ = ["ListenGenerationMixin", "PlaceholderBlindProcessors", "PlaceholderFreeCandidates", "ordinary_ids"]
+__all__ = [
+    "AUDIO_INPUTS",
+    "ListenGenerationMixin",
+    "PlaceholderBlindProcessors",
+    "PlaceholderFreeCandidates",
+    "ordinary_ids",
+]
