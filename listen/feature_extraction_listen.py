@@ -270,7 +270,8 @@ class ListenFeatureExtractor(SequenceFeatureExtractor):
     ) -> dict[str, torch.Tensor]:
         spans = torch.full_like(lengths, self.chunk_samples) if self.pad_to_30s else lengths
         total = int(spans.max()) // self.hop_length
-        total += 0 if self.pad_to_30s else -total % multiple
+        if not self.pad_to_30s:  # Whisper takes no more frames than a whole chunk has
+            total = min(total + -total % multiple, self.chunk_samples // self.hop_length)
         features = torch.zeros(len(chunks), self.feature_size, total, dtype=torch.float32)
         for rows in lengths.argsort().split(_CHUNKS_AT_ONCE):
             waveforms = _stack(chunks, rows, int(spans[rows].max()))

@@ -78,6 +78,18 @@ def test_generation_batches_describe_their_rows(tmp_path: Path) -> None:
     assert described["extra"] == {"events": ["rain"]}
 
 
+@pytest.mark.parametrize("seconds", [29.9, 30.0, 65.0])
+def test_clips_about_as_long_as_a_chunk_fit_the_encoder(seconds: float, tmp_path: Path) -> None:
+    write_clip(tmp_path / "a.wav", seconds)
+    line = {"audio": "a.wav", "task": "asr", "response": "hi"}
+    batch = ListenCollator(tiny_processor(tiny_config()))(
+        [*load_manifest(write_manifest(tmp_path / "m.jsonl", [line]))]
+    )
+    assert batch["input_features"].shape[2] == batch["input_features_mask"].sum(-1).max() + (seconds < 30) * 10
+    with torch.no_grad():
+        assert tiny_model()(**batch).loss.isfinite()
+
+
 def test_every_clip_is_heard_in_order(tmp_path: Path) -> None:
     for i in range(2):
         write_clip(tmp_path / f"{i}.wav", 0.5 + i, seed=i)
