@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from fixtures_backbones import save_backbones
-from fixtures_training import character_tokenizer, write_clip, write_manifest
+from fixtures_training import CHAT_TEMPLATE, character_tokenizer, save_tiny_llm, write_clip, write_manifest
 from test_training_run import run, sections
 
 from listen.feature_extraction_listen import ListenFeatureExtractor
@@ -137,6 +137,21 @@ def test_embeddings_spell_the_words_and_nothing_frozen_changes(backbones: dict, 
     tokens = {int(c): int(i) for i, c in enumerate(trainer.distances.classes) if c}
     decode = trainer.processing_class.tokenizer.decode
     assert [decode([tokens[c] for c, _ in groupby(row.tolist()) if c]) for row in classes] == WORDS
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, None])  # the default one puts a space before the answer
+def test_every_word_of_an_answer_is_a_target(
+    template: str | None, backbones: dict, manifest: Path, tmp_path: Path
+) -> None:
+    settings = ctc_sections(backbones, manifest, tmp_path)
+    settings["model"]["language_model"] = save_tiny_llm(tmp_path / "llm", template)
+    trainer = trainer_for(settings)
+    tokenizer = trainer.processing_class.tokenizer
+    labels = trainer.data_collator(list(trainer.train_dataset))["labels"]
+    tokens = {int(c): i for i, c in enumerate(trainer.distances.classes) if c}
+    said = [tokenizer.decode([tokens[int(c)] for c in row]) for row in trainer._targets(labels)]
+    assert [text.strip() for text in said] == WORDS
+    assert all(len(row) == int((one >= 0).sum()) - 1 for row, one in zip(trainer._targets(labels), labels, strict=True))
 
 
 def test_another_run_takes_the_connector(backbones: dict, manifest: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from ..data.collator import ListenCollator
 from ..generation_listen import AUDIO_INPUTS
 from .datasets import count_tasks
 from .trainer import ListenTrainer
@@ -91,10 +92,13 @@ def ctc_loss(log_probabilities: torch.Tensor, lengths: Sequence[int], targets: S
     )
 
 
-def answer_tokens(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """All tokens of the answers, sorted, `(tokens,)`."""
-    texts = sorted({response.strip() for row in dataset["response"] for response in row})
-    return torch.tensor(sorted(set().union(*tokenizer(texts, add_special_tokens=False)["input_ids"])))
+def answer_tokens(dataset: Dataset, collator: ListenCollator) -> torch.Tensor:
+    """All tokens of the answers as the collator renders them, sorted, `(tokens,)`, without special ones."""
+    before, _, after = collator.render({"role": "user", "content": "?"}, "!")[1].partition("!")
+    texts = sorted({before + response.strip() + after for row in dataset["response"] for response in row})
+    tokenizer = collator.processor.tokenizer
+    found = set().union(*tokenizer(texts, add_special_tokens=False)["input_ids"])
+    return torch.tensor(sorted(found.difference(tokenizer.all_special_ids)))
 
 
 def space_token(tokenizer: PreTrainedTokenizerBase, answers: torch.Tensor) -> int | None:
@@ -124,9 +128,8 @@ class CtcTrainer(ListenTrainer):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         _check(self)
-        tokenizer = self.processing_class.tokenizer
-        ids = answer_tokens(self.train_dataset, tokenizer)
-        blank = space_token(tokenizer, ids)
+        ids = answer_tokens(self.train_dataset, self.data_collator)
+        blank = space_token(self.processing_class.tokenizer, ids)
         self.distances = TokenDistances(self.model.get_input_embeddings(), ids.to(self.args.device), blank)
 
     def compute_loss(
@@ -156,7 +159,7 @@ class CtcTrainer(ListenTrainer):
         return (loss, None) if return_outputs else loss
 
     def _targets(self, labels: torch.Tensor) -> list[torch.Tensor]:
-        """Classes of the words of each row, without the tokens of the chat template that end the turn."""
+        """Classes of the answer of each row, without the special tokens that end the turn."""
         classes = self.distances.classes[labels.clamp_min(0)] * (labels >= 0)  # (batch, sequence)
         return [row[row > 0] for row in classes]
 
