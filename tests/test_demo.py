@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import re
 import socket
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +149,60 @@ def test_errors_of_a_server_are_plain(server: str, tmp_path: Path) -> None:
     broken.write_bytes(b"no audio")
     with pytest.raises(ServerError, match="status 400.*cannot decode 8 bytes as audio"):
         next(ServedAnswers(server, "right").stream(Question([str(broken)], None, "asr", "listen-tiny", 3)))
+
+
+@contextmanager
+def odd_server(models: str, answer: str = "") -> Iterator[str]:
+    """A server that sends these texts as its list of models and as the stream of every answer."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_text(models)
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_text(answer)
+
+        def send_text(self, text: str) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *arguments: object) -> None:
+            """Keep the test's output clean."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+
+
+@pytest.mark.parametrize("models", ['{"data": null}', '{"data": ["a"]}', '{"data": [{}]}', "[]", "<html>"])
+def test_what_is_no_openai_api_is_named(models: str) -> None:
+    with odd_server(models) as address, pytest.raises(ServerError, match="is not an OpenAI API"):
+        ServedAnswers(address)
+
+
+def asked(*events: str) -> list[dict[str, Any]]:
+    """The pieces of an answer that a server sends as these events."""
+    models = '{"data": [{"id": "m", "tasks": null, "pool_size": null}]}'
+    with odd_server(models, "".join(f"data: {event}\n\n" for event in events)) as address:
+        answers = ServedAnswers(address)
+        assert answers.most_prompts("m") == 0 and "asr" in answers.instructions
+        return [*answers.stream(Question([SPEECH], None, "asr", "m", 0))]
+
+
+def test_odd_events_of_a_server_are_no_errors() -> None:
+    assert asked('{"error": null, "choices": [{"delta": {"content": "hi"}}]}') == [{"generated_text": "hi"}]
+    assert asked('{"choices": null}', "null", "[]", '{"choices": [{"delta": null}]}') == [{"generated_text": ""}]
+
+
+def test_an_answer_that_breaks_off_or_never_comes_is_an_error() -> None:
+    with pytest.raises(ServerError, match="broken"):
+        asked('{"choices": [{"delta": {"content": "hi"}}]}', '{"error": {"message": "broken"}}')
+    with pytest.raises(ServerError, match="sent no answer"):
+        asked()
 
 
 # ---------------------------------------------------------------------- the page in a browser

@@ -63,20 +63,25 @@ class ServedAnswers:
         Raises:
             ServerError: the server refuses the question or fails on it, before or within its answer.
         """
-        text = ""
+        text, is_answered = "", False
         with self._asked("POST", "/chat/completions", self._body(question)) as response:
             for event in _events(response):
-                if "error" in event:
+                if event.get("error"):
                     raise ServerError(_reason(event))
-                for choice in event.get("choices", []):
-                    text += choice.get("delta", {}).get("content") or ""
+                for choice in event.get("choices") or []:
+                    is_answered = True
+                    text += (choice.get("delta") or {}).get("content") or ""
                     yield {"generated_text": text}
+        if not is_answered:
+            raise ServerError(f"{self._url} sent no answer; check that it is an OpenAI API that streams")
 
     def _served_models(self) -> list[dict[str, Any]]:
         with self._asked("GET", "/models") as response:
             try:
-                return json.loads(response.read())["data"]
-            except (ValueError, KeyError, TypeError) as error:
+                models = json.loads(response.read())["data"]
+                # null is as if the server said nothing
+                return [{"id": one["id"], **{k: v for k, v in one.items() if v is not None}} for one in models]
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ServerError(f"{self._url} is not an OpenAI API; its address often ends in /v1") from error
 
     def _body(self, question: Question) -> dict[str, Any]:
@@ -125,7 +130,9 @@ def _events(response: httpx.Response) -> Iterator[dict[str, Any]]:
     for line in response.iter_lines():
         data = line.removeprefix("data:").strip()
         if line.startswith("data:") and data != "[DONE]":
-            yield json.loads(data)
+            event = json.loads(data)
+            if isinstance(event, dict):
+                yield event
 
 
 def _refusal(response: httpx.Response) -> str:
