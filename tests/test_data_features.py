@@ -219,6 +219,7 @@ def test_the_shard_of_a_killed_process_is_encoded_by_another_one(tmp_path: Path)
     assert len(list(folder.glob(f"shard-*-{digest}.arrow"))) == 1
     assert contents(folder) == contents(straight)
     assert FeatureStore(folder).verify() == [] and not list((folder / ".locks").glob("*.lock"))
+    assert not list(folder.glob("*.tmp"))  # not even of the killed one
 
 
 def test_the_shard_of_a_suspended_process_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,6 +97,7 @@ def precompute_features(
         with tqdm(total=left, desc="encoding", unit="clip", disable=not (shown and left)) as bar:
             postponed = [shard for shard in pending if not _write_once(work, folder, shard, written, bar)]
         if not postponed:
+            _remove_partial_shards(folder)  # of runs that died meanwhile
             return FeatureStore(folder)
         logger.warning(f"{folder}: other runs encode {sum(map(len, postponed))} of these recordings; waiting for them")
         for shard in postponed:  # until its run has written it, or has died
