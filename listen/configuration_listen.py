@@ -2,6 +2,7 @@
 
 import os
 from fractions import Fraction
+from importlib import import_module
 from pathlib import PureWindowsPath
 from typing import Any
 
@@ -155,11 +156,14 @@ class ListenConfig(BackbonesConfigMixin, PreTrainedConfig):
 
         Raises:
             ValueError: no preset has that name; the message lists them.
+            ImportError: the class comes from a checkpoint's code, and the package is not installed.
         """
-        from .presets_listen import PRESETS
-
-        check_choice("preset", name, tuple(PRESETS))
-        return cls(**{**PRESETS[name](), **overrides})
+        try:  # by name, so that checkpoints do not carry a file that answering does not need
+            presets = import_module("listen.presets_listen").PRESETS
+        except ModuleNotFoundError as error:
+            raise ImportError("presets need the package: pip install listen-audio-llm") from error
+        check_choice("preset", name, tuple(presets))
+        return cls(**{**presets[name](), **overrides})
 
     @classmethod
     def from_backbones(

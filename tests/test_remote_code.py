@@ -134,10 +134,11 @@ def test_with_the_package_imported_no_remote_code_is_run(tmp_path: Path) -> None
 
 
 def test_every_file_that_the_code_needs_is_shipped(tmp_path: Path) -> None:
-    """Flat modules import each other by `from .x import`, and only what lies beside them."""
+    """Flat modules import each other by `from .x import`, and only what lies beside them. Answering needs no presets."""
     build(tmp_path, adapter_only=False)
     code = {path.stem: path.read_text(encoding="utf-8") for path in tmp_path.glob("*.py")}
     assert {"modeling_listen", "processing_listen", "pipeline_listen", "configuration_listen"} <= set(code)
+    assert "presets_listen" not in code
     root = Path(sys.modules["listen"].__file__).parent
     for name, text in code.items():
         assert text == (root / f"{name}.py").read_text(encoding="utf-8")

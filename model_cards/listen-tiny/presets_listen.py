@@ -1,1 +1,0 @@
-../../listen/presets_listen.py
