@@ -80,8 +80,9 @@ class SimilaritySelection(SelectionStrategy):
         """`scores` are cosines; the norms are safe at zero, as in Learning to Prompt (arXiv 2112.08654)."""
         query, keys = request.query, request.keys
         scores = F.normalize(query, dim=-1, eps=1e-6) @ F.normalize(keys, dim=-1, eps=1e-6).T  # (batch, pool)
-        ranked = scores.masked_fill(request.dropped, -torch.inf)  # (batch, pool)
-        indices = ranked.topk(request.k, dim=-1).indices  # (batch, k)
+        # equal keys keep their order: the last digits of a cosine differ between a batch and a single row
+        ranked = scores.round(decimals=5).masked_fill(request.dropped, -torch.inf)  # (batch, pool)
+        indices = ranked.argsort(dim=-1, descending=True, stable=True)[:, : request.k]  # (batch, k)
         if self.loss_type == "similarity":
             losses = -scores.softmax(-1).gather(1, indices)  # (batch, k)
         elif self.loss_type == "distance":

@@ -45,6 +45,19 @@ def test_similarity_takes_the_nearest_keys_by_cosine_best_first(query: torch.Ten
         assert selection.key_loss[row].item() == pytest.approx(distance, rel=1e-5)
 
 
+def test_keys_of_one_direction_are_taken_in_their_order() -> None:
+    """Their cosines differ in the last digits alone, which differ between a batch and a single row."""
+    pool = make_pool("similarity")
+    with torch.no_grad():
+        pool.keys.copy_(pool.keys[:1] * torch.rand(POOL, 1).add(0.1))
+    key = torch.nn.functional.normalize(pool.keys[0].detach(), dim=0)
+    across = torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(2))
+    across = torch.nn.functional.normalize(across - (across @ key)[:, None] * key, dim=-1)
+    queries = 0.5 * key + 0.75**0.5 * across  # a cosine of 0.5 to each key
+    indices = pool(queries, torch.full((64,), 4))[1].indices
+    assert torch.equal(indices, torch.arange(4).expand(64, 4))
+
+
 def test_similarity_key_loss_of_the_authors_code(query: torch.Tensor) -> None:
     pool = make_pool("similarity", key_loss_type="similarity")
     _, selection = pool(query, full(3))

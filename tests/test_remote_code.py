@@ -134,7 +134,7 @@ def test_with_the_package_imported_no_remote_code_is_run(tmp_path: Path) -> None
 
 
 def test_every_file_that_the_code_needs_is_shipped(tmp_path: Path) -> None:
-    """Flat modules import each other by `from .x import`, and only what lies beside them. Answering needs no presets."""
+    """Flat modules import each other by `from .x import`, and only what lies beside them; presets are left out."""
     build(tmp_path, adapter_only=False)
     code = {path.stem: path.read_text(encoding="utf-8") for path in tmp_path.glob("*.py")}
     assert {"modeling_listen", "processing_listen", "pipeline_listen", "configuration_listen"} <= set(code)
