@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from listen.evaluation.comparison import Cell, compare, holm, load_items, seed_interval
+from listen.evaluation.comparison import Cell, compare, compare_losses, holm, load_items, seed_interval
 from listen.evaluation.comparison_plots import plot_scores
+from listen.evaluation.comparison_report import _loss_lines
 
 LABELS = ("happy", "sad")
 
@@ -191,3 +193,20 @@ def test_other_examples_and_other_scores_are_refused(tmp_path: Path) -> None:
     (tmp_path / "b-0" / "predictions.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match="needs the answers beside metrics.json"):
         load_items(tmp_path / "b-0")
+
+
+def test_held_out_losses_are_compared_within_seeds() -> None:
+    """Seeds differ far more than methods do; the paired test is that of scipy, the better method has the lower loss."""
+    noise = np.random.default_rng(0).normal(size=8)
+    losses = {"a": noise, "b": noise + 0.1 + 0.01 * np.arange(8), "c": noise[:1], "d": noise + np.arange(8) % 2 - 0.5}
+    cells = [
+        Cell(name, seed, {}, {"eval_lm_loss": x}) for name, values in losses.items() for seed, x in enumerate(values)
+    ]
+    found = {(one.first, one.second): one for one in compare_losses([*cells, Cell("no loss", 0, {})])}
+    assert set(found) == {("a", "b"), ("a", "d"), ("b", "d")}  # one common seed is not enough
+    pair = found["a", "b"]
+    assert pair.p == pytest.approx(stats.ttest_rel(losses["a"], losses["b"]).pvalue)
+    assert pair.p_holm == pytest.approx(3 * pair.p) and pair.better == "a" and pair.num_seeds == 8
+    assert pair.difference == pytest.approx(-0.135) and pair.interval[0] < -0.135 < pair.interval[1] < 0
+    assert found["a", "d"].better is None
+    assert [line.count("(+)") for line in _loss_lines(list(found.values()))[-3:]] == [1, 0, 0]

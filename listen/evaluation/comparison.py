@@ -38,6 +38,7 @@ CELL_FILE = "cell.json"
 EVALUATION_FOLDER = "evaluation"
 SIGNIFICANCE = 0.05
 NUM_RESAMPLES = 500
+LOSS = "eval_lm_loss"
 Item = tuple[str, str, int]
 
 
@@ -107,7 +108,7 @@ class Comparison:
         interval: 95 % interval of the difference.
         p: p value of the difference, not corrected.
         p_holm: corrected for all comparisons of the table.
-        num_items: examples.
+        num_items: examples that were resampled.
         num_seeds: seeds that both have.
     """
 
@@ -206,6 +207,30 @@ def compare(cells: Sequence[Cell], num_resamples: int = NUM_RESAMPLES, seed: int
                 items = runs[first, seeds[0]]
                 head = {"task": task, "metric": items.name, "first": first, "second": second}
                 found.append({**head, **_test(*pair, spread, num_items=len(items.keys))})
+    corrected = holm([entry["p"] for entry in found])
+    return [Comparison(**entry, p_holm=p) for entry, p in zip(found, corrected, strict=True)]
+
+
+def compare_losses(cells: Sequence[Cell]) -> list[Comparison]:
+    """Compare the held-out LM losses of all pairs of methods with two common seeds, by a paired t test over seeds.
+
+    Runs of one seed share their data order, their start and their held-out rows. The p values are corrected for the
+    number of pairs; `num_items` is 0, as the examples are not tested one by one.
+    """
+    losses: dict[str, dict[int, float]] = {}
+    for cell in cells:
+        if LOSS in cell.figures:
+            losses.setdefault(cell.method, {})[cell.seed] = cell.figures[LOSS]
+    found: list[dict[str, Any]] = []
+    for first, second in itertools.combinations(losses, 2):
+        seeds = sorted(losses[first].keys() & losses[second].keys())
+        if len(seeds) > 1:
+            pair = np.array([[losses[name][number] for number in seeds] for name in (first, second)])  # (2, seeds)
+            test = stats.ttest_1samp(pair[0] - pair[1], 0.0)
+            head = {"task": "all", "metric": LOSS, "first": first, "second": second, "num_items": 0}
+            values = {"values": tuple(pair.mean(axis=1).tolist()), "difference": float((pair[0] - pair[1]).mean())}
+            interval = tuple(map(float, test.confidence_interval()))
+            found.append({**head, **values, "interval": interval, "p": float(test.pvalue), "num_seeds": len(seeds)})
     corrected = holm([entry["p"] for entry in found])
     return [Comparison(**entry, p_holm=p) for entry, p in zip(found, corrected, strict=True)]
 

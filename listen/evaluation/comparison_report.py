@@ -21,6 +21,7 @@ from .comparison import (
     Cell,
     Comparison,
     compare,
+    compare_losses,
     method_names,
     seed_interval,
     tasks_of,
@@ -63,6 +64,8 @@ def write_comparison(
 ) -> list[Comparison]:
     """Write `comparison.md`, `table.csv`, `pairs.csv`, `cells.csv`, `scores.png` and, with logs, `curves.png`.
 
+    `losses.csv` holds the pairs of held-out LM losses, where methods have common seeds.
+
     Args:
         cells: evaluated runs, the methods in the order of the table.
         folder: created if needed.
@@ -87,6 +90,8 @@ def write_comparison(
     _write_csv(folder / "table.csv", _table_rows(cells))
     _write_csv(folder / "pairs.csv", [_pair_row(comparison) for comparison in comparisons])
     _write_csv(folder / "cells.csv", _cell_rows(cells))
+    if losses := compare_losses(cells):
+        _write_csv(folder / "losses.csv", [_pair_row(loss) for loss in losses])
     plot_scores(cells, comparisons, reference).savefig(folder / "scores.png", dpi=150)
     if any("lm_loss" in entry for cell in cells for entry in cell.history):
         plot_curves(cells).savefig(folder / "curves.png", dpi=150)
@@ -121,6 +126,7 @@ def markdown_comparison(
         "neither than that of the column:",
         "",
         *_pair_matrix(comparisons, method_names(cells)),
+        *_loss_lines(compare_losses(cells)),
     ]
     return "\n".join([*lines, *(f"\n{note}" for note in notes)]) + "\n"
 
@@ -183,6 +189,35 @@ def _pair_matrix(comparisons: Sequence[Comparison], methods: Sequence[str]) -> l
             cells.append(" / ".join(map(str, counts)) if own else "")
         lines.append(_line([markdown(row), *cells]))
     return lines
+
+
+def _loss_lines(losses: Sequence[Comparison]) -> list[str]:
+    """The held-out LM losses of all pairs, a row minus a column."""
+    if not losses:
+        return []
+    methods = list(dict.fromkeys(name for loss in losses for name in (loss.first, loss.second)))
+    ends = {(one.first, one.second): (1, one) for one in losses} | {
+        (one.second, one.first): (-1, one) for one in losses
+    }
+    lines = [
+        "",
+        "Held-out LM loss, row minus column, below 0 where the row is better: mean difference over the common seeds ± "
+        "half of its 95 % interval (paired t test over seeds). (+) and (-): the row is significantly better and worse, "
+        f"after Holm's correction for these {len(losses)} pairs.",
+        "",
+        _line(["", *map(markdown, methods)]),
+        _line(["---", *["---:"] * len(methods)]),
+    ]
+    for row in methods:
+        shown = [_loss_cell(row, *ends[row, column]) if (row, column) in ends else "" for column in methods]
+        lines.append(_line([markdown(row), *shown]))
+    return lines
+
+
+def _loss_cell(row: str, sign: int, loss: Comparison) -> str:
+    low, high = loss.interval
+    mark = "" if loss.better is None else " (+)" if loss.better == row else " (-)"
+    return f"{sign * loss.difference:.3f} ± {(high - low) / 2:.3f}{mark}"
 
 
 def _mark(comparisons: Sequence[Comparison], task: str, reference: str, method: str) -> str:

@@ -36,7 +36,7 @@ METRICS: tuple[type[RowMetric], ...] = (
     CiderD,
     EventF1,
 )
-LOWER_IS_BETTER = frozenset({"wer", "cer", "eer", "unparsable_rate"})
+LOWER_IS_BETTER = frozenset({"wer", "cer", "eer", "unparsable_rate", "eval_lm_loss"})
 SCORE_TITLES = {
     "wer": "word error rate",
     "cer": "character error rate",
