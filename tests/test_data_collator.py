@@ -85,7 +85,7 @@ def test_clips_about_as_long_as_a_chunk_fit_the_encoder(seconds: float, tmp_path
     batch = ListenCollator(tiny_processor(tiny_config()))(
         [*load_manifest(write_manifest(tmp_path / "m.jsonl", [line]))]
     )
-    assert batch["input_features"].shape[2] == batch["input_features_mask"].sum(-1).max() + (seconds < 30) * 10
+    assert batch["input_features"].shape[2] == 3000
     with torch.no_grad():
         assert tiny_model()(**batch).loss.isfinite()
 
