@@ -25,12 +25,12 @@ from .harness import Figure, machine, report
 from .models import Setting
 from .serving import serving
 from .start import start
-from .training import response_logits, training_step
+from .training import chunked_loss, response_logits, training_step
 
 BENCHMARKS: dict[str, Callable[[Setting], list[Figure]]] = {
     function.__name__: function
     for function in (
-        *(training_step, response_logits, first_token, decoding, pool),
+        *(training_step, response_logits, chunked_loss, first_token, decoding, pool),
         *(front_end, encoder_length, beats_attention, start, growth, serving),
     )
 }

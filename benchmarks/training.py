@@ -10,11 +10,16 @@ import torch.nn.functional as F
 from peft import LoraConfig
 from torch import nn
 
+from listen import ListenModel
+
 from .harness import Figure, both_figures, memory_figure, time_figure
 from .models import Setting
 
 Step = Callable[[], object]
+Loss = Callable[[torch.Tensor, nn.Linear, torch.Tensor], torch.Tensor]
 PADDED_SECONDS = 30.0  # what Whisper's own extractor pads clips to
+LARGE_VOCABULARY = 128_256  # Llama 3
+CHUNK = 64  # positions whose logits exist at a time
 
 
 def training_step(setting: Setting) -> list[Figure]:
@@ -111,3 +116,45 @@ def response_logits(setting: Setting) -> list[Figure]:
         kept=listen_step(setting, inputs, response_length(setting) + 1), everything=listen_step(setting, inputs, 0)
     )
     return both_figures("response_logits", kept, everything)
+
+
+def chunked_loss(setting: Setting) -> list[Figure]:
+    """The loss from all logits of the response, as the model computes it, against chunks of 64 positions.
+
+    Forward and backward with stored features, once with the LLM's own head and once with a random one of 128,256
+    tokens. The chunks are those of `torch.nn.functional.linear_cross_entropy`.
+    """
+    own = setting.model.train().get_output_embeddings()
+    like = {"device": own.weight.device, "dtype": own.weight.dtype}
+    large = nn.Linear(own.in_features, LARGE_VOCABULARY, bias=False, **like).requires_grad_(False)
+    audio = setting.audio(setting.options.batch, setting.options.seconds)
+    inputs = {**setting.inputs(audio), **setting.encoded(audio)}
+    figures = []
+    for name, head in {"chunked_loss": own, "chunked_loss.128k": large}.items():
+        steps = {loss.__name__: loss_step(setting, inputs, head, loss) for loss in (whole_loss, loss_in_chunks)}
+        figures += both_figures(name, *setting.compare(**steps))
+    return figures
+
+
+def loss_step(setting: Setting, inputs: dict[str, torch.Tensor], head: nn.Linear, loss: Loss) -> Step:
+    """Forward to the LLM's last states, `loss` on those of the response, and the backward pass."""
+    model, answer = setting.model, response_length(setting)
+    targets = inputs["input_ids"][:, -answer:].flatten().clamp_max(head.out_features - 1)  # (batch * answer,)
+
+    def step() -> None:
+        states = ListenModel.forward(model, **inputs).last_hidden_state  # (batch, positions, width)
+        loss(states[:, -answer - 1 : -1].flatten(0, 1), head, targets).backward()
+        model.zero_grad()
+
+    return step
+
+
+def whole_loss(states: torch.Tensor, head: nn.Linear, targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy from float32 logits of all positions."""
+    return F.cross_entropy(head(states).float(), targets)
+
+
+def loss_in_chunks(states: torch.Tensor, head: nn.Linear, targets: torch.Tensor) -> torch.Tensor:
+    """The same, without all logits at once."""
+    chunks = nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK)
+    return F.linear_cross_entropy(states, head.weight, targets, linear_bias=head.bias, options=chunks)
