@@ -16,6 +16,19 @@ OWN_QUESTION = "your own question"
 """Entry of the drop-down, in place of a task."""
 MAX_UPLOAD = "100mb"
 _ERRORS = (ValueError, TypeError, OSError, RuntimeError)  # of input, of files, of a server, of memory
+# run in the browser: a click that follows at once finds the button as it is now
+_DISABLE, _ENABLE = (f"() => ({{__type__: 'update', interactive: {value}}})" for value in ("false", "true"))
+# calls remove what is not speech from recordings; gradio leaves the browser's default, which is that of calls
+_UNPROCESSED_RECORDINGS = """() => {
+    const devices = navigator.mediaDevices;
+    if (!devices) return;  // addresses other than https and this machine have no microphone
+    const open = devices.getUserMedia.bind(devices);
+    const unprocessed = {echoCancellation: false, noiseSuppression: false, autoGainControl: false};
+    devices.getUserMedia = (wanted) => {
+        const audio = wanted?.audio && {...unprocessed, ...(wanted.audio === true ? {} : wanted.audio)};
+        return open({...wanted, audio});
+    };
+}"""
 _CSS = """
 .gradio-container { max-width: 1100px !important; margin: auto !important; }
 #answer textarea { font-size: 1.15rem; }
@@ -84,7 +97,8 @@ def launch(page: gradio.Blocks, **options: Any) -> Any:
     """
     # fonts of the system: the page needs no other server
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    return page.launch(theme=theme, css=_CSS, footer_links=[], max_file_size=MAX_UPLOAD, **options)
+    options = {"theme": theme, "css": _CSS, "js": _UNPROCESSED_RECORDINGS, "footer_links": [], **options}
+    return page.launch(max_file_size=MAX_UPLOAD, **options)
 
 
 def task_choices(instructions: Mapping[str, str], tasks: Sequence[str] | None = None) -> list[tuple[str, str]]:
@@ -213,8 +227,15 @@ def _connect(
             raise gradio.Error(_message(error, clips), duration=None, print_exception=False) from error
 
     button, field = asking
-    running = gradio.on([button.click, field.submit], ask, inputs, outputs, api_name="ask", concurrency_limit=1)
-    stop.click(None, cancels=[running])
+    asked = [button.click, field.submit]
+    gradio.on(asked, None, None, button, js=_DISABLE)
+    running = gradio.on(asked, ask, inputs, outputs, api_name="ask", concurrency_limit=1)
+    stop.click(None, None, button, js=_ENABLE, cancels=[running])
+    for clip in inputs[:2]:  # a recording is uploaded some time after its end
+        clip.start_recording(None, None, button, js=_DISABLE)
+        gradio.on([clip.stop_recording, clip.clear], None, None, button, js=_ENABLE)
+    for end in (running.then, running.failure):  # `then` does not follow an error
+        end(None, None, button, js=_ENABLE)
 
 
 def chart_of(prompts: list[dict[str, Any]]) -> gradio.BarPlot:
