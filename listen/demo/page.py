@@ -19,7 +19,8 @@ _ERRORS = (ValueError, TypeError, OSError, RuntimeError)  # of input, of files, 
 # run in the browser: a click that follows at once finds the button as it is now
 _DISABLE, _ENABLE = (f"() => ({{__type__: 'update', interactive: {value}}})" for value in ("false", "true"))
 # calls remove what is not speech from recordings; gradio leaves the browser's default, which is that of calls
-_UNPROCESSED_RECORDINGS = """() => {
+_UNPROCESSED_RECORDINGS = """<script>
+(() => {
     const devices = navigator.mediaDevices;
     if (!devices) return;  // addresses other than https and this machine have no microphone
     const open = devices.getUserMedia.bind(devices);
@@ -28,7 +29,8 @@ _UNPROCESSED_RECORDINGS = """() => {
         const audio = wanted?.audio && {...unprocessed, ...(wanted.audio === true ? {} : wanted.audio)};
         return open({...wanted, audio});
     };
-}"""
+})();
+</script>"""
 _CSS = """
 .gradio-container { max-width: 1100px !important; margin: auto !important; }
 #answer textarea { font-size: 1.15rem; }
@@ -97,7 +99,7 @@ def launch(page: gradio.Blocks, **options: Any) -> Any:
     """
     # fonts of the system: the page needs no other server
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    options = {"theme": theme, "css": _CSS, "js": _UNPROCESSED_RECORDINGS, "footer_links": [], **options}
+    options = {"theme": theme, "css": _CSS, "head": _UNPROCESSED_RECORDINGS, "footer_links": [], **options}
     return page.launch(max_file_size=MAX_UPLOAD, **options)
 
 
