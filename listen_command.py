@@ -9,7 +9,8 @@ import difflib
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 COMMANDS = {
     "ask": "ask a model about audio files",
@@ -18,7 +19,7 @@ COMMANDS = {
     "train": "train an adapter",
     "train-classifier": "train a classifier over a frozen encoder",
     "eval": "evaluate a model: metrics, predictions and a report",
-    "compare": "compare runs in one table",
+    "compare": "train and evaluate methods with several seeds, and test all differences",
     "precompute": "encode all audio of a recipe once and store the features",
     "targets": "generate the targets of behavioural alignment",
     "check-data": "check data before a run: counts, hours, labels, broken files",
@@ -73,19 +74,11 @@ def usage() -> str:
     )
 
 
-def run(name: str) -> None:
-    """Run one command with the words of `sys.argv`. An error of use ends it with one line and exit status 1.
-
-    Progress bars are left out where the output is redirected.
-    """
-    quiet = not sys.stderr.isatty()
-    if quiet:
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read when datasets is imported
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Within it, an error of use ends the program with one line and exit status 1."""
     try:
-        module = importlib.import_module(f"listen.commands.{MODULES.get(name, name.replace('-', '_'))}")
-        if quiet:
-            importlib.import_module("transformers.utils.logging").disable_progress_bar()
-        module.main()
+        yield
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -93,6 +86,21 @@ def run(name: str) -> None:
         if not is_use or os.environ.get("LISTEN_TRACEBACK"):
             raise
         sys.exit(f"error: {error or type(error).__name__}")
+
+
+def run(name: str) -> None:
+    """Run one command with the words of `sys.argv`; see `errors_in_one_line`.
+
+    Progress bars are left out where the output is redirected.
+    """
+    quiet = not sys.stderr.isatty()
+    if quiet:
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read when datasets is imported
+    with errors_in_one_line():
+        module = importlib.import_module(f"listen.commands.{MODULES.get(name, name.replace('-', '_'))}")
+        if quiet:
+            importlib.import_module("transformers.utils.logging").disable_progress_bar()
+        module.main()
 
 
 def main(given: Sequence[str] | None = None) -> None:

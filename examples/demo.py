@@ -1,9 +1,10 @@
 """The first run, from nothing to a trained model: `make demo`, or `python examples/demo.py`.
 
-Synthesises the built-in corpus, caches the features of the frozen encoders, trains a LiSTEN adapter on six tasks,
-evaluates it on held-out speakers and sentences with its prompts and without any, and asks it three questions about wav
-files. Everything is written to runs/demo: `metrics.json`, the report, the trained `model`. Takes the arguments of
-`examples/train.py` as overrides, such as `--training.max_steps 300`; about 10 minutes on two CPU cores as it is.
+Synthesises the built-in corpus, caches the features of the frozen encoders, trains a LiSTEN adapter on six tasks and
+two auxiliary ones, evaluates it on held-out speakers and sentences with its prompts and without any, and asks it three
+questions about recordings. Everything is written to runs/demo: `metrics.json`, the report, the trained `model`. Takes
+the arguments of `examples/train.py` as overrides, such as `--training.max_steps 300`; about 10 minutes on two CPU cores
+as it is.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from listen.data import FeatureStore, load_manifest, precompute_features
 from listen.data.corpus import build_corpus
 from listen.evaluation import EvaluationResult, evaluate_model
 from listen.training import RunArguments, TrainResult, build_encoders, parse_arguments, train
+from listen_command import errors_in_one_line
 
 FOLDER = Path("runs/demo")
 CORPUS = FOLDER / "corpus"
@@ -124,4 +126,5 @@ def first_row(task: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_line():
+        main()

@@ -40,6 +40,7 @@ from listen.evaluation.response_table import load_scores, markdown_table, read_s
 from listen.evaluation.responses import ResponseEvaluation, evaluate_responses
 from listen.modeling_listen import ListenForConditionalGeneration
 from listen.processing_listen import ListenProcessor
+from listen_command import errors_in_one_line
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -160,4 +161,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_line():
+        main()

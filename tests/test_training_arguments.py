@@ -131,6 +131,10 @@ def test_settings_that_a_checkpoint_brings_are_refused(name: str) -> None:
         parse_arguments(["--model.checkpoint", "x", f"--model.{name}", "false" if name == "pad_to_30s" else "y"])
 
 
+def test_other_names_of_tasks_become_those_of_the_rows() -> None:
+    assert parse_arguments([*BACKBONES, "--data.join_tasks", "[speaker, asr]"]).data.join_tasks == ["sv", "asr"]
+
+
 def test_something_must_be_named_to_train() -> None:
     with pytest.raises(ArgumentError, match="model.speech_encoder and model.language_model"):
         build_arguments({})

@@ -6,8 +6,9 @@
 With `--config` each cell, one method with one seed, is a process of its own, `--jobs` of them at a time, each on one
 GPU in turn or on one CPU core. A finished cell is never run again; a cell that was interrupted goes on from its last
 checkpoint; one that was started with other arguments is refused. Encoder features are computed once for all. The output
-folder gets `comparison.md` (the table, and the counts of all pairwise tests), `table.csv`, `pairs.csv`, `cells.csv`,
-`scores.png`, `curves.png` and `prompts.md` (which tasks share prompts and queries). `--table` writes these for the
+folder gets `comparison.md` (the table, the counts of all pairwise tests, and held-out losses in pairs by seed),
+`table.csv`, `pairs.csv`, `losses.csv`, `cells.csv`, `scores.png`, `curves.png` and `prompts.md` (which tasks share
+prompts and queries). `--table` writes these for the
 finished cells and runs nothing. On a cluster, run cells as jobs of their own with `--cell METHOD SEED` after
 `--prepare`, and `--table` at the end.
 

@@ -4,7 +4,7 @@
 
 The checkpoint is the `.pt` file of https://github.com/microsoft/unilm/tree/master/beats, pre-trained or fine-tuned. It
 is read with `weights_only=True`, so nothing in it is executed. The folder holds `config.json`, `model.safetensors` and
-a model card; name it in `base_models.audio_encoder` of a LiSTEN configuration.
+a model card; name it as `model.audio_encoder` of a recipe.
 """
 
 from __future__ import annotations

@@ -411,7 +411,7 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="published checkpoint, e.g. salmonn_v1.pth")
     parser.add_argument("output", type=Path, help="folder to write")
     parser.add_argument("--speech-encoder", help=f"Whisper: Hub id or folder ({SPEECH_ENCODER})")
-    parser.add_argument("--audio-encoder", help="BEATs: folder written by convert_beats.py (`beats` inside the output)")
+    parser.add_argument("--audio-encoder", help="BEATs: folder written by convert-beats (`beats` inside the output)")
     parser.add_argument("--language-model", help=f"Vicuna: Hub id or folder ({LANGUAGE_MODEL})")
     parser.add_argument("--no-lora", action="store_true", help="the checkpoint was trained without LoRA")
     parser.add_argument("--download", action="store_true", help="fetch configs and tokenizer from the Hub")

@@ -119,7 +119,7 @@ def _flops(number: float) -> str:
 def _parse(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help=f"{', '.join(PRESETS)}, a recipe (.yaml), or the folder of a model")
-    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=1, help="samples of the batch (default 1)")
     parser.add_argument("--audio-seconds", type=float, default=30.0, help="audio of each sample (default 30)")
     parser.add_argument("--text-tokens", type=int, default=64, help="tokens of its text (default 64)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the backbones")

@@ -40,7 +40,7 @@ from ..evaluation.cascade import load_recogniser, tag_rows
 from ..modeling_listen import ListenForConditionalGeneration
 from ..processing_listen import ListenProcessor
 from ..training import ArgumentError, DataArguments, build_eval_dataset
-from ..training.arguments import parse_sources
+from ..training.arguments import parse_sources, task_names
 from ..training.parsing import read_config
 from ..training.values import check_values, field_names, refuse_unknown
 
@@ -63,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num-workers", type=int, default=0, help="processes that load audio ahead")
     parser.add_argument("--dtype", default="auto", help="of the backbones: auto, float32, bfloat16")
     parser.add_argument("--spelling-from", help="Whisper checkpoint whose table of British spellings the WER uses")
-    parser.add_argument("--features", help="encoder features by examples/precompute_features.py, in place of encoding")
+    parser.add_argument("--features", help="encoder features by `listen precompute`, in place of encoding")
     parser.add_argument("--cascade", help="classifier whose label is written before the speech, as in <happy>")
     parser.add_argument("--sweep", type=int, nargs="*", metavar="K", help="also evaluate with these numbers of prompts")
     parser.add_argument("--output", type=Path, default=Path("runs/eval"), help="folder of the results")
@@ -109,6 +109,7 @@ def main() -> None:
     try:
         data = data_arguments(arguments)
         rows = build_eval_dataset(data, seed=0)  # before the model is loaded
+        tasks = task_names("--tasks", arguments.tasks or ()) or None
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
     model = ListenForConditionalGeneration.from_pretrained(arguments.model, dtype=arguments.dtype).to(state.device)
@@ -125,7 +126,7 @@ def main() -> None:
         "num_beams": arguments.num_beams,
         "max_new_tokens": arguments.max_new_tokens,
     }
-    dataset = select_rows(rows, arguments.tasks, arguments.max_examples)
+    dataset = select_rows(rows, tasks, arguments.max_examples)
     if arguments.cascade:
         dataset = tag_rows(dataset, load_recogniser(arguments.cascade, arguments.batch_size)(dataset))
     evaluate = partial(evaluate_model, model, processor, dataset, **options)

@@ -9,7 +9,7 @@ run resumes where it stopped, and more data can be added to a store later. Any n
 may run the same command: each claims one shard after another, without a connection between them. The
 features of a recording whose file was replaced are computed again. `--verify` computes nothing: it checks that the
 store holds every recording, and compares checksums of all features and digests of all audio files; the exit status is
-1 if there is a problem. Takes the arguments of `examples/train.py`: the
+1 if there is a problem. Takes the arguments of `listen train`: the
 sections `model` and `data` are used, and from `training` `per_device_eval_batch_size`, `dataloader_num_workers` and
 `num_threads`. Features take 16 bits per value: with Whisper-large and BEATs 0.2 MB per second of audio.
 """

@@ -37,7 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default cpu)")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16, float16 (default float32)")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all interfaces (default 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--port", type=int, default=8000, help="port (default 8000)")
     parser.add_argument("--api-key", default=os.environ.get(KEY_VARIABLE), help=f"default: the variable {KEY_VARIABLE}")
     parser.add_argument("--max-batch", type=int, default=16, help="requests in one batch")
     parser.add_argument("--max-waiting", type=int, default=256, help="requests that may wait; 429 beyond")

@@ -7,7 +7,7 @@
 
 Each line of the data holds `audio`, `transcript` (or `text`) and `emotion`; `--columns transcript=sentence` names other
 fields, and a data set of the Hub will do as well. The folder gets one manifest for each kind of target, which
-`examples/train.py` reads (`examples/configs/speech_emotion`). An interrupted run resumes where it stopped.
+`listen train` reads (`examples/configs/speech_emotion`). An interrupted run resumes where it stopped.
 """
 
 from __future__ import annotations

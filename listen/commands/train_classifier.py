@@ -5,7 +5,7 @@
 
 Arguments are those of `listen.training.classifier_arguments`. The run's folder (`--training.output_dir`) gets the
 logs, what is needed to repeat the run, and the classifier under `model/`, ready for `pipeline("audio-classification")`
-and for `examples/evaluate_tasks.py --cascade`.
+and for `listen eval --cascade`.
 """
 
 from __future__ import annotations

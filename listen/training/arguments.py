@@ -29,7 +29,8 @@ class ModelArguments:
 
     Attributes:
         checkpoint: folder or Hub id of a LiSTEN checkpoint whose adapter is trained further.
-        preset: named configuration that gives the connector, the pool and the trainable parts.
+        preset: named configuration that gives the connector, the pool and the trainable parts; `listen cost --help`
+            lists them.
         speech_encoder: folder or Hub id of a Whisper checkpoint, or of another audio encoder of transformers.
         audio_encoder: folder or Hub id of a BEATs checkpoint in this package's format; null leaves this encoder out.
         language_model: folder or Hub id of a causal LLM; its tokenizer is used too.
@@ -102,7 +103,7 @@ class DataArguments:
         mixing: how tasks are mixed: `proportional`, `equal`, `temperature` or `weights`.
         mixing_temperature: 1 is proportional, large is equal.
         mixing_weights: share of each task, for `weights`.
-        features: folder of encoder features from `examples/precompute_features.py`; null runs the encoders.
+        features: folder of encoder features from `listen precompute`; null runs the encoders.
         join_tasks: tasks whose clips are joined into one recording; the LiSTEN paper joins the two of `sv`.
         join_silence_seconds: silence between joined clips; SALMONN's data has 0.1.
         max_audio_seconds: leave out longer training rows; their number is logged.
@@ -142,7 +143,7 @@ class DataArguments:
             raise ArgumentError(
                 f"data.max_eval_rows={self.max_eval_rows} must be at least 1; leave out data.eval instead"
             )
-        check_tasks("data.join_tasks", self.join_tasks)
+        self.join_tasks = task_names("data.join_tasks", self.join_tasks)
 
 
 _COUNTS = ("min_prompts", "pad_to_multiple_of", "generation_max_new_tokens", "generation_num_beams")
@@ -255,17 +256,16 @@ class ListenTrainingArguments(TrainingArguments):
         return self.seed if self.data_seed is None else self.data_seed
 
 
-def check_tasks(where: str, names: Sequence[str] | None) -> None:
-    """Refuse names of tasks that are not registered.
+def task_names(where: str, names: Sequence[str]) -> list[str]:
+    """The names of tasks as rows carry them: `sv` for `speaker`.
 
     Raises:
-        ArgumentError: there is one.
+        ArgumentError: one is not registered.
     """
-    for name in names or ():
-        try:
-            get_task(name)
-        except UnknownTaskError as error:
-            raise ArgumentError(f"{where}: {error}") from error
+    try:
+        return [get_task(name).name for name in names]
+    except UnknownTaskError as error:
+        raise ArgumentError(f"{where}: {error}") from error
 
 
 def parse_sources(where: str, value: Any) -> list[DataSource]:

@@ -25,6 +25,7 @@ from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
+from ..data.extras import DISTRIBUTION
 from ..data.files import hold_folder, write_json, write_text
 from ..data.processes import launched_processes
 from ..data.revision import git_revision
@@ -37,7 +38,7 @@ logger = logging.get_logger(__name__)
 CONFIG_FILE = "config.yaml"
 RUN_FILE = "run.json"
 _OPTIMIZER_FILES = ("*optimizer*", "global_step*")  # the Trainer's or FSDP's, and DeepSpeed's
-_PACKAGES = ("listen", "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "numpy")
+_PACKAGES = (DISTRIBUTION, "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "numpy")
 _NOT_COMPARED = {f"training.{name}" for name in ("output_dir", "resume", "resume_from_checkpoint", "disable_tqdm")}
 
 
