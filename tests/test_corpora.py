@@ -112,6 +112,7 @@ def test_librispeech(tmp_path: Path) -> None:
     rows = read(tmp_path, "librispeech", split="train-clean-100+dev-clean")
     assert [row["id"] for row in rows] == ["19-198-0000", "19-198-0001", "84-198-0000", "84-198-0001"]
     assert rows[1]["response"] == ["don't go"] and extra_fields(rows[1])["speaker"] == "19"
+    assert {row["task"] for row in read(tmp_path, "librispeech", split="dev-clean", task="transcribe")} == {"asr"}
     (tmp_path / "librispeech" / "dev-clean" / "84" / "198" / "84-198.trans.txt").write_text("84-198-0000\n")
     with pytest.raises(ManifestError, match=r"84-198.trans.txt:1: expected an utterance and its words"):
         read(tmp_path, "librispeech", split="dev-clean")

@@ -15,6 +15,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
+from ..tasks_listen import TASK_ALIASES
 from .corpora import CORPORA
 from .manifest import (
     FEATURES,
@@ -114,6 +115,8 @@ class DataSource:
             self.tasks = None if self.tasks is None else [get_task(name).name for name in self.tasks]
         except UnknownTaskError as error:
             raise ValueError(f"{self.label}: tasks: {error}") from error
+        if self.task in TASK_ALIASES:
+            self.task = get_task(self.task).name
         if self.format in CORPORA:
             CORPORA[self.format].parts(self.split)
 
