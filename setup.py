@@ -5,8 +5,7 @@ from shutil import rmtree
 
 from setuptools import find_packages, setup
 
-# Answering, the data and `listen cost`. Ten packages are those of the design; the rest is what the code imports beside
-# them and what they bring anyway.
+# Answering, the data and `listen cost`.
 REQUIRED = [
     # model and checkpoints
     "torch>=2.11",  # tensors and autograd; the oldest release that transformers 5.23 is run with here
@@ -101,7 +100,7 @@ rmtree(ROOT / "build" / "lib", ignore_errors=True)  # modules of an earlier buil
 setup(
     name="listen-audio-llm",  # `listen` is another project on PyPI; the import stays `listen`
     version="0.1.0",
-    description="Audio language models that learn by selecting soft prompts, on Hugging Face transformers",
+    description="Audio input for frozen text LLMs by a small trainable adapter, on Hugging Face transformers",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author="The LiSTEN authors",

@@ -35,9 +35,9 @@ class ModelArguments:
         audio_encoder: folder or Hub id of a BEATs checkpoint in this package's format; null leaves this encoder out.
         language_model: folder or Hub id of a causal LLM; its tokenizer is used too.
         revisions: revision of each backbone by its name above; `main` by default.
-        connector: fields of `ListenConnectorConfig` that differ from the preset.
-        prompt_pool: fields of `ListenPromptPoolConfig` that differ from the preset; `{pool_size: 0}` is a model
-            without a pool.
+        connector: fields of `ListenConnectorConfig` (listen/configuration_adapter.py) that differ from the preset.
+        prompt_pool: fields of `ListenPromptPoolConfig` (in the same file) that differ from the preset;
+            `{pool_size: 0}` is a model without a pool.
         connector_from: folder or Hub id of a LiSTEN checkpoint whose connector initialises that of a new model.
         new_prompts: number of prompts that are appended to the pool of `checkpoint`, to add a task; they alone are
             trained.
