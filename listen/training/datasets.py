@@ -18,7 +18,7 @@ from .values import ArgumentError
 
 logger = logging.get_logger(__name__)
 
-_CHARACTERS_PER_TOKEN = 4
+_BYTES_PER_TOKEN = 4  # of UTF-8: about one token for a Chinese character, which counts as three bytes
 
 
 def build_train_dataset(
@@ -116,7 +116,7 @@ def add_lengths(dataset: Dataset | IterableDataset, embeddings_per_second: float
         return dataset
 
     def measure(row: Mapping[str, Any]) -> dict[str, int]:
-        text = len(row["response"][0]) // _CHARACTERS_PER_TOKEN
+        text = len(row["response"][0].encode()) // _BYTES_PER_TOKEN
         return {"length": round(embeddings_per_second * (row_seconds(row) or 0.0)) + text + 1}
 
     return dataset.map(measure, features=Features({**FEATURES, "length": Value("int64")}))
