@@ -153,8 +153,12 @@ def test_errors_of_a_server_are_plain(server: str, tmp_path: Path) -> None:
 
 
 @contextmanager
-def odd_server(models: str, answer: str = "") -> Iterator[str]:
-    """A server that sends these texts as its list of models and as the stream of every answer."""
+def odd_server(models: str, answer: str = "", parties: int = 1) -> Iterator[str]:
+    """A server that sends these texts as its list of models and as the stream of every answer.
+
+    It answers once this many questions wait.
+    """
+    together = threading.Barrier(parties)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -162,6 +166,7 @@ def odd_server(models: str, answer: str = "") -> Iterator[str]:
 
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
+            together.wait(timeout=60)
             self.send_text(answer)
 
         def send_text(self, text: str) -> None:
@@ -371,3 +376,21 @@ def test_the_page_answers_over_a_server(browser: Browser, server: str) -> None:
     expect(page.get_by_text("The server refused the request (status 400): cannot decode")).to_be_visible()
     page.close()
     demo.close()
+
+
+@pytest.mark.slow
+def test_questions_to_a_server_do_not_wait_for_each_other(browser: Browser) -> None:
+    event = 'data: {"choices": [{"delta": {"content": "hi"}}]}\n\n'
+    with odd_server('{"data": [{"id": "m"}]}', event, parties=2) as address:
+        demo = build_page(ServedAnswers(address))
+        _, url, _ = launch(demo, prevent_thread_lock=True, quiet=True)
+        visitors = [browser.new_page() for _ in range(2)]
+        for visitor in visitors:
+            visitor.set_default_timeout(60_000)
+            visitor.goto(url)
+            upload(visitor, SPEECH)
+            visitor.locator("#ask").click()
+        for visitor in visitors:
+            expect(visitor.locator("#answer textarea")).to_have_value("hi")
+            visitor.close()
+        demo.close()

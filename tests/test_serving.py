@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -501,6 +502,30 @@ def test_metrics_show_the_queue_and_the_sizes_of_batches(listen: ListenPipeline)
     assert "listen_requests_waiting 0.0" in text
     found = re.findall(r'^listen_batch_size_bucket\{le="(\d+).0"\} (\d+).0$', text, flags=re.MULTILINE)
     assert found[:3] == [("1", "1"), ("2", "1"), ("4", "2")]  # one alone, then three
+
+
+def test_an_idle_engine_waits_for_requests_that_are_being_read(
+    listen: ListenPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They share its first batch, but a client that sends slowly holds nobody up."""
+    engine, sizes = TransformersEngine(listen, str(FOLDER)), []
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+    rest = json.dumps(body).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+    with served(engine) as address, ThreadPoolExecutor(1) as clients:
+        engine.on_batch = sizes.append
+        with socket.create_connection(("127.0.0.1", int(address.rsplit(":", 1)[1]))) as slow:
+            slow.sendall(head + b"Content-Length: %d\r\n\r\n" % len(rest) + rest[:5])
+            wait_until(lambda: engine.under_way == 1)
+            assert post(address, json=body).status_code == 200
+            assert sizes == [1]
+            monkeypatch.setattr(in_process, "GATHER_SECONDS", 30.0)
+            answer = clients.submit(post, address, json=body)
+            wait_until(lambda: engine.waiting == 1)
+            slow.sendall(rest[5:])
+            assert answer.result().status_code == 200
+        assert sizes == [1, 2]
+        wait_until(lambda: engine.under_way == 0)
 
 
 def test_stopping_answers_what_is_under_way(listen: ListenPipeline) -> None:

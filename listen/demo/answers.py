@@ -57,6 +57,7 @@ class Answers(Protocol):
         num_prompts: k at the start.
         examples: clips to try.
         reports_prompts: whether answers come with the prompts that were selected.
+        at_once: questions that are answered at the same time; others wait.
     """
 
     title: str
@@ -65,6 +66,7 @@ class Answers(Protocol):
     num_prompts: int
     examples: list[Example]
     reports_prompts: bool
+    at_once: int
 
     def most_prompts(self, adapter: str) -> int:
         """The largest k of an adapter."""
@@ -102,6 +104,7 @@ class LocalAnswers:
         self.num_prompts = self._processor.num_prompts
         self.examples = read_examples(model)
         self.reports_prompts = True
+        self.at_once = 1  # side by side, each would take twice as long
 
     def most_prompts(self, adapter: str) -> int:
         """The largest k of an adapter: the size of its pool, 0 without one."""

@@ -231,7 +231,7 @@ def _connect(
     button, field = asking
     asked = [button.click, field.submit]
     gradio.on(asked, None, None, button, js=_DISABLE)
-    running = gradio.on(asked, ask, inputs, outputs, api_name="ask", concurrency_limit=1)
+    running = gradio.on(asked, ask, inputs, outputs, api_name="ask", concurrency_limit=answers.at_once)
     stop.click(None, None, button, js=_ENABLE, cancels=[running])
     for clip in inputs[:2]:  # a recording is uploaded some time after its end
         clip.start_recording(None, None, button, js=_DISABLE)

@@ -52,6 +52,7 @@ class ServedAnswers:
         self.num_prompts = first.get("num_prompts", 0)
         self.examples: list[Example] = []
         self.reports_prompts = False
+        self.at_once = 16  # the server batches them
 
     def most_prompts(self, adapter: str) -> int:
         """The largest k of a model; 0 where the server does not say."""

@@ -66,7 +66,7 @@ def create_app(engine: Engine, options: Options | None = None) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _invalid)
     for status in (400, 404, 405):
         app.add_exception_handler(status, _http_error)
-    app.add_middleware(Guard, options.api_key, options.max_body_bytes, server.metrics)
+    app.add_middleware(Guard, options.api_key, options.max_body_bytes, server.metrics, engine)
     return app
 
 

@@ -94,6 +94,7 @@ class Engine(Protocol):
         sampling_rate: Rate in Hz at which the server decodes audio.
         task_instructions: Wording of the tasks by name, see `ListenProcessor.instruction`.
         on_batch: Called with the number of requests of each batch that runs.
+        under_way: Requests that the server reads, prepares or answers. The server counts them.
         details: What `/v1/models` says about each model beside its id, see `model_details`.
     """
 
@@ -102,6 +103,7 @@ class Engine(Protocol):
     sampling_rate: int
     task_instructions: Mapping[str, str]
     on_batch: Callable[[int], None]
+    under_way: int
 
     @property
     def waiting(self) -> int:

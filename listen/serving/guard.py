@@ -7,6 +7,7 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from .engine import Engine
 from .metrics import Metrics
 from .responses import ApiError
 
@@ -27,10 +28,12 @@ class Guard:
         api_key: Wanted as `Authorization: Bearer`; `None` for none.
         max_body_bytes: Larger bodies are refused with 413, before they are read where they state their length.
         metrics: Counts requests.
+        engine: Its `under_way` counts the requests that may reach it.
     """
 
-    def __init__(self, app: Any, api_key: str | None, max_body_bytes: int, metrics: Metrics) -> None:
-        self.app, self.api_key, self.max_body_bytes, self.metrics = app, api_key, max_body_bytes, metrics
+    def __init__(self, app: Any, api_key: str | None, max_body_bytes: int, metrics: Metrics, engine: Engine) -> None:
+        self.app, self.api_key, self.max_body_bytes = app, api_key, max_body_bytes
+        self.metrics, self.engine = metrics, engine
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
@@ -38,12 +41,14 @@ class Guard:
             return await self.app(scope, receive, send)
         status = 500
         path = scope["path"] if scope["path"] in _COUNTED else "other"
+        is_post = scope["method"] == "POST"
 
         async def counted_send(message: Scope) -> None:
             nonlocal status
             status = message.get("status", status)
             await send(message)
 
+        self.engine.under_way += is_post
         try:
             with self.metrics.under_way.track_inprogress():
                 self._check_headers(scope)
@@ -52,6 +57,7 @@ class Guard:
             await _drain(receive, True, _DRAINED * self.max_body_bytes)
             await _refuse(error, counted_send)
         finally:
+            self.engine.under_way -= is_post
             self.metrics.requests.labels(path, status).inc()
 
     def _check_headers(self, scope: Scope) -> None:

@@ -25,6 +25,8 @@ logger = logging.get_logger(__name__)
 
 MAX_TOKENS = 256
 """New tokens at most where a request does not say, as in the pipeline."""
+GATHER_SECONDS = 0.01
+"""How long an idle engine waits for each further request that the server is reading already."""
 
 
 @dataclass(eq=False)
@@ -39,14 +41,26 @@ class _Row:
 
     def send(self, piece: Delta | Exception) -> None:
         """Hand a piece over to the event loop; called by the thread of the model."""
-        self.loop.call_soon_threadsafe(self.pieces.put_nowait, piece)
+        _send([(self, piece)])
+
+
+def _send(pieces: list[tuple[_Row, Delta | Exception]]) -> None:
+    """Hand over the pieces of several rows at once: each call wakes the event loop."""
+
+    def put() -> None:
+        for row, piece in pieces:
+            row.pieces.put_nowait(piece)
+
+    if pieces:
+        pieces[0][0].loop.call_soon_threadsafe(put)
 
 
 class TransformersEngine(QueuedEngine):
     """Answers in batches of up to `max_batch` requests, by one thread. Greedy answers are the pipeline's.
 
     A batch holds requests with the same sampling settings and k. Each row has its own adapter, limit and stop strings.
-    Requests that arrive while a batch runs wait for its end. A sampled request with a seed runs on its own.
+    Requests that arrive while a batch runs wait for its end. An idle engine waits for those that the server is reading
+    when the first one arrives, see `GATHER_SECONDS`. A sampled request with a seed runs on its own.
 
     Args:
         pipeline: Its model holds all adapters.
@@ -60,6 +74,7 @@ class TransformersEngine(QueuedEngine):
         ends = self.model.generation_config.eos_token_id
         self._end_ids = set(ends if isinstance(ends, list) else [ends])
         self._arrived = asyncio.Event()
+        self._streams = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._dispatcher: asyncio.Task | None = None
 
@@ -73,6 +88,7 @@ class TransformersEngine(QueuedEngine):
             self._dispatcher = asyncio.create_task(self._dispatch())
         row = _Row(request, asyncio.get_running_loop())
         self.rows.append(row)
+        self._streams += 1
         self._arrived.set()
         try:
             while True:
@@ -83,6 +99,7 @@ class TransformersEngine(QueuedEngine):
                 if piece.finish_reason is not None:
                     return
         finally:
+            self._streams -= 1
             row.dropped = True  # a running batch ends this row, a waiting one is skipped
             if row in self.rows:
                 self.rows.remove(row)
@@ -106,6 +123,7 @@ class TransformersEngine(QueuedEngine):
         while True:
             await self._arrived.wait()
             self._arrived.clear()
+            await self._gather()
             while self.rows:
                 sampling = self.rows[0].request.sampling
                 is_seeded = sampling.seed is not None and sampling.temperature
@@ -113,6 +131,16 @@ class TransformersEngine(QueuedEngine):
                 await asyncio.get_running_loop().run_in_executor(self._thread, self._answer, batch)
             if self.closing:
                 return
+
+    async def _gather(self) -> None:
+        """Wait for requests that are not here yet but under way, while further ones arrive in time."""
+        clock, known, end = asyncio.get_running_loop().time, 0, 0.0
+        while self.under_way > self._streams and len(self.rows) < self.max_batch:
+            if len(self.rows) > known:
+                known, end = len(self.rows), clock() + GATHER_SECONDS
+            if clock() >= end:
+                return
+            await asyncio.sleep(0.001)
 
     def group(self, request: Request) -> tuple[Any, ...]:
         """Requests of equal groups can run in one batch: one k, one sampling, and audio windows of one length."""
@@ -203,9 +231,13 @@ class _Rows(StoppingCriteria):
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
         """`input_ids` `(rows, sequence)`; whether each row is done, `(rows,)`."""
-        for index, (row, token_id) in enumerate(zip(self.batch, input_ids[:, -1].tolist(), strict=True)):
-            if not (row.answer.finished or row.dropped):
-                row.send(row.answer.push(token_id, self._logprob(index, token_id)))
+        _send(
+            [
+                (row, row.answer.push(token_id, self._logprob(index, token_id)))
+                for index, (row, token_id) in enumerate(zip(self.batch, input_ids[:, -1].tolist(), strict=True))
+                if not (row.answer.finished or row.dropped)
+            ]
+        )
         done = [row.answer.finished or row.dropped for row in self.batch]
         return torch.tensor(done, device=input_ids.device)
 

@@ -35,6 +35,7 @@ class QueuedEngine:
         self.sampling_rate = self.processor.feature_extractor.sampling_rate
         self.task_instructions = self.processor.task_instructions
         self.on_batch: Callable[[int], None] = lambda size: None
+        self.under_way = 0
         self.rows: deque[Any] = deque()  # each with its `request`
         self.closing = False
 
