@@ -117,6 +117,10 @@ def fsdd(root: Path) -> None:
     _clips(root / "recordings", "7_jackson_4.wav", "7_jackson_5.wav", "0_theo_49.wav")
 
 
+def fsdd_questions(root: Path) -> None:
+    fsdd(root)
+
+
 def speechocean762(root: Path) -> None:
     for split, name in (("train", "000010011"), ("test", "000030012")):
         speaker = name[1:5]
@@ -132,7 +136,7 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     build.__name__: build
     for build in (
         *(librispeech, covost2, iemocap, voxceleb1, librisqa, clotho),
-        *(audiocaps, expresso, ravdess, esc50, fsdd, speechocean762),
+        *(audiocaps, expresso, ravdess, esc50, fsdd, fsdd_questions, speechocean762),
     )
 }
 

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from fixtures_corpora import BUILDERS
 from fixtures_repository import RECIPES, ROOT, name_of
+from fixtures_training import write_clip
 
 from listen.data.corpora import CORPORA
+from listen.data.corpora.speech import DIGITS
 from listen.data.manifest import FEATURES, ManifestError, extra_fields
 from listen.data.sources import DataSource, load_rows, read_records
 from listen.data.tasks import get_task
@@ -53,9 +55,9 @@ def test_rows_are_read_one_by_one_and_missing_files_are_named(tmp_path: Path, fo
     records = read_records(source)
     assert next(records)[1].keys() >= {"id", "audio", "task", "response"}
     for file in [*tmp_path.rglob("*.*")]:
-        if file.suffix in (".wav", ".WAV", ".flac", ".mp3") and form not in ("ravdess", "fsdd"):
+        if file.suffix in (".wav", ".WAV", ".flac", ".mp3") and form not in ("ravdess", "fsdd", "fsdd_questions"):
             file.unlink()
-    if form not in ("ravdess", "fsdd"):  # there, the files are the list
+    if form not in ("ravdess", "fsdd", "fsdd_questions"):  # there, the files are the list
         with pytest.raises(ManifestError, match="there is no audio file"):
             load_rows(source)
 
@@ -86,10 +88,13 @@ def test_the_page_lists_each_corpus_with_its_tasks_rows_and_licence() -> None:
         assert stated and all(corpus.expected_rows(split) == int(rows) for split, rows in stated.items())
 
 
-@pytest.mark.parametrize("recipe", [path for path in RECIPES if path.parent.name != "compare"], ids=name_of)
+@pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
 def test_the_data_of_recipes_can_be_made(recipe: Path, tmp_path: Path) -> None:
-    section = read_config(recipe).get("data") or {}
-    sources = parse_sources("data", [*section["train"], *section.get("eval", [])])
+    content = read_config(recipe)
+    section = (content.get("base") or content).get("data") or {}  # a comparison's may be those of the recipe it extends
+    tested = (content.get("evaluation") or {}).get("data", [])
+    sources = parse_sources("data", [*section.get("train", []), *section.get("eval", []), *tested])
+    assert sources
     for source in sources:
         if source.format not in CORPORA:  # made by the demo or by examples/generate_targets.py
             assert source.path.startswith(("runs/", "targets/"))
@@ -106,6 +111,27 @@ def test_unknown_tasks_and_options_are_named(tmp_path: Path) -> None:
         read(tmp_path, "clotho", task="asr")
     with pytest.raises(ValueError, match="LibriSQA, part I has no option 'part'; it has librispeech"):
         read(tmp_path, "librisqa", options={"part": 2})
+
+
+def test_questions_about_digits_have_the_answers_that_are_said(tmp_path: Path) -> None:
+    for digit, name in ((3, "theo_5"), (8, "theo_6"), (1, "lucas_7"), (9, "lucas_3")):
+        write_clip(tmp_path / "fsdd_questions" / "recordings" / f"{digit}_{name}.wav", 0.1)
+    rows = read(tmp_path, "fsdd_questions")
+    assert len(rows) == 1350 == CORPORA["fsdd_questions"].expected_rows("train")
+    for row in rows:
+        digits = [int(Path(clip["path"]).name[0]) for clip in row["audio"]]
+        assert 3 <= len(digits) <= 5 and set(digits) in ({3}, {8}, {3, 8}, {1}) and row["join"] == "concatenate"
+        words = [DIGITS[digit] for digit in digits]
+        question, last = row["question"], row["question"].split()[-1].rstrip("?")
+        expected = {
+            "How many": str(len(words)),
+            "Which digit is": DIGITS[max(digits)],
+            "What do": str(digits[0] + digits[-1]),
+            "Does the": "yes" if last in words else "no",
+            "Which digit comes": words[int(last) - 1] if last.isdigit() else "",
+        }
+        assert row["response"] == [next(answer for start, answer in expected.items() if question.startswith(start))]
+    assert read(tmp_path, "fsdd_questions") == rows != read(tmp_path, "fsdd_questions", options={"seed": 1})
 
 
 def test_librispeech(tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def test_unequal_arguments_are_named(recipe: Path, tmp_path: Path) -> None:
         ({"methods": {"a b": {}, "a-b": {}}}, "two methods need the same folder"),
         ({"methods": {"pool": {"training": {"seed": 4}}}}, "methods.pool.training.seed is set by the comparison"),
         ({"methods": {"pool": {"training": {"max_step": 4}}}}, "unknown argument training.max_step"),
-        ({"evaluation": {"data": []}}, "evaluation.data names no manifest"),
+        ({"evaluation": {"data": []}}, "evaluation.data names no source"),
         ({"methods": {"a": {"start_from": "b"}}}, r"'a' starts from 'b'; it can start from one of \[\]"),
         (
             {"methods": {"a": {}, "b": {"start_from": "a"}, "c": {"start_from": "b"}}},

@@ -33,11 +33,11 @@ from transformers import TrainerCallback
 from ..configuration_listen import BACKBONES
 from ..data.features import FeatureStore
 from ..data.files import hold_folder, write_json
-from ..data.manifest import load_manifest
 from ..data.precompute import precompute_features
+from ..data.sources import load_rows
 from ..evaluation import evaluate_model
 from ..evaluation.comparison import CELL_FILE, EVALUATION_FOLDER
-from .arguments import SECTIONS
+from .arguments import SECTIONS, parse_sources, task_names
 from .build import build_encoders
 from .cost import CostCallback, parameter_counts
 from .datasets import build_eval_dataset, build_train_dataset
@@ -55,7 +55,7 @@ class EvaluationArguments:
     """How cells are evaluated.
 
     Attributes:
-        data: manifests.
+        data: sources, as in `data.train`.
         tasks: evaluate only these tasks.
         max_examples: max examples per task, the first ones.
         batch_size: rows of a batch.
@@ -66,7 +66,7 @@ class EvaluationArguments:
             row of the table.
     """
 
-    data: list[str]
+    data: list[Any]
     tasks: list[str] | None = None
     max_examples: int | None = None
     batch_size: int = 8
@@ -219,7 +219,10 @@ def _cells(
         raise ArgumentError(f"methods.{method}.training.{name} is set by the comparison; leave it out")
     refuse_unknown(evaluation, field_names(EvaluationArguments), "evaluation.")
     if not evaluation.get("data"):
-        raise ArgumentError("evaluation.data names no manifest; give the test split")
+        raise ArgumentError("evaluation.data names no source; give the test split")
+    parse_sources("evaluation.data", evaluation["data"])
+    if evaluation.get("tasks"):
+        evaluation = {**evaluation, "tasks": task_names("evaluation.tasks", evaluation["tasks"])}
     checked = EvaluationArguments(**check_values("evaluation.", EvaluationArguments, evaluation))
     for seed in seeds:
         mine = copy.deepcopy(sections)
@@ -369,6 +372,7 @@ def _run(cell: Cell, output: Path, models: str | Path | None, callbacks: Sequenc
 def _evaluate(cell: Cell, run: RunArguments, result: TrainResult, folder: Path) -> list[int]:
     """Evaluate the trained model with its own k and, if it has a pool, with each further k; return these."""
     settings, rows = cell.evaluation, _test_rows(cell)
+    names = [source.path for source in parse_sources("evaluation.data", settings.data)]
     options = {
         "tasks": settings.tasks,
         "max_examples": settings.max_examples,
@@ -381,11 +385,11 @@ def _evaluate(cell: Cell, run: RunArguments, result: TrainResult, folder: Path) 
         "progress": False,
     }
     evaluate = partial(evaluate_model, result.model, result.processor, rows, **options)
-    evaluate().name_data(settings.data).save(folder / EVALUATION_FOLDER)
+    evaluate().name_data(names).save(folder / EVALUATION_FOLDER)
     has_pool = result.model.config.prompt_pool_config is not None
     further = sorted(set(settings.further_num_prompts) - {result.processor.num_prompts}) if has_pool else []
     for k in further:
-        evaluate(num_prompts=k).name_data(settings.data).save(folder / f"{EVALUATION_FOLDER}-k{k}")
+        evaluate(num_prompts=k).name_data(names).save(folder / f"{EVALUATION_FOLDER}-k{k}")
     return further
 
 
@@ -403,4 +407,6 @@ def _arguments(cell: Cell, models: str | Path | None, output: Path = Path(), **t
 
 
 def _test_rows(cell: Cell) -> Dataset:
-    return concatenate_datasets([load_manifest(path) for path in cell.evaluation.data])
+    return concatenate_datasets(
+        [load_rows(source) for source in parse_sources("evaluation.data", cell.evaluation.data)]
+    )

@@ -7,6 +7,7 @@ of rows that it must find. Nothing is downloaded: the corpora are got from their
 from __future__ import annotations
 
 from .base import Corpus
+from .digits import FSDD_QUESTIONS
 from .emotion import EXPRESSO, IEMOCAP, RAVDESS
 from .pairs import COVOST2, LIBRISQA, VOXCELEB1
 from .sounds import AUDIOCAPS, CLOTHO, ESC50
@@ -14,7 +15,7 @@ from .speech import FSDD, LIBRISPEECH, SPEECHOCEAN762
 
 _ALL = (
     *(LIBRISPEECH, COVOST2, IEMOCAP, VOXCELEB1, LIBRISQA, CLOTHO),  # those of the LiSTEN paper
-    *(AUDIOCAPS, EXPRESSO, RAVDESS, ESC50, FSDD, SPEECHOCEAN762),
+    *(AUDIOCAPS, EXPRESSO, RAVDESS, ESC50, FSDD, FSDD_QUESTIONS, SPEECHOCEAN762),
 )
 CORPORA: dict[str, Corpus] = {corpus.name: corpus for corpus in _ALL}
 """Format -> corpus."""
