@@ -312,6 +312,13 @@ def test_wrong_fields_are_named(address: str, change: dict, status: int, param: 
     assert error["param"] == param and message in error["message"]
 
 
+@pytest.mark.parametrize("content", ["a \ud800", [{"type": "text", "text": "\udfff"}]])
+def test_half_a_surrogate_pair_is_no_text(address: str, content: Any) -> None:
+    body = json.dumps({"messages": [{"role": "user", "content": content}]})
+    error = error_of(post(address, content=body, headers={"Content-Type": "application/json"}), 400)
+    assert error["param"].startswith("messages.0.content") and "half of a surrogate pair" in error["message"]
+
+
 @pytest.mark.parametrize(
     ("part", "message"),
     [

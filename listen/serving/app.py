@@ -293,7 +293,7 @@ async def _invalid(http: Request, error: RequestValidationError) -> JSONResponse
     is_json = first["type"] != "json_invalid"  # else its place is a position in the text
     field = ".".join(str(part) for part in first["loc"][1:] if not _is_type(part)) if is_json else ""
     unknown = "unknown field; leave it out" + ("; name the language in prompt" if field == "language" else "")
-    reason = unknown if first["type"] == "extra_forbidden" else first["msg"]
+    reason = unknown if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
     return JSONResponse(ApiError(400, f"{field or 'body'}: {reason}", field or None, first["type"]).body, 400)
 
 

@@ -9,7 +9,7 @@ from ..data.extras import extra
 
 with extra("serve"):
     from fastapi import UploadFile
-    from pydantic import BaseModel, ConfigDict, Field, model_validator
+    from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ..chat_listen import INPUT_FIELD
 from .engine import Sampling
@@ -22,11 +22,20 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)  # "5" and true are no numbers
 
 
+def _check_unicode(content: Any) -> Any:
+    """JSON can write half of a surrogate pair, which tokenizers cannot read."""
+    if isinstance(content, str) and any("\ud800" <= character <= "\udfff" for character in content):
+        raise ValueError("half of a surrogate pair (\\ud800 to \\udfff) is no text; leave it out")
+    return content
+
+
 class TextPart(_Strict):
     """Text in a message."""
 
     type: Literal["text"]
     text: str
+
+    _check_text = field_validator("text")(_check_unicode)
 
 
 class AudioData(_Strict):
@@ -64,6 +73,8 @@ class Message(_Strict):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]
+
+    _check_content = field_validator("content")(_check_unicode)
 
 
 class StreamOptions(_Strict):
