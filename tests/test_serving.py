@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import base64
 import io
@@ -25,6 +26,7 @@ from huggingface_hub.utils import httpx
 
 from listen import ListenForConditionalGeneration, ListenPipeline, ListenProcessor
 from listen.audio_listen import load_waveform
+from listen.commands.serve import load_engine
 from listen.serving import clips, in_process
 from listen.serving.answers import GrowingAnswer
 from listen.serving.app import Options
@@ -399,6 +401,11 @@ def test_a_stream_adds_up_to_the_whole_answer(client: openai.OpenAI, change: dic
     entries = [entry for part in parts if part.logprobs for entry in part.logprobs.content]
     assert entries == (choice.logprobs.content if choice.logprobs else [])
     assert bool(entries) == ("logprobs" in change)
+
+
+def test_a_device_that_is_not_there_is_named_before_anything_loads() -> None:
+    with pytest.raises(ValueError, match="--device=cuda:99 cannot be used: "):
+        load_engine(argparse.Namespace(device="cuda:99"))
 
 
 def test_the_clips_of_a_request_share_a_limit_of_length(listen: ListenPipeline) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import os
 
+import torch
+
 from .. import ListenForConditionalGeneration, ListenPipeline, ListenProcessor
 from ..data.extras import extra
 from ..serving.app import Options, create_app
@@ -52,8 +54,12 @@ def load_engine(arguments: argparse.Namespace) -> Engine:
     """The engine with the model and all adapters.
 
     Raises:
-        ValueError: an adapter that cannot be read, or an engine and its address that do not fit.
+        ValueError: an adapter that cannot be read, an engine and its address that do not fit, or an unusable device.
     """
+    try:
+        torch.empty(0, device=arguments.device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        raise ValueError(f"--device={arguments.device} cannot be used: {str(error).splitlines()[0]}") from error
     if (arguments.engine == "vllm") != bool(arguments.engine_url):
         raise ValueError("--engine vllm and --engine-url go together; give both, or neither")
     model_class = EncoderSide if arguments.engine == "vllm" else ListenForConditionalGeneration
