@@ -20,6 +20,7 @@ import torch
 
 from .answering import decoding, first_token, pool
 from .audio import beats_attention, encoder_length, front_end
+from .compiling import compile
 from .growth import growth
 from .harness import Figure, machine, report
 from .models import Setting
@@ -31,7 +32,7 @@ BENCHMARKS: dict[str, Callable[[Setting], list[Figure]]] = {
     function.__name__: function
     for function in (
         *(training_step, response_logits, chunked_loss, first_token, decoding, pool),
-        *(front_end, encoder_length, beats_attention, start, growth, serving),
+        *(front_end, encoder_length, beats_attention, compile, start, growth, serving),
     )
 }
 

@@ -30,7 +30,7 @@ def test_every_benchmark_is_in_the_command() -> None:
     assert {path.stem for path in FOLDER.glob("*.py")} == {*found, "__init__", "harness", "hops", "models", "run"}
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "compile" else n for n in BENCHMARKS])
 def test_benchmark_compares_with_its_baseline(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     threads = torch.get_num_threads()
     figures = main([name, *SMALLEST, "--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "growth.png")])
