@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from conftest import tiny_model
 from fixtures_repository import PACKAGE, RECIPES, ROOT
 
 import listen_command
+from listen.commands.help import ArgumentFormatter
 from listen.commands.train import parameter_counts, start_table
 from listen.training import ArgumentError, ModelArguments
 from listen.training.build import build_model
@@ -21,7 +23,7 @@ def test_help_lists_each_command_and_imports_no_torch() -> None:
     program = "import sys, listen_command; listen_command.main(['--help']); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    modules = {path.stem for path in (PACKAGE / "commands").glob("*.py")} - {"__init__", "published_checkpoint"}
+    modules = {path.stem for path in (PACKAGE / "commands").glob("*.py")} - {"__init__", "help", "published_checkpoint"}
     named = {listen_command.MODULES.get(name, name.replace("-", "_")) for name in listen_command.COMMANDS}
     assert named == modules
     assert all(f"  {name} " in done.stdout for name in listen_command.COMMANDS)
@@ -57,6 +59,20 @@ def test_each_command_shows_its_help(name: str, monkeypatch: pytest.MonkeyPatch,
     except SystemExit as ended:
         assert ended.code == 0
     assert f"listen {name} " in capsys.readouterr().out
+
+
+def test_help_names_types_and_defaults_and_no_key_of_the_environment() -> None:
+    parser = argparse.ArgumentParser(prog="listen", formatter_class=ArgumentFormatter)
+    parser.add_argument("source", type=Path, help="file to read")
+    parser.add_argument("--rows", type=int, default=8, help="rows of a batch")
+    parser.add_argument("--name", help="name of a run")
+    parser.add_argument("--kinds", nargs="+", default=["a", "b"], choices=["a", "b", "c"], help="what to write")
+    parser.add_argument("--key", default="secret", help="its key; default: KEY")
+    parser.add_argument("--quick", action="store_true", help="skip checks")
+    words = " ".join(parser.format_help().split())
+    assert "file to read (type: Path)" in words and "skip checks" in words and "secret" not in words
+    assert "rows of a batch (type: int, default: 8)" in words and "name of a run (type: str, default: none)" in words
+    assert "what to write (default: a b)" in words and "skip checks (" not in words
 
 
 @pytest.mark.parametrize(

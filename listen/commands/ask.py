@@ -30,6 +30,7 @@ from .. import ListenForConditionalGeneration, ListenPipeline, ListenProcessor
 from ..data.extras import extra
 from ..data.tasks import get_task, list_tasks
 from ..tasks_listen import TASK_ALIASES
+from .help import ArgumentFormatter
 
 TINY = Path(__file__).resolve().parents[2] / "model_cards" / "listen-tiny"
 _CLIP_ERRORS = (ValueError, OSError, RuntimeError)  # of a file, or of a clip that exceeds context or memory
@@ -47,7 +48,7 @@ def add_model_argument(parser: argparse._ActionsContainer, required: bool = not 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=ArgumentFormatter)
     parser.add_argument("inputs", nargs="*", metavar="FILE ... QUESTION", help="sound files or URLs, then the question")
     add_model_argument(parser)
     parser.add_argument("--task", help="name of a task in place of a question: asr, er, sv, en2zh, acap ...")

@@ -23,11 +23,12 @@ from ..data.sources import DataSource
 from ..training import ArgumentError
 from ..training.arguments import parse_sources
 from ..training.parsing import RECIPES, read_config
+from .help import ArgumentFormatter
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=ArgumentFormatter)
     parser.add_argument("data", nargs="+", metavar="CONFIG", help="recipes (.yaml), or sources of rows")
     parser.add_argument("--decode", action="store_true", help="decode every file in full: slow, finds truncated files")
     parser.add_argument("--max-problems", type=int, default=10, help="max problems to print for a source")

@@ -46,13 +46,14 @@ from ..training.comparison import (
 )
 from ..training.run_folder import describe_environment
 from ..training.values import ArgumentError
+from .help import ArgumentFormatter
 
 LOG_FILE = "log.txt"
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=ArgumentFormatter)
     parser.add_argument("evaluations", nargs="*", type=Path, metavar="EVALUATION", help="two evaluations to compare")
     parser.add_argument("--config", type=Path, help="recipe of a comparison, such as those in examples/configs/compare")
     parser.add_argument("--jobs", type=int, default=1, help="cells that run at the same time")

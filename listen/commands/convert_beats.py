@@ -18,6 +18,7 @@ from huggingface_hub import ModelCardData
 
 from ..configuration_beats import BeatsConfig
 from ..modeling_beats import BeatsForAudioClassification, BeatsModel
+from .help import ArgumentFormatter
 from .published_checkpoint import ConversionError, check_tensors, read_checkpoint
 
 # Names of the published configuration -> ours, with the published default where a file leaves the value out.
@@ -197,7 +198,7 @@ def convert(source: Path, folder: Path) -> BeatsModel | BeatsForAudioClassificat
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=ArgumentFormatter)
     parser.add_argument("source", type=Path, help="published checkpoint, e.g. BEATs_iter3_plus_AS2M.pt")
     parser.add_argument("output", type=Path, help="folder to write")
     arguments = parser.parse_args()

@@ -28,6 +28,7 @@ from ..configuration_listen import BACKBONES, ListenConfig
 from ..modeling_listen import ListenForConditionalGeneration
 from ..presets_listen import PRESETS
 from ..processing_listen import ListenProcessor
+from .help import ArgumentFormatter
 from .published_checkpoint import ConversionError, check_tensors, read_checkpoint
 
 # What SALMONN-13B v1 was trained over, and what transformers needs to know of it; its code takes BEATs from a file.
@@ -407,12 +408,12 @@ def convert(
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=ArgumentFormatter)
     parser.add_argument("source", type=Path, help="published checkpoint, e.g. salmonn_v1.pth")
     parser.add_argument("output", type=Path, help="folder to write")
-    parser.add_argument("--speech-encoder", help=f"Whisper: Hub id or folder ({SPEECH_ENCODER})")
+    parser.add_argument("--speech-encoder", help=f"Whisper: Hub id or folder (default: {SPEECH_ENCODER})")
     parser.add_argument("--audio-encoder", help="BEATs: folder written by convert-beats (`beats` inside the output)")
-    parser.add_argument("--language-model", help=f"Vicuna: Hub id or folder ({LANGUAGE_MODEL})")
+    parser.add_argument("--language-model", help=f"Vicuna: Hub id or folder (default: {LANGUAGE_MODEL})")
     parser.add_argument("--no-lora", action="store_true", help="the checkpoint was trained without LoRA")
     parser.add_argument("--download", action="store_true", help="fetch configs and tokenizer from the Hub")
     given = parser.parse_args()

@@ -29,6 +29,7 @@ from ..presets_listen import PRESETS
 from ..training import ModelArguments, build_config, read_config
 from ..training.build import adapter_settings
 from ..training.parsing import RECIPES
+from .help import ArgumentFormatter
 
 
 def read_model(source: str) -> tuple[PreTrainedConfig, dict[str, Any] | None]:
@@ -117,11 +118,11 @@ def _flops(number: float) -> str:
 
 
 def _parse(given: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=ArgumentFormatter)
     parser.add_argument("model", help=f"{', '.join(PRESETS)}, a recipe (.yaml), or the folder of a model")
-    parser.add_argument("--batch-size", type=int, default=1, help="samples of the batch (default 1)")
-    parser.add_argument("--audio-seconds", type=float, default=30.0, help="audio of each sample (default 30)")
-    parser.add_argument("--text-tokens", type=int, default=64, help="tokens of its text (default 64)")
+    parser.add_argument("--batch-size", type=int, default=1, help="samples of the batch")
+    parser.add_argument("--audio-seconds", type=float, default=30.0, help="audio of each sample")
+    parser.add_argument("--text-tokens", type=int, default=64, help="tokens of its text")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the backbones")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_args(given)

@@ -12,13 +12,14 @@ import argparse
 import os
 
 from .ask import TINY, add_model_argument
+from .help import ArgumentFormatter
 
 KEY_VARIABLE = "LISTEN_API_KEY"
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=ArgumentFormatter)
     source = parser.add_mutually_exclusive_group(required=not TINY.exists())
     add_model_argument(source, required=False)
     source.add_argument("--url", help="ask `listen serve` or another server with the OpenAI API: http://HOST:PORT/v1")

@@ -43,11 +43,12 @@ from ..training import ArgumentError, DataArguments, build_eval_dataset
 from ..training.arguments import parse_sources, task_names
 from ..training.parsing import read_config
 from ..training.values import check_values, field_names, refuse_unknown
+from .help import ArgumentFormatter
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=ArgumentFormatter)
     parser.add_argument("--model", required=True, help="checkpoint: a folder or a Hub id")
     parser.add_argument("--data", nargs="+", help="sources of rows: paths, or mappings as in recipes; see docs/data.md")
     parser.add_argument("--config", help="recipe whose evaluation data and joins are used")

@@ -20,6 +20,7 @@ from ..serving.encoders import EncoderSide, drop_layers
 from ..serving.engine import Engine
 from ..serving.in_process import TransformersEngine
 from ..serving.vllm import VllmEngine, VllmServer
+from .help import ArgumentFormatter
 
 with extra("serve"):
     import uvicorn
@@ -30,16 +31,16 @@ ENGINE_KEY = "LISTEN_ENGINE_KEY"
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=ArgumentFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub id of a LiSTEN model")
     parser.add_argument("--adapter", action="append", default=[], metavar="NAME=DIR", help="one more adapter; repeat")
     parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers", help="what runs the LLM")
     parser.add_argument("--engine-url", help="address of the vLLM server, which runs the bare LLM")
     parser.add_argument("--engine-key", default=os.environ.get(ENGINE_KEY), help=f"its key; default: {ENGINE_KEY}")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default cpu)")
-    parser.add_argument("--dtype", default="float32", help="float32, bfloat16, float16 (default float32)")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all interfaces (default 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000, help="port (default 8000)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16, float16")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all interfaces")
+    parser.add_argument("--port", type=int, default=8000, help="port")
     parser.add_argument("--api-key", default=os.environ.get(KEY_VARIABLE), help=f"default: the variable {KEY_VARIABLE}")
     parser.add_argument("--max-batch", type=int, default=16, help="requests in one batch")
     parser.add_argument("--max-waiting", type=int, default=256, help="requests that may wait; 429 beyond")

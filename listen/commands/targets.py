@@ -26,11 +26,12 @@ from ..data.processes import launched_processes
 from ..data.sources import FORMATS
 from ..data.targets import KINDS, TargetSummary, generate_targets
 from ..data.utterances import read_utterances
+from .help import ArgumentFormatter
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=ArgumentFormatter)
     parser.add_argument("--data", required=True, help="file, folder, corpus or data set; see docs/data.md")
     parser.add_argument("--format", choices=FORMATS, help="format of the data, by default after its name")
     parser.add_argument("--name", help="configuration of a data set")
@@ -54,7 +55,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32, help="conversations at once, in each process")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="max new tokens of an answer")
     parser.add_argument(
-        "--decoding", nargs="*", default=[], metavar="NAME=VALUE", help="e.g. do_sample=true temperature=0.6; greedy"
+        "--decoding",
+        nargs="*",
+        default=[],
+        metavar="NAME=VALUE",
+        help="e.g. do_sample=true temperature=0.6 (default: greedy)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_argument(
