@@ -377,7 +377,8 @@ def decode_otherwise(source: Source, seconds: float | None, error: Exception) ->
     Raises:
         ValueError: none of them can decode it.
     """
-    if isinstance(source.file, BytesIO) and not source.file.getbuffer().nbytes:
+    size = source.file.getbuffer().nbytes if isinstance(source.file, BytesIO) else os.path.getsize(source.file)
+    if size == 0:
         raise ValueError(f"empty audio: {source.name} has 0 bytes") from error
     broken = ""
     for decode in (_by_torchcodec, _by_audioread):
@@ -386,7 +387,7 @@ def decode_otherwise(source: Source, seconds: float | None, error: Exception) ->
         except ImportError:
             continue
         except Exception as reason:  # of any type: an optional package may be broken in any way
-            broken += f"; {decode.__name__.removeprefix('_by_')} fails as well: {reason or type(reason).__name__}"
+            broken += f"; {decode.__name__.removeprefix('_by_')} fails as well: {str(reason) or type(reason).__name__}"
     reason = getattr(error, "error_string", error)  # of libsndfile, without the address of a BytesIO
     raise ValueError(
         f"cannot decode {source.name} as audio ({reason}{broken}); it may be damaged or cut off. For a format that "

@@ -72,6 +72,21 @@ def test_an_incomplete_or_absent_corpus_is_a_problem(tmp_path: Path) -> None:
     assert "there is no folder" in absent.problems[0] and absent.rows == 0
 
 
+def test_a_file_of_no_bytes_is_named_as_empty(tmp_path: Path) -> None:
+    (tmp_path / "a.wav").touch()
+    source = DataSource(str(write_manifest(tmp_path / "m.jsonl", [{"audio": "a.wav", "task": "asr", "response": "x"}])))
+    assert re.search("m.jsonl:1: .*empty audio: '?.*a.wav'? has 0 bytes", check_source(source).problems[0])
+
+
+def test_a_source_without_rows_is_a_problem(tmp_path: Path) -> None:
+    table = tmp_path / "m.csv"
+    table.write_text("audio,task,response\n")
+    assert check_source(DataSource(str(table))).problems == [f"{table}: no rows"]
+    table.write_text("audio;task;response\na.wav;asr;x\n")
+    (problem,) = check_source(DataSource(str(table))).problems
+    assert problem.startswith(f"{table}:1: cells are separated by ';', expected ','")
+
+
 def run_script(monkeypatch: pytest.MonkeyPatch, *words: str) -> object:
     monkeypatch.setattr(sys, "argv", ["check_data.py", *words])
     with pytest.raises(SystemExit) as stopped:

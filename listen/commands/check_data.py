@@ -79,5 +79,6 @@ def main() -> None:
         report = check_source(source, arguments.decode)
         print_report(part, report, arguments.max_problems)
         num_problems += len(report.problems)
-    print(f"\n{len(sources)} sources, {num_problems} problems")
+    words = [f"{n} {word}{'' if n == 1 else 's'}" for n, word in ((len(sources), "source"), (num_problems, "problem"))]
+    print(f"\n{', '.join(words)}")
     sys.exit(1 if num_problems else 0)

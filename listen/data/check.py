@@ -76,7 +76,8 @@ def check_source(source: DataSource, decode: bool = False, num_longest: int = 3)
                 _count(report, where, row, lengths, decode)
     except (OSError, ValueError) as error:
         report.expected_rows = None
-        report.problems.append(f"{report.label}: {error}")
+        place = "" if str(error).startswith(source.label) else f"{report.label}: "
+        report.problems.append(f"{place}{error}")
     _finish(report, lengths, num_longest)
     return report
 
@@ -124,6 +125,8 @@ def _finish(report: SourceReport, lengths: Mapping[str, float | str | None], num
     report.labels = {task: Counter(dict(found)) for task, found in _label_counts(report)}
     if report.expected_rows is not None and report.rows != report.expected_rows:
         report.problems.append(f"{report.label}: {report.rows} rows, but the corpus has {report.expected_rows}")
+    elif not report.rows and not report.problems:
+        report.problems.append(f"{report.label}: no rows")
 
 
 def _label_counts(report: SourceReport) -> Iterator[tuple[str, list[tuple[str, int]]]]:

@@ -33,6 +33,7 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
+from datasets.exceptions import DatasetGenerationError
 
 from ..audio_listen import is_one_clip
 from ..sources_listen import RATES, Source, open_source
@@ -175,7 +176,10 @@ def open_dataset(
         saved = load_from_disk(path)
         saved = saved if isinstance(saved, Dataset) else saved[split]
         return saved.to_iterable_dataset() if streaming else saved
-    return load_dataset(path, name, split=split, revision=revision, data_files=data_files, streaming=streaming)
+    try:
+        return load_dataset(path, name, split=split, revision=revision, data_files=data_files, streaming=streaming)
+    except DatasetGenerationError as error:  # upstream's message does not say what was wrong
+        raise ManifestError(f"{data_files or path}: {error.__cause__ or error}") from error
 
 
 def is_saved_dataset(path: Path) -> bool:
@@ -294,7 +298,7 @@ def to_row(where: str, record: Mapping[str, Any], folder: Path, check_files: boo
         raise ManifestError(f"{where}: expected a JSON object, found {type(record).__name__}")
     missing = [name for name in _REQUIRED if record.get(name) is None]
     if missing:
-        raise ManifestError(f"{where}: field {missing[0]!r} is missing; found {sorted(record)}")
+        raise ManifestError(f"{where}: field {missing[0]!r} is missing or empty; found {sorted(record)}")
     if record.get("join") not in JOINS:
         raise ManifestError(f"{where}: join={record['join']!r} is unknown; leave it out or use 'concatenate'")
     row = {name: _text(where, name, record.get(name)) for name in ("id", "question", "instruction", "join")}

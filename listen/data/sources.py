@@ -255,7 +255,7 @@ def _is_audio_folder(path: Path) -> bool:
         return False
     if any(path.joinpath(*middle, name).is_file() for name in _METADATA for middle in ((), ("train",))):
         return True
-    return any(file.suffix.lower() in AUDIO_SUFFIXES for depth in ("*/*", "*/*/*") for file in path.glob(depth))
+    return any(file.suffix.lower() in AUDIO_SUFFIXES for depth in ("*", "*/*", "*/*/*") for file in path.glob(depth))
 
 
 def _read_audio_folder(path: Path, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -273,7 +273,10 @@ def _read_audio_folder(path: Path, split: str) -> Iterator[tuple[str, dict[str, 
         return
     files = [file for file in sorted(root.glob("*/*")) if file.suffix.lower() in AUDIO_SUFFIXES]
     if not files:
-        raise ManifestError(f"{root}: no {', '.join(_METADATA)} and no folders of recordings, one for each class")
+        raise ManifestError(
+            f"{root}: no {', '.join(_METADATA)} and no folders of recordings, one for each class; write the answers "
+            "into a metadata.csv with the columns file_name and response"
+        )
     for file in files:
         yield str(file), {"file_name": file, "response": file.parent.name, "id": str(file.relative_to(root))}
 

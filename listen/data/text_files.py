@@ -35,7 +35,8 @@ def read_table(path: Path, delimiter: str = ",", escaped: bool = False) -> Itera
         escaped: whether quotes are plain text and a backslash takes the delimiter's meaning away, as in CoVoST 2.
 
     Raises:
-        ManifestError: no header, a row of another length, or a file that is not UTF-8.
+        ManifestError: no header, another delimiter, two columns of one name, a row of another length, or a file that
+            is not UTF-8.
         FileNotFoundError: there is no such file.
     """
     style: dict[str, Any] = {"quoting": csv.QUOTE_NONE, "escapechar": "\\"} if escaped else {}
@@ -45,6 +46,7 @@ def read_table(path: Path, delimiter: str = ",", escaped: bool = False) -> Itera
             header = next(reader, None)
             if not header:
                 raise ManifestError(f"{path}: the file is empty; its first line must name the columns")
+            _check_header(path, header, delimiter)
             for cells in reader:
                 if len(cells) != len(header) and any(cells):
                     raise ManifestError(
@@ -57,3 +59,15 @@ def read_table(path: Path, delimiter: str = ",", escaped: bool = False) -> Itera
             raise ManifestError(f"{path}: not UTF-8 ({error}); convert it") from error
         except csv.Error as error:
             raise ManifestError(f"{path}:{reader.line_num}: {error}") from error
+
+
+def _check_header(path: Path, header: list[str], delimiter: str) -> None:
+    repeated = sorted({name for name in header if name and header.count(name) > 1})
+    if repeated:
+        raise ManifestError(f"{path}:1: columns with the same name: {', '.join(repeated)}; rename one of them")
+    other = next((mark for mark in ",;\t|" if mark != delimiter and mark in header[0]), None)
+    if len(header) == 1 and other:
+        raise ManifestError(
+            f"{path}:1: cells are separated by {other!r}, expected {delimiter!r}: save it as comma-separated .csv or "
+            "tab-separated .tsv"
+        )
