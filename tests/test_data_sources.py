@@ -183,7 +183,7 @@ def test_a_source_says_what_it_cannot_read(tmp_path: Path) -> None:
             DataArguments(train=[fields])
     with pytest.raises(FileNotFoundError, match=r"no folder .*none with Clotho"):
         load_rows(DataSource(str(tmp_path / "none"), format="clotho"))
-    assert len(FORMATS) == len(set(FORMATS)) == 18
+    assert len(FORMATS) == len(set(FORMATS)) == 19
 
 
 def test_data_sets_stand_for_paths_in_training_and_evaluation(folder: Path) -> None:

@@ -542,6 +542,18 @@ def test_a_run_without_evaluation_names_a_command_that_asks(
     assert not any("Scores" in line for line in lines) and not (tmp_path / "my run" / "model" / "metrics.json").exists()
 
 
+def test_the_card_of_a_run_that_went_on_has_no_scores_of_earlier_weights(
+    backbones: dict, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = sections(backbones, manifest, tmp_path / "run", max_steps=1, save_strategy="steps", save_steps=1)
+    start(settings, tmp_path, monkeypatch)
+    model = tmp_path / "run" / "model"
+    (model / "metrics.json").write_text('{"asr": {"wer": 0.5, "n": 100}}')
+    settings["training"] |= {"resume": True, "max_steps": 2}
+    start(settings, tmp_path, monkeypatch)
+    assert not (model / "metrics.json").exists() and not ModelCard.load(model / "README.md").data.eval_results
+
+
 def test_a_line_of_the_log_holds_what_a_person_reads() -> None:
     state = TrainerState(global_step=3, max_steps=7)
     logs = {"lm_loss": 1.23456, "learning_rate": 1e-5, "eval_runtime": 3.0, "pool_query_cosine": 0.1, "epoch": 1.0}

@@ -256,9 +256,10 @@ def train_and_save(trainer: ResumableTrainer, run: Run) -> tuple[Path, dict[str,
         trainer.save_metrics("train", metrics)
     folder = run.folder / MODEL_FOLDER
     if run.finished is None or run.finished < trainer.state.global_step:
+        if trainer.args.should_save:
+            (folder / _SCORES_FILE).unlink(missing_ok=True)  # of earlier weights; the model card would show them
         trainer.save_to_folder()
         if trainer.args.should_save:
-            (folder / _SCORES_FILE).unlink(missing_ok=True)  # of earlier weights
             run.finish(trainer.state.global_step)
     return folder, metrics
 
