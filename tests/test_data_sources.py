@@ -172,6 +172,12 @@ def test_a_saved_data_set_is_read(folder: Path) -> None:
     assert load_rows(DataSource(**source_of("disk", folder, rows)))["id"][:] == ["a", "b"]
 
 
+def test_a_broken_parquet_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "m.parquet").write_bytes(b"PAR1 and nothing more")
+    with pytest.raises(ManifestError, match=r"m\.parquet.*: "):
+        load_rows(DataSource(str(tmp_path / "m.parquet")))
+
+
 def test_a_source_says_what_it_cannot_read(tmp_path: Path) -> None:
     for fields, message in (
         ({"path": "a.csv", "split": "dev"}, "a.csv: split='dev' has no meaning for format='csv'"),

@@ -40,6 +40,7 @@ def test_tasks_have_readable_names_and_a_free_question_comes_last() -> None:
         ("mine", "mine"),
         ("Your own question", OWN_QUESTION),
     ]
+    assert task_choices(INSTRUCTIONS, ["speaker", "mine"])[0] == ("Speaker verification", "sv")
     with pytest.raises(ValueError, match="the model has no task er; it has asr, sqa, sv, mine"):
         task_choices(INSTRUCTIONS, ["er"])
 

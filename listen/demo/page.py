@@ -10,6 +10,7 @@ import gradio
 import pandas
 
 from ..data.tasks import get_task, list_tasks
+from ..tasks_listen import TASK_ALIASES
 from .answers import Answers, Example, Question
 
 OWN_QUESTION = "your own question"
@@ -109,7 +110,8 @@ def task_choices(instructions: Mapping[str, str], tasks: Sequence[str] | None = 
     Raises:
         ValueError: `tasks` names one that has no instruction.
     """
-    unknown = [name for name in tasks or () if name not in instructions]
+    tasks = [name if name in instructions else TASK_ALIASES.get(name, name) for name in tasks or ()]
+    unknown = [name for name in tasks if name not in instructions]
     if unknown:
         raise ValueError(f"the model has no task {', '.join(unknown)}; it has {', '.join(instructions)}")
     # a task that is nothing but its question is the free question
