@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,7 @@ def main() -> None:
         "spelling_mapping": spelling_mapping(arguments.spelling_from),
         "num_beams": arguments.num_beams,
         "max_new_tokens": arguments.max_new_tokens,
+        "progress": sys.stderr.isatty(),
     }
     dataset = select_rows(rows, tasks, arguments.max_examples)
     if arguments.cascade:

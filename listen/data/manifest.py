@@ -34,7 +34,6 @@ from datasets import (
     load_from_disk,
 )
 from datasets.exceptions import DatasetGenerationError
-from pyarrow import ArrowInvalid
 
 from ..audio_listen import is_one_clip
 from ..sources_listen import RATES, Source, open_source
@@ -179,7 +178,7 @@ def open_dataset(
         return saved.to_iterable_dataset() if streaming else saved
     try:
         return load_dataset(path, name, split=split, revision=revision, data_files=data_files, streaming=streaming)
-    except (DatasetGenerationError, ArrowInvalid) as error:  # they do not say what was wrong, or not in which file
+    except (DatasetGenerationError, ValueError) as error:  # they do not say what was wrong, or not in which file
         raise ManifestError(f"{data_files or path}: {error.__cause__ or error}") from error
 
 
