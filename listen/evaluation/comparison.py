@@ -207,8 +207,7 @@ def compare(cells: Sequence[Cell], num_resamples: int = NUM_RESAMPLES, seed: int
                 items = runs[first, seeds[0]]
                 head = {"task": task, "metric": items.name, "first": first, "second": second}
                 found.append({**head, **_test(*pair, spread, num_items=len(items.keys))})
-    corrected = holm([entry["p"] for entry in found])
-    return [Comparison(**entry, p_holm=p) for entry, p in zip(found, corrected, strict=True)]
+    return _corrected(found)
 
 
 def compare_losses(cells: Sequence[Cell]) -> list[Comparison]:
@@ -226,13 +225,13 @@ def compare_losses(cells: Sequence[Cell]) -> list[Comparison]:
         seeds = sorted(losses[first].keys() & losses[second].keys())
         if len(seeds) > 1:
             pair = np.array([[losses[name][number] for number in seeds] for name in (first, second)])  # (2, seeds)
-            test = stats.ttest_1samp(pair[0] - pair[1], 0.0)
+            differences = pair[0] - pair[1]  # (seeds,)
+            test = stats.ttest_1samp(differences, 0.0)
             head = {"task": "all", "metric": LOSS, "first": first, "second": second, "num_items": 0}
-            values = {"values": tuple(pair.mean(axis=1).tolist()), "difference": float((pair[0] - pair[1]).mean())}
+            values = {"values": tuple(pair.mean(axis=1).tolist()), "difference": float(differences.mean())}
             interval = tuple(map(float, test.confidence_interval()))
             found.append({**head, **values, "interval": interval, "p": float(test.pvalue), "num_seeds": len(seeds)})
-    corrected = holm([entry["p"] for entry in found])
-    return [Comparison(**entry, p_holm=p) for entry, p in zip(found, corrected, strict=True)]
+    return _corrected(found)
 
 
 def method_names(cells: Sequence[Cell]) -> list[str]:
@@ -268,6 +267,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, (len(order) - rank) * p[place]))
         corrected[place] = highest
     return corrected.tolist()
+
+
+def _corrected(found: Sequence[Mapping[str, Any]]) -> list[Comparison]:
+    corrected = holm([entry["p"] for entry in found])
+    return [Comparison(**entry, p_holm=p) for entry, p in zip(found, corrected, strict=True)]
 
 
 def _task_items(task: str, records: Sequence[Mapping[str, Any]]) -> TaskItems:

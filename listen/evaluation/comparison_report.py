@@ -17,6 +17,7 @@ from ..data.files import write_text
 from .comparison import (
     CELL_FILE,
     EVALUATION_FOLDER,
+    LOSS,
     SIGNIFICANCE,
     Cell,
     Comparison,
@@ -55,7 +56,7 @@ FIGURES = (
     Figure("pool_used_share", "share of the prompts in use", ".2f"),
     Figure("pool_query_cosine", "cosine of queries", ".2f"),
     Figure("pool_key_cosine", "cosine of keys", ".2f"),
-    Figure("eval_lm_loss", "eval LM loss", ".3f"),
+    Figure(LOSS, "eval LM loss", ".3f"),
 )
 
 
@@ -84,13 +85,13 @@ def write_comparison(
         raise ValueError(f"reference={reference!r} is no method of the comparison; choose one of {methods}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    comparisons = compare(cells)
-    text = markdown_comparison(cells, comparisons, reference, notes)
+    comparisons, losses = compare(cells), compare_losses(cells)
+    text = markdown_comparison(cells, comparisons, losses, reference, notes)
     write_text(folder / "comparison.md", text)
     _write_csv(folder / "table.csv", _table_rows(cells))
     _write_csv(folder / "pairs.csv", [_pair_row(comparison) for comparison in comparisons])
     _write_csv(folder / "cells.csv", _cell_rows(cells))
-    if losses := compare_losses(cells):
+    if losses:
         _write_csv(folder / "losses.csv", [_pair_row(loss) for loss in losses])
     plot_scores(cells, comparisons, reference).savefig(folder / "scores.png", dpi=150)
     if any("lm_loss" in entry for cell in cells for entry in cell.history):
@@ -99,9 +100,13 @@ def write_comparison(
 
 
 def markdown_comparison(
-    cells: Sequence[Cell], comparisons: Sequence[Comparison], reference: str, notes: Sequence[str] = ()
+    cells: Sequence[Cell],
+    comparisons: Sequence[Comparison],
+    losses: Sequence[Comparison],
+    reference: str,
+    notes: Sequence[str] = (),
 ) -> str:
-    """The table, the counts of all pairwise comparisons, and how to read them."""
+    """The table, the counts of all pairwise comparisons, the differences in held-out loss, and how to read them."""
     tasks = tasks_of(cells)
     heads = [f"{task} {_metric(cells, task)} {score_arrow(_metric(cells, task))}" for task in tasks]
     figures = [figure for figure in FIGURES if any(figure.name in cell.figures for cell in cells)]
@@ -126,7 +131,7 @@ def markdown_comparison(
         "neither than that of the column:",
         "",
         *_pair_matrix(comparisons, method_names(cells)),
-        *_loss_lines(compare_losses(cells)),
+        *_loss_lines(losses),
     ]
     return "\n".join([*lines, *(f"\n{note}" for note in notes)]) + "\n"
 
@@ -236,7 +241,7 @@ def _figure_cell(cells: Sequence[Cell], figure: Figure) -> str:
     values = [cell.figures[figure.name] * figure.scale for cell in cells if figure.name in cell.figures]
     if not values:
         return "-"
-    return _mean(values, figure.format) if figure.name == "eval_lm_loss" else format(np.mean(values), figure.format)
+    return _mean(values, figure.format) if figure.name == LOSS else format(np.mean(values), figure.format)
 
 
 def _mean(values: Sequence[float], digits: str) -> str:

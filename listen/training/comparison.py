@@ -34,7 +34,7 @@ from ..configuration_listen import BACKBONES
 from ..data.features import FeatureStore
 from ..data.files import hold_folder, write_json
 from ..data.precompute import precompute_features
-from ..data.sources import load_rows
+from ..data.sources import DataSource, load_rows
 from ..evaluation import evaluate_model
 from ..evaluation.comparison import CELL_FILE, EVALUATION_FOLDER
 from .arguments import SECTIONS, parse_sources, task_names
@@ -74,6 +74,14 @@ class EvaluationArguments:
     num_beams: int = 1
     num_resamples: int = 1000
     further_num_prompts: list[int] = field(default_factory=list)
+
+    def sources(self) -> list[DataSource]:
+        """What `data` names.
+
+        Raises:
+            ArgumentError: see `parse_sources`.
+        """
+        return parse_sources("evaluation.data", self.data)
 
 
 @dataclass(frozen=True)
@@ -220,10 +228,10 @@ def _cells(
     refuse_unknown(evaluation, field_names(EvaluationArguments), "evaluation.")
     if not evaluation.get("data"):
         raise ArgumentError("evaluation.data names no source; give the test split")
-    parse_sources("evaluation.data", evaluation["data"])
     if evaluation.get("tasks"):
         evaluation = {**evaluation, "tasks": task_names("evaluation.tasks", evaluation["tasks"])}
     checked = EvaluationArguments(**check_values("evaluation.", EvaluationArguments, evaluation))
+    checked.sources()  # an error shows before the first run
     for seed in seeds:
         mine = copy.deepcopy(sections)
         mine["training"]["seed"] = seed
@@ -372,7 +380,7 @@ def _run(cell: Cell, output: Path, models: str | Path | None, callbacks: Sequenc
 def _evaluate(cell: Cell, run: RunArguments, result: TrainResult, folder: Path) -> list[int]:
     """Evaluate the trained model with its own k and, if it has a pool, with each further k; return these."""
     settings, rows = cell.evaluation, _test_rows(cell)
-    names = [source.path for source in parse_sources("evaluation.data", settings.data)]
+    names = [source.path for source in settings.sources()]
     options = {
         "tasks": settings.tasks,
         "max_examples": settings.max_examples,
@@ -407,6 +415,4 @@ def _arguments(cell: Cell, models: str | Path | None, output: Path = Path(), **t
 
 
 def _test_rows(cell: Cell) -> Dataset:
-    return concatenate_datasets(
-        [load_rows(source) for source in parse_sources("evaluation.data", cell.evaluation.data)]
-    )
+    return concatenate_datasets([load_rows(source) for source in cell.evaluation.sources()])
