@@ -41,6 +41,7 @@ def test_tasks_have_readable_names_and_a_free_question_comes_last() -> None:
         ("Your own question", OWN_QUESTION),
     ]
     assert task_choices(INSTRUCTIONS, ["speaker", "mine"])[0] == ("Speaker verification", "sv")
+    assert task_choices(INSTRUCTIONS, ["sv", "speaker"]) == task_choices(INSTRUCTIONS, ["sv"])
     with pytest.raises(ValueError, match="the model has no task er; it has asr, sqa, sv, mine"):
         task_choices(INSTRUCTIONS, ["er"])
 

@@ -210,3 +210,14 @@ def test_held_out_losses_are_compared_within_seeds() -> None:
     assert pair.difference == pytest.approx(-0.135) and pair.interval[0] < -0.135 < pair.interval[1] < 0
     assert found["a", "d"].better is None
     assert [line.count("(+)") for line in _loss_lines(list(found.values()))[-3:]] == [1, 0, 0]
+
+
+def test_losses_without_spread_are_not_decided_by_rounding() -> None:
+    losses = {"a": [1.1, 2.1], "same": [1.1, 2.1], "shifted": [1.6, 2.6], "broken": [math.nan, 2.0]}
+    cells = [
+        Cell(name, seed, {}, {"eval_lm_loss": x}) for name, values in losses.items() for seed, x in enumerate(values)
+    ]
+    found = {(one.first, one.second): one for one in compare_losses(cells)}
+    assert set(found) == {("a", "same"), ("a", "shifted"), ("same", "shifted")}
+    assert found["a", "same"].p == 1.0 and found["a", "same"].interval == (0.0, 0.0)
+    assert found["a", "shifted"].p == 0.5 and found["a", "shifted"].better is None

@@ -69,5 +69,5 @@ def _check_header(path: Path, header: list[str], delimiter: str) -> None:
     if len(header) == 1 and other:
         raise ManifestError(
             f"{path}:1: cells are separated by {other!r}, expected {delimiter!r}: save it as comma-separated .csv or "
-            "tab-separated .tsv"
+            "tab-separated .tsv, or rename the column"
         )

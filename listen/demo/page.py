@@ -110,7 +110,7 @@ def task_choices(instructions: Mapping[str, str], tasks: Sequence[str] | None = 
     Raises:
         ValueError: `tasks` names one that has no instruction.
     """
-    tasks = [name if name in instructions else TASK_ALIASES.get(name, name) for name in tasks or ()]
+    tasks = dict.fromkeys(name if name in instructions else TASK_ALIASES.get(name, name) for name in tasks or ())
     unknown = [name for name in tasks if name not in instructions]
     if unknown:
         raise ValueError(f"the model has no task {', '.join(unknown)}; it has {', '.join(instructions)}")

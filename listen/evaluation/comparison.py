@@ -214,11 +214,12 @@ def compare_losses(cells: Sequence[Cell]) -> list[Comparison]:
     """Compare the held-out LM losses of all pairs of methods with two common seeds, by a paired t test over seeds.
 
     Runs of one seed share their data order, their start and their held-out rows. The p values are corrected for the
-    number of pairs; `num_items` is 0, as the examples are not tested one by one.
+    number of pairs; `num_items` is 0, as the examples are not tested one by one. Losses that are not finite are left
+    out. Differences without any spread have the p value of a sign test.
     """
     losses: dict[str, dict[int, float]] = {}
     for cell in cells:
-        if LOSS in cell.figures:
+        if math.isfinite(cell.figures.get(LOSS, math.nan)):
             losses.setdefault(cell.method, {})[cell.seed] = cell.figures[LOSS]
     found: list[dict[str, Any]] = []
     for first, second in itertools.combinations(losses, 2):
@@ -226,11 +227,16 @@ def compare_losses(cells: Sequence[Cell]) -> list[Comparison]:
         if len(seeds) > 1:
             pair = np.array([[losses[name][number] for number in seeds] for name in (first, second)])  # (2, seeds)
             differences = pair[0] - pair[1]  # (seeds,)
-            test = stats.ttest_1samp(differences, 0.0)
+            mean, p = float(differences.mean()), 2 * 0.5 ** len(seeds)
+            interval = (mean, mean)
+            if np.ptp(differences) > 1e-9 * np.abs(pair).max():  # else rounding would decide
+                test = stats.ttest_1samp(differences, 0.0)
+                interval, p = tuple(map(float, test.confidence_interval())), float(test.pvalue)
+            elif mean == 0.0:
+                p = 1.0
             head = {"task": "all", "metric": LOSS, "first": first, "second": second, "num_items": 0}
-            values = {"values": tuple(pair.mean(axis=1).tolist()), "difference": float(differences.mean())}
-            interval = tuple(map(float, test.confidence_interval()))
-            found.append({**head, **values, "interval": interval, "p": float(test.pvalue), "num_seeds": len(seeds)})
+            values = {"values": tuple(pair.mean(axis=1).tolist()), "difference": mean}
+            found.append({**head, **values, "interval": interval, "p": p, "num_seeds": len(seeds)})
     return _corrected(found)
 
 
