@@ -9,7 +9,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, List, Value
 from fixtures_training import write_clip, write_manifest
 
-from listen.data.manifest import FEATURES, ManifestError
+from listen.data.manifest import FEATURES, ManifestError, open_dataset
 from listen.data.sources import FORMATS, DataSource, checked_rows, load_rows
 from listen.training.arguments import ArgumentError, DataArguments
 from listen.training.datasets import build_eval_dataset, load
@@ -176,6 +176,15 @@ def test_a_broken_parquet_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "m.parquet").write_bytes(b"PAR1 and nothing more")
     with pytest.raises(ManifestError, match=r"m\.parquet.*: "):
         load_rows(DataSource(str(tmp_path / "m.parquet")))
+
+
+def test_a_missing_split_and_an_empty_file_are_named(tmp_path: Path) -> None:
+    DatasetDict(train=Dataset.from_dict({"a": [1]})).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ManifestError, match=r"saved: there is no split 'test'; it has train"):
+        load_rows(DataSource(str(tmp_path / "saved"), split="test"))
+    (tmp_path / "m.json").write_text("")
+    with pytest.raises(ManifestError, match=r"m\.json.*: no rows"):
+        open_dataset("json", data_files=str(tmp_path / "m.json"))
 
 
 def test_a_source_says_what_it_cannot_read(tmp_path: Path) -> None:

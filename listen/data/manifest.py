@@ -174,12 +174,16 @@ def open_dataset(
     """The data set itself, with its own columns; also a folder of `save_to_disk`. Arguments as in `load_source`."""
     if is_saved_dataset(Path(path)):
         saved = load_from_disk(path)
-        saved = saved if isinstance(saved, Dataset) else saved[split]
+        if not isinstance(saved, Dataset):
+            if split not in saved:
+                raise ManifestError(f"{path}: there is no split {split!r}; it has {', '.join(saved)}")
+            saved = saved[split]
         return saved.to_iterable_dataset() if streaming else saved
     try:
         return load_dataset(path, name, split=split, revision=revision, data_files=data_files, streaming=streaming)
-    except (DatasetGenerationError, ValueError) as error:  # they do not say what was wrong, or not in which file
-        raise ManifestError(f"{data_files or path}: {error.__cause__ or error}") from error
+    # they do not say what was wrong, or not in which file; an empty JSON file ends the search for its columns
+    except (DatasetGenerationError, ValueError, StopIteration) as error:
+        raise ManifestError(f"{data_files or path}: {error.__cause__ or str(error) or 'no rows'}") from error
 
 
 def is_saved_dataset(path: Path) -> bool:
