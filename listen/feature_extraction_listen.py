@@ -1,4 +1,4 @@
-"""Inputs of both encoders from 16 kHz waveforms, with masks, batched in torch.
+"""Inputs of both encoders from 16 kHz waveforms, with masks, in torch.
 
 Whisper reads log-mel and BEATs Kaldi filter banks, both made here (`spectrogram_listen`); the filter bank is returned
 as `(x - mean) / (2 * std)`. Other speech encoders read the features of the transformers feature extractor that they
@@ -25,7 +25,6 @@ from .spectrogram_listen import HIGHEST_WHISPER_HERTZ, kaldi_fbank, kaldi_framin
 
 logger = logging.get_logger(__name__)
 
-_CHUNKS_AT_ONCE = 2  # of similar length; measured faster than 4 for clips of 2 to 10 s, and than 1 for shorter ones
 # What the base classes themselves write to or read from a saved feature extractor.
 _INHERITED_ARGUMENTS = frozenset(
     {"auto_map", "feature_extractor_type", "padding_side", "padding_value", "processor_class", "return_attention_mask"}
@@ -246,11 +245,11 @@ class ListenFeatureExtractor(SequenceFeatureExtractor):
         """
         size = self.chunk_samples
         chunks = [clip[start : start + size] for clip in waveforms for start in range(0, len(clip), size)]
-        lengths = torch.tensor([*map(len, chunks)]).clamp(min=self.min_samples)  # (chunks,)
+        chunks = [_with_silence(chunk, self.min_samples) for chunk in chunks]
         make_speech = self._log_mel_features if self.speech_features is None else self._speech_features
-        features = make_speech(chunks, lengths, pad_to_multiple_of)
+        features = make_speech(chunks, pad_to_multiple_of)
         if self.num_fbank_bins:
-            features.update(self._audio_features(chunks, lengths, pad_to_multiple_of))
+            features.update(self._audio_features(chunks, pad_to_multiple_of))
         return features
 
     def _check_sampling_rate(self, sampling_rate: int | None) -> None:
@@ -265,56 +264,45 @@ class ListenFeatureExtractor(SequenceFeatureExtractor):
                 "resample it first, e.g. with librosa.resample or datasets.Audio(sampling_rate=...)."
             )
 
-    def _log_mel_features(
-        self, chunks: list[np.ndarray], lengths: torch.Tensor, multiple: int
-    ) -> dict[str, torch.Tensor]:
-        spans = torch.full_like(lengths, self.chunk_samples) if self.pad_to_30s else lengths
-        total = int(spans.max()) // self.hop_length
+    def _log_mel_features(self, chunks: list[np.ndarray], multiple: int) -> dict[str, torch.Tensor]:
+        counts = [len(chunk) // self.hop_length for chunk in chunks]
+        if self.pad_to_30s:
+            chunks = [_with_silence(chunk, self.chunk_samples) for chunk in chunks]
+        total = max(map(len, chunks)) // self.hop_length
         if not self.pad_to_30s:  # Whisper takes no more frames than a whole chunk has
             total = min(total + -total % multiple, self.chunk_samples // self.hop_length)
         features = torch.zeros(len(chunks), self.feature_size, total, dtype=torch.float32)
-        for rows in lengths.argsort().split(_CHUNKS_AT_ONCE):
-            waveforms = _stack(chunks, rows, int(spans[rows].max()))
-            log_mel = log_mel_spectrogram(
-                waveforms, spans[rows], self.feature_size, self.n_fft, self.hop_length, self.sampling_rate
-            )
-            features[rows, :, : log_mel.shape[2]] = log_mel
-        mask = prefix_mask(lengths // self.hop_length, total)  # (chunks, total)
-        return {"input_features": features, "input_features_mask": mask.long()}
+        for chunk, row in zip(chunks, features, strict=True):
+            log_mel = row[:, : len(chunk) // self.hop_length]  # (bins, frames)
+            log_mel_spectrogram(torch.from_numpy(chunk), self.n_fft, self.hop_length, self.sampling_rate, out=log_mel)
+        return {"input_features": features, "input_features_mask": _mask(counts, total)}
 
-    def _speech_features(
-        self, chunks: list[np.ndarray], lengths: torch.Tensor, multiple: int
-    ) -> dict[str, torch.Tensor]:
-        pairs = zip(chunks, lengths.tolist(), strict=True)
-        silent = [np.pad(chunk, (0, length - len(chunk))) for chunk, length in pairs]
-        features = extract_speech(self.speech_features, silent)  # (chunks, samples) or (chunks, frames, bins)
+    def _speech_features(self, chunks: list[np.ndarray], multiple: int) -> dict[str, torch.Tensor]:
+        features = extract_speech(self.speech_features, chunks)  # (chunks, samples) or (chunks, frames, bins)
         missing = 0 if self.is_fixed_length else -features.shape[1] % multiple
         features = torch.nn.functional.pad(features, (0, 0) * (features.dim() - 2) + (0, missing))
-        counts = torch.tensor([self.geometry.num_inputs(len(chunk)) for chunk in silent])  # (chunks,)
-        return {"input_features": features, "input_features_mask": prefix_mask(counts, features.shape[1]).long()}
+        counts = [self.geometry.num_inputs(len(chunk)) for chunk in chunks]
+        return {"input_features": features, "input_features_mask": _mask(counts, features.shape[1])}
 
-    def _audio_features(
-        self, chunks: list[np.ndarray], lengths: torch.Tensor, multiple: int
-    ) -> dict[str, torch.Tensor]:
+    def _audio_features(self, chunks: list[np.ndarray], multiple: int) -> dict[str, torch.Tensor]:
         window, shift = kaldi_framing(self.sampling_rate)
-        counts = 1 + (lengths - window) // shift  # (chunks,)
-        total = int(counts.max())
-        mask = prefix_mask(counts, total + -total % multiple)  # (chunks, frames)
-        values = torch.zeros(*mask.shape, self.num_fbank_bins, dtype=torch.float32)
-        for rows in lengths.argsort().split(_CHUNKS_AT_ONCE):
-            waveforms = _stack(chunks, rows, int(lengths[rows].max()))
-            fbank = kaldi_fbank(waveforms, self.num_fbank_bins, self.sampling_rate)
-            values[rows, : fbank.shape[1]] = fbank.sub_(self.fbank_mean).div_(2.0 * self.fbank_std)
-        values.masked_fill_(~mask.unsqueeze(-1), 0.0)
-        return {"input_values": values, "input_values_mask": mask.long()}
+        counts = [1 + (len(chunk) - window) // shift for chunk in chunks]
+        total = max(counts) + -max(counts) % multiple
+        values = torch.zeros(len(chunks), total, self.num_fbank_bins, dtype=torch.float32)
+        for chunk, row, count in zip(chunks, values, counts, strict=True):
+            fbank = row[:count]  # (frames, bins)
+            kaldi_fbank(torch.from_numpy(chunk), self.sampling_rate, out=fbank)
+            fbank.sub_(self.fbank_mean).div_(2.0 * self.fbank_std)
+        return {"input_values": values, "input_values_mask": _mask(counts, total)}
 
 
-def _stack(chunks: list[np.ndarray], rows: torch.Tensor, samples: int) -> torch.Tensor:
-    """The chunks of some rows with silence after each, `(rows, samples)` float32."""
-    stacked = torch.zeros(len(rows), samples, dtype=torch.float32)
-    for waveform, row in zip(stacked, rows.tolist(), strict=True):
-        waveform[: len(chunks[row])] = torch.from_numpy(chunks[row])
-    return stacked
+def _with_silence(chunk: np.ndarray, samples: int) -> np.ndarray:
+    """A chunk of at least so many samples."""
+    return chunk if len(chunk) >= samples else np.pad(chunk, (0, samples - len(chunk)))
+
+
+def _mask(counts: list[int], length: int) -> torch.Tensor:
+    return prefix_mask(torch.tensor(counts), length).long()  # (chunks, length)
 
 
 def _as_clips(audio: object) -> list[np.ndarray]:
