@@ -50,7 +50,7 @@ from .configuration_adapter import ListenConnectorConfig, check_padding
 from .feature_extraction_listen import feature_extractor_for
 from .language_models_listen import check_context, context_limit
 from .placeholders_listen import AUDIO_TOKEN, PROMPT_TOKEN, check_unicode, place_token, prepare_padding, tokenizer_for
-from .tasks_listen import TASK_ALIASES, TASK_INSTRUCTIONS
+from .tasks_listen import TASK_ALIASES, TASK_INSTRUCTIONS, known_tasks
 
 logger = logging.get_logger(__name__)
 
@@ -513,7 +513,7 @@ class ListenProcessor(ProcessorMixin):
         if isinstance(task, str) and task not in self.task_instructions:
             task = TASK_ALIASES.get(task, task)
         if not isinstance(task, str) or task not in self.task_instructions:
-            raise ValueError(unknown_name(f"task {task!r}", str(task), self.task_instructions))
+            raise ValueError(unknown_name(f"task {task!r}", str(task), known_tasks(self.task_instructions)))
         wording = self.task_instructions[task]
         if ("{question}" in wording) != bool(question):
             need = f"has its own wording and takes no question, got {question!r}" if question else "needs a question"

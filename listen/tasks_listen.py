@@ -3,6 +3,8 @@
 `{question}` is what the user asks, `{input}` the position of the recording; without it the recording comes first.
 """
 
+from collections.abc import Iterable
+
 SER_EMOTIONS = (
     "neutral",
     "angry",
@@ -55,4 +57,11 @@ TASK_ALIASES = {
 }
 """Other names of tasks, accepted wherever a task is named, unless a task of that name exists."""
 
-__all__ = ["SER_EMOTIONS", "SER_INSTRUCTION", "TASK_ALIASES", "TASK_INSTRUCTIONS"]
+
+def known_tasks(tasks: Iterable[str]) -> list[str]:
+    """The names of tasks, and their other names (`TASK_ALIASES`)."""
+    names = list(tasks)
+    return [*names, *(alias for alias, name in TASK_ALIASES.items() if name in names)]
+
+
+__all__ = ["SER_EMOTIONS", "SER_INSTRUCTION", "TASK_ALIASES", "TASK_INSTRUCTIONS", "known_tasks"]

@@ -68,6 +68,8 @@ def test_each_file_gives_a_line_and_a_broken_one_stops_none(run: object, tmp_pat
     ("words", "message"),
     [
         ([SPEECH, OTHER], "is where the question should be"),
+        ([SPEECH, "misspelt.wav"], "'misspelt.wav' is where the question should be"),
+        ([SPEECH, "--task", "trancribe"], "task 'trancribe' is unknown; did you mean 'transcribe'?"),
         (["What is being said?"], "no sound file before the question"),
         ([SPEECH, "--task", "asf"], "task 'asf' is unknown; did you mean 'asr'?"),
         ([SPEECH, OTHER, "--task", "sv", "--jsonl"], "task 'sv' compares 2 clips"),

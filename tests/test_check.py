@@ -87,6 +87,14 @@ def test_a_source_without_rows_is_a_problem(tmp_path: Path) -> None:
     assert problem.startswith(f"{table}:1: cells are separated by ';', expected ','")
 
 
+def test_a_check_says_that_it_stopped(tmp_path: Path) -> None:
+    row = '{"audio": "a.wav", "task": "asr", "response": "x"}\n'
+    (tmp_path / "m.jsonl").write_text(f'{row}{{"audio"\n{row}')
+    problems = check_source(DataSource(str(tmp_path / "m.jsonl"))).problems
+    assert problems[-1].startswith(f"{tmp_path}/m.jsonl:2: not valid JSON")
+    assert problems[-1].endswith("; what follows in this source was not read")
+
+
 def run_script(monkeypatch: pytest.MonkeyPatch, *words: str) -> object:
     monkeypatch.setattr(sys, "argv", ["check_data.py", *words])
     with pytest.raises(SystemExit) as stopped:
@@ -110,3 +118,7 @@ def test_the_script_checks_recipes_and_sources_and_fails_for_broken_ones(
         "train: " in out and "eval: " in out and "... and 1 further problems" in out and "2 sources, 3 problems" in out
     )
     assert run_script(monkeypatch, f"{{path: {manifest}, format: xml}}").startswith("error: ")
+    assert run_script(monkeypatch, "{path: a.csv").startswith("error: {path: a.csv: expected a path, or a source")
+    assert run_script(monkeypatch, "*.csv") == 1 and "there is no" in capsys.readouterr().out.replace(
+        "No such", "there is no"
+    )

@@ -113,6 +113,45 @@ def test_unknown_tasks_and_options_are_named(tmp_path: Path) -> None:
         read(tmp_path, "librisqa", options={"part": 2})
 
 
+def test_files_beside_the_recordings_are_not_read(tmp_path: Path) -> None:
+    """Notes named like recordings, and what other systems leave behind."""
+    for form, split, folder in (
+        ("fsdd", "train", "recordings"),
+        ("ravdess", "actor01", "Actor_01"),
+        ("voxceleb1", "train", "vox1_dev_wav/wav/id10001/v1"),
+    ):
+        options = SMALL.get(form, {})
+        rows = read(tmp_path, form, split=split, options=options)
+        place = tmp_path / form / folder
+        for file in [*place.iterdir()]:
+            for name in (f"{file.stem}.txt", f"._{file.name}"):
+                (place / name).write_text("a note")
+        assert read(tmp_path, form, split=split, options=options) == rows
+
+
+@pytest.mark.parametrize(
+    ("form", "file", "text", "message"),
+    [
+        ("speechocean762", "resource/scores.json", "{", "scores.json: not valid JSON"),
+        ("speechocean762", "resource/scores.json", "[]", "scores.json: expected an object with an object of scores"),
+        ("speechocean762", "train/text", "000010011 A\n000010011 B\n", "text:2: utterance '000010011' has another"),
+        ("librisqa", "LibriSQA-PartI/LibriSQA-PartI-train.json", '[{"answer": 3}]', "row 0: expected texts for"),
+        ("expresso", "splits/train.txt", "ex01\n", "train.txt:1: 'ex01' has no line"),
+    ],
+)
+def test_a_broken_file_of_a_corpus_is_named(tmp_path: Path, form: str, file: str, text: str, message: str) -> None:
+    BUILDERS[form](tmp_path / form)
+    (tmp_path / form / file).write_text(text)
+    with pytest.raises(ManifestError, match=message):
+        read(tmp_path, form, split="train")
+
+
+def test_numbers_of_ravdess_start_at_one(tmp_path: Path) -> None:
+    write_clip(tmp_path / "ravdess" / "Actor_01" / "03-01-00-01-02-01-01.wav", 0.05)
+    with pytest.raises(ManifestError, match="expected a name such as 03-01-06-01-02-01-12.wav"):
+        read(tmp_path, "ravdess", split="actor01")
+
+
 def test_questions_about_digits_have_the_answers_that_are_said(tmp_path: Path) -> None:
     for digit, name in ((3, "theo_5"), (8, "theo_6"), (1, "lucas_7"), (9, "lucas_3")):
         write_clip(tmp_path / "fsdd_questions" / "recordings" / f"{digit}_{name}.wav", 0.1)

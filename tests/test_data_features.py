@@ -183,6 +183,15 @@ def test_equal_runs_share_the_work(tmp_path: Path) -> None:
     assert stored == len(FeatureStore(tmp_path / "features")) == 8
 
 
+def test_runs_that_ask_for_shards_of_other_sizes_share_the_work(tmp_path: Path) -> None:
+    dataset, folder = load_manifest(small_corpus(tmp_path, num_rows=8)), tmp_path / "features"
+    compute_in_processes([(dataset, folder, size) for size in (2, 3, 8)])
+    stored = [len(Dataset.from_file(str(shard))) for shard in shards(folder)]
+    assert sum(stored) == len(FeatureStore(folder)) == 8 and max(stored) in (2, 3, 8)
+    with pytest.raises(ValueError, match="shard_size=0 must be at least 1"):
+        compute(dataset, folder, shard_size=0)
+
+
 def start(dataset: Dataset, folder: Path) -> multiprocessing.Process:
     kwargs = {"batch_size": 1, "shard_size": 2}
     process = multiprocessing.get_context("fork").Process(target=compute, args=(dataset, folder), kwargs=kwargs)

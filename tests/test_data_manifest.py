@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
+from datetime import date
 from pathlib import Path
 
 import numpy as np
 import pytest
-from datasets import Audio, Dataset, concatenate_datasets
+from datasets import Audio, ClassLabel, Dataset, Features, Value, concatenate_datasets
 from fixtures_training import RATE, write_clip, write_manifest
 
 from listen.audio_listen import load_waveform
@@ -61,6 +63,8 @@ def test_rows_have_one_schema_whatever_they_hold(folder: Path) -> None:
         ('{"audio": "audio/0.wav", "task": "asr", "response": 3}', r"m.jsonl:2: 'response' must be text"),
         ('{"audio": "audio/0.wav", "task": "asr", "response": "x", "join": "mix"}', r"m.jsonl:2: join='mix'"),
         ('{"audio": 3, "task": "asr", "response": "x"}', r"m.jsonl:2: a clip must be a path"),
+        ('{"audio": "a.wav", "response": "x", "audio": "b.wav"}', r"m.jsonl:2: .*'audio' is written twice in one obj"),
+        ('{"audio": "audio/0.wav", "task": "asr", "response": "x", "id": 1.5}', "'id' must be text, found float 1.5"),
     ],
 )
 def test_a_bad_line_is_named(folder: Path, line: str, message: str) -> None:
@@ -77,6 +81,17 @@ def test_a_mark_before_the_first_line_is_no_part_of_it(folder: Path) -> None:
     (folder / "m.jsonl").write_text(json.dumps(row, ensure_ascii=False), encoding="latin-1")
     with pytest.raises(ManifestError, match=r"m.jsonl: .*UTF-8 .*0xe4.*convert"):
         load_manifest(folder / "m.jsonl")
+
+
+def test_labels_and_fields_that_cannot_be_kept_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    features = Features({"audio": Value("string"), "response": ClassLabel(names=["sad"]), "day": Value("date32")})
+    rows = {"audio": ["a.wav"] * 2, "response": [0, -1], "day": [date(2026, 1, 2)] * 2}
+    source = Dataset.from_dict(rows, features=features)
+    with caplog.at_level(logging.WARNING):
+        assert from_datasets(source.select([0]), task="er")["response"][:] == [["sad"]]
+    assert "the field 'day' is left out: date cannot be kept as JSON" in caplog.text
+    with pytest.raises(ManifestError, match="dataset: row 1: field 'response' is missing or empty"):
+        from_datasets(source, task="er")
 
 
 def test_missing_files_can_be_left_for_later(folder: Path) -> None:

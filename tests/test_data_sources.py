@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from fixtures_training import write_clip, write_manifest
 
 from listen.data.manifest import FEATURES, ManifestError, open_dataset
 from listen.data.sources import FORMATS, DataSource, checked_rows, load_rows
+from listen.data.text_files import read_table
 from listen.training.arguments import ArgumentError, DataArguments
 from listen.training.datasets import build_eval_dataset, load
 
@@ -123,6 +125,48 @@ def test_a_row_of_another_length_and_an_empty_table_are_named(folder: Path) -> N
         load_rows(DataSource(str(folder / "m.csv")))
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (",,\na,b,c\n", "m.csv:1: its header names no column"),
+        ("audio,,\na.wav,,\nb.wav,x,y\n", "m.csv:3: column 2 has no name but holds 'x'; name it in the header"),
+        ("\n  \n", "m.csv: the file is empty"),
+        ('audio,response\na.wav,"open\nb.wav,two\n', "m.csv:2: the row that starts here cannot be read .*close each"),
+        ('audio,response\na.wav,"open\nb.wav,"two"\n', "m.csv:2: the row that starts here cannot be read"),
+        ('audio,response\na.wav,"Hi" he said\n', "m.csv:2: .* write a quote inside it twice"),
+        ("audio,response\na.wav\n", "m.csv:2: expected 2 cells .audio, response., found 1; add the others"),
+        ("audio|text\na.wav|x, y\n", r"m.csv:1: cells are separated by '\|', expected ','"),
+    ],
+)
+def test_no_cell_of_a_table_is_lost_in_silence(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "m.csv").write_text(text)
+    with pytest.raises(ManifestError, match=message):
+        list(read_table(tmp_path / "m.csv"))
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ("\n \naudio,response\n\na.wav,x\n,\n", [{"audio": "a.wav", "response": "x"}]),
+        ("path;or|url\na.wav\n", [{"path;or|url": "a.wav"}]),
+        (",audio,response\n0,a.wav,x\n", [{"": "0", "audio": "a.wav", "response": "x"}]),  # as pandas writes it
+        ("audio,response,,\na.wav,x,,\n", [{"audio": "a.wav", "response": "x", "": ""}]),  # as Excel writes it
+        ('audio,response\na.wav,"two\nlines, ""quoted"""\n', [{"audio": "a.wav", "response": 'two\nlines, "quoted"'}]),
+    ],
+)
+def test_tables_of_usual_programs_are_read(tmp_path: Path, text: str, rows: list[dict]) -> None:
+    (tmp_path / "m.csv").write_text(text)
+    assert [row for _, row in read_table(tmp_path / "m.csv")] == rows
+
+
+def test_advice_for_a_table_with_plain_quotes_does_not_tell_to_quote(tmp_path: Path) -> None:
+    (tmp_path / "m.tsv").write_text('path\ttext\na.mp3\t"one\nb.mp3\ttwo\tmore\n')
+    rows = read_table(tmp_path / "m.tsv", "\t", escaped=True)
+    assert next(rows)[1]["text"] == '"one'
+    with pytest.raises(ManifestError, match="m.tsv:3: expected 2 cells .*, found 3; write a backslash before each"):
+        next(rows)
+
+
 def test_recordings_without_answers_are_named(folder: Path) -> None:
     with pytest.raises(ManifestError, match=r"clips: no metadata.csv, .*; write the answers into a metadata.csv"):
         load_rows(DataSource(str(folder / "clips"), task="asr"))
@@ -152,6 +196,22 @@ def test_folders_of_classes_name_the_answer(tmp_path: Path) -> None:
         load_rows(DataSource(str(tmp_path), task="acap", split="dev"))
 
 
+def test_no_recording_of_a_folder_is_left_out_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_clip(tmp_path / "dog" / "0.wav", 0.1)
+    (tmp_path / "dog" / "1.wma").touch()
+    (tmp_path / "dog" / ".DS_Store").touch()
+    with caplog.at_level(logging.WARNING):
+        assert len(load_rows(DataSource(str(tmp_path), task="acap"))) == 1
+    assert "left out 1 files that are no known audio, such as" in caplog.text and "1.wma" in caplog.text
+    for place in ("1.wav", "cat/old/2.wav"):
+        write_clip(tmp_path / place, 0.1)
+        with pytest.raises(
+            ManifestError, match=f"{place}: 1 recordings lie beside or below the folders of the classes"
+        ):
+            load_rows(DataSource(str(tmp_path), task="acap"))
+        (tmp_path / place).unlink()
+
+
 def test_labels_of_a_data_set_are_named(folder: Path) -> None:
     features = Features({"audio": Value("string"), "response": ClassLabel(names=["sad", "happy"])})
     rows = {"audio": [str(folder / "clips" / "0.wav")], "response": [1]}
@@ -178,6 +238,19 @@ def test_a_broken_parquet_file_is_named(tmp_path: Path) -> None:
         load_rows(DataSource(str(tmp_path / "m.parquet")))
 
 
+@pytest.mark.parametrize(("form", "streaming"), [("json", False), ("json", True), ("parquet", True)])
+def test_the_broken_one_of_several_files_is_named(tmp_path: Path, form: str, streaming: bool) -> None:
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    rows = Dataset.from_list([{"audio": "a.wav", "response": "x"}])
+    rows.to_parquet(good) if form == "parquet" else rows.to_json(good)
+    bad.write_text('{"audio"')
+    files = [str(good), str(bad)]
+    source = DataSource(form, format="datasets", task="asr", data_files=files, streaming=streaming)
+    with pytest.raises(ManifestError) as caught:
+        list(load_rows(source, check_files=False))
+    assert str(caught.value).startswith(f"{bad}: ") and "good" not in str(caught.value)
+
+
 def test_a_missing_split_and_an_empty_file_are_named(tmp_path: Path) -> None:
     DatasetDict(train=Dataset.from_dict({"a": [1]})).save_to_disk(tmp_path / "saved")
     with pytest.raises(ManifestError, match=r"saved: there is no split 'test'; it has train"):
@@ -190,6 +263,7 @@ def test_a_missing_split_and_an_empty_file_are_named(tmp_path: Path) -> None:
 def test_a_source_says_what_it_cannot_read(tmp_path: Path) -> None:
     for fields, message in (
         ({"path": "a.csv", "split": "dev"}, "a.csv: split='dev' has no meaning for format='csv'"),
+        ({"path": __file__}, r"test_data_sources.py: unknown suffix '.py'; expected .jsonl, .json, .csv"),
         ({"path": "a", "format": "mp3"}, "format='mp3' is unknown; choose one of manifest"),
         ({"path": "a", "format": "clotho", "split": "tets"}, "has no split 'tets'; choose among development"),
         ({"path": "a.jsonl", "options": {"clips": "x"}}, "options=.* has no meaning for format='manifest'"),

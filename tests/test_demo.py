@@ -324,6 +324,17 @@ def test_a_recording_that_is_given_up_leaves_the_page_usable(page: Page) -> None
 
 
 @pytest.mark.slow
+def test_a_recording_that_cannot_be_decoded_leaves_the_page_usable(page: Page) -> None:
+    page.evaluate("OfflineAudioContext.prototype.decodeAudioData = async () => { throw new DOMException('broken'); }")
+    page.locator("#clip").get_by_label("Record audio").click()
+    page.locator("#clip .record-button").click()
+    expect(page.locator("#ask")).to_be_disabled()
+    page.locator("#clip .stop-button").click()
+    page.locator("#ask").click()
+    expect(page.get_by_text("There is no clip. Record one, or upload a file.")).to_be_visible()
+
+
+@pytest.mark.slow
 def test_the_page_compares_two_clips(page: Page) -> None:
     upload(page, SPEECH)
     choose(page, "#task", "Speaker verification")

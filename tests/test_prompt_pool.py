@@ -58,6 +58,22 @@ def test_keys_of_one_direction_are_taken_in_their_order() -> None:
     assert torch.equal(indices, torch.arange(4).expand(64, 4))
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_equal_keys_are_taken_in_their_order_by_attention(scale: float) -> None:
+    config = ListenPromptPoolConfig(pool_size=500, num_prompts=4, strategy="attention")
+    pool = ListenPromptPool(config, WIDTH)
+    with torch.no_grad():
+        pool.keys.copy_(scale * torch.randn(100, WIDTH).repeat(5, 1))  # key i equals the keys i + 100, i + 200, ...
+    queries = torch.randn(33, WIDTH)
+    indices = pool(queries, torch.full((33,), 6))[1].indices
+    logits = (queries.double() @ pool.keys[:100].double().T).detach()
+    best = logits.argsort(descending=True)[:, :2]  # (33, 2)
+    assert torch.equal(indices[:, :5], best[:, :1] + 100 * torch.arange(5))
+    assert torch.equal(indices[:, 5], best[:, 1])
+    alone = [pool(query[None], torch.tensor([6]))[1].indices for query in queries]
+    assert torch.equal(torch.cat(alone), indices)
+
+
 def test_similarity_key_loss_of_the_authors_code(query: torch.Tensor) -> None:
     pool = make_pool("similarity", key_loss_type="similarity")
     _, selection = pool(query, full(3))

@@ -191,6 +191,23 @@ def test_its_adapter_is_saved_and_loaded_over_either_llm(kind: str, tmp_path: Pa
 
 
 @every_kind
+def test_its_pool_grows(kind: str, tmp_path: Path) -> None:
+    model = quantised(tmp_path, kind)
+    old = model.adapters["default"].prompt_pool.values.detach().clone()
+    model.grow_pool(3)
+    pool = model.adapters["default"].prompt_pool
+    model.train()(**inputs_of(model)).loss.backward()
+    changed = {name for name, weight in model.named_parameters() if weight.grad is not None}
+    assert changed == {f"adapters.default.prompt_pool.{name}" for name, _ in pool.named_parameters()}
+    assert torch.equal(pool.part("values")[: len(old)], old)
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    expected = model.eval().generate(**heard(model), **settings)
+    model.save_pretrained(tmp_path / "grown")
+    again = AutoModel.from_pretrained(tmp_path / "grown", quantization_config=KINDS[kind](), device_map=DEVICE)
+    assert torch.equal(again.generate(**heard(model), **settings), expected)
+
+
+@every_kind
 def test_an_llm_may_come_quantised(kind: str, tmp_path: Path) -> None:
     """Its own checkpoint says how it is held, and nothing else is held so."""
     config = listen_config(tmp_path)

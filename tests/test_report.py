@@ -102,6 +102,12 @@ def test_the_title_names_model_data_date_and_code(page: Path) -> None:
     assert named.settings["data"] == "clips/test.jsonl, more.csv"
 
 
+def test_the_legend_is_true_of_error_rates(page: Path) -> None:
+    for name in ("report.html", "report.md"):
+        text = page.with_name(name).read_text(encoding="utf-8")
+        assert "all others from 0 to 1; WER and CER exceed 1 where" in text
+
+
 def test_the_worst_examples_come_first_with_players(page: Path, result: EvaluationResult) -> None:
     text = page.read_text(encoding="utf-8")
     ids = re.findall(r'<span class="id">(er-\d)</span>', text)

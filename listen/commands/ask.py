@@ -14,7 +14,6 @@ then 1.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -27,7 +26,9 @@ import numpy as np
 from tqdm import tqdm
 
 from .. import ListenForConditionalGeneration, ListenPipeline, ListenProcessor
+from ..data.audio import AUDIO_SUFFIXES
 from ..data.extras import extra
+from ..data.files import json_text
 from ..data.tasks import get_task, list_tasks
 from ..tasks_listen import TASK_ALIASES
 from .help import ArgumentFormatter
@@ -64,6 +65,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_intermixed_args()
     if arguments.batch_size < 1:
         parser.error(f"--batch-size {arguments.batch_size} must be at least 1")
+    if arguments.seconds is not None and (not arguments.microphone or not 0 < arguments.seconds < float("inf")):
+        parser.error(f"--seconds {arguments.seconds:g} must be above 0, and needs --microphone")
     if not arguments.inputs and not arguments.microphone:
         parser.error("name a sound file, or record one with --microphone")
     return arguments
@@ -74,11 +77,16 @@ def split_inputs(words: list[str], task: str | None, instructions: dict[str, str
     task = task if task in instructions else TASK_ALIASES.get(task or "", task)
     if task is not None and "{question}" not in instructions.get(task, ""):
         return words, None
-    if not words or os.path.isfile(words[-1]):
+    if not words or os.path.isfile(words[-1]) or _names_a_file(words[-1]):
         raise ValueError(
             f"{words[-1] if words else ''!r} is where the question should be: ask FILE ... QUESTION, or give --task"
         )
     return words[:-1], words[-1]
+
+
+def _names_a_file(word: str) -> bool:
+    """Whether a word can only be a sound file or a URL, which may be misspelt, and no question."""
+    return len(word.split()) == 1 and ("://" in word or Path(word).suffix.lower() in AUDIO_SUFFIXES)
 
 
 def main() -> None:
@@ -145,7 +153,7 @@ def print_lines(listen: ListenPipeline, clips: list[tuple[str, Any]], batch_size
     for (name, _), answer in zip(clips, bar, strict=True):
         failed += isinstance(answer, Exception)
         with tqdm.external_write_mode():
-            print(json.dumps({"file": name, **line_of(answer)}, ensure_ascii=False), flush=True)
+            print(json_text({"file": name, **line_of(answer)}), flush=True)
     if failed:
         sys.exit(f"error: {failed} of {count} files failed; their lines carry the error")
 

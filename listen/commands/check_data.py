@@ -32,17 +32,31 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("data", nargs="+", metavar="CONFIG", help="recipes (.yaml), or sources of rows")
     parser.add_argument("--decode", action="store_true", help="decode every file in full: slow, finds truncated files")
     parser.add_argument("--max-problems", type=int, default=10, help="max problems to print for a source")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.max_problems < 0:
+        parser.error(f"--max-problems {arguments.max_problems} must be at least 0")
+    return arguments
 
 
 def sources_of(word: str) -> Iterator[tuple[str, DataSource]]:
     """The sources that a word of the command line names, each with its part: train, eval or none."""
     if not (word.endswith((".yaml", ".yml")) or (RECIPES / f"{word}.yaml").is_file()):
-        yield from (("", source) for source in parse_sources(word, yaml.safe_load(word)))
+        yield from (("", source) for source in parse_sources(word, _source_of(word)))
         return
     section: dict[str, Any] = read_config(word).get("data") or {}
     for part in ("train", "eval"):
         yield from ((part, source) for source in parse_sources(f"data.{part}", section.get(part) or []))
+
+
+def _source_of(word: str) -> Any:
+    """A mapping or a list as in a recipe; any other word is a path, whatever YAML would make of it."""
+    try:
+        value = yaml.safe_load(word)
+    except yaml.YAMLError as error:
+        if word.startswith(("{", "[")):
+            raise ArgumentError(f"{word}: expected a path, or a source such as '{{path: a.csv, task: asr}}'") from error
+        return word
+    return value if isinstance(value, (dict, list)) else word
 
 
 def print_report(part: str, report: SourceReport, max_problems: int) -> None:

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import soundfile
 
 from ..audio_listen import read_clips
 from ..sources_listen import MAX_SAMPLES, RATES
+
+AUDIO_SUFFIXES = frozenset(
+    {".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".mp4", ".webm", ".aiff", ".aif", ".au", ".caf"}
+)
+
+
+def audio_files(folder: Path, pattern: str) -> list[Path]:
+    """The audio files below a folder that fit a glob pattern, in order; hidden ones are left out."""
+    files = (file for file in folder.glob(pattern) if not file.name.startswith("."))
+    return sorted(file for file in files if file.suffix.lower() in AUDIO_SUFFIXES)
 
 
 def recordings_of(row: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
@@ -34,4 +45,4 @@ def row_seconds(row: Mapping[str, Any]) -> float | None:
     return None if None in lengths else sum(lengths)
 
 
-__all__ = ["clip_seconds", "read_clips", "recordings_of", "row_seconds"]
+__all__ = ["AUDIO_SUFFIXES", "audio_files", "clip_seconds", "read_clips", "recordings_of", "row_seconds"]

@@ -77,7 +77,8 @@ def check_source(source: DataSource, decode: bool = False, num_longest: int = 3)
     except (OSError, ValueError) as error:
         report.expected_rows = None
         place = "" if str(error).startswith(source.label) else f"{report.label}: "
-        report.problems.append(f"{place}{error}")
+        rest = "; what follows in this source was not read" if report.rows or report.problems else ""
+        report.problems.append(f"{place}{error}{rest}")
     _finish(report, lengths, num_longest)
     return report
 

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from io import BytesIO
 from numbers import Real
 from pathlib import Path
@@ -34,10 +36,14 @@ from datasets import (
     load_from_disk,
 )
 from datasets.exceptions import DatasetGenerationError
+from transformers.utils import logging
 
 from ..audio_listen import is_one_clip
 from ..sources_listen import RATES, Source, open_source
 from .tasks import UnknownTaskError, extra_fields, get_task
+from .text_files import ManifestError, described, read_json, read_json_lines
+
+logger = logging.get_logger(__name__)
 
 FEATURES = Features(
     {
@@ -71,10 +77,6 @@ SALMONN_TASKS = {
     "gender_QA": "sqa",
 }
 """Task names of SALMONN's prompt files (github.com/bytedance/SALMONN) and ours."""
-
-
-class ManifestError(ValueError):
-    """A row that cannot be used; the message starts with the file and the line."""
 
 
 def load_manifest(path: str | os.PathLike[str], check_files: bool = True) -> Dataset:
@@ -121,10 +123,13 @@ def load_salmonn(
 def read_salmonn(path: Path, task_names: Mapping[str, str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of an annotation file, each with its file and number; see `load_salmonn`."""
     names = {**SALMONN_TASKS, **(task_names or {})}
-    try:
-        annotation = list(json.loads(path.read_text(encoding="utf-8-sig"))["annotation"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ManifestError(f'{path}: expected {{"annotation": [...]}}, SALMONN\'s format, in UTF-8') from error
+    content = read_json(path)
+    annotation = content.get("annotation") if isinstance(content, Mapping) else None
+    if not isinstance(annotation, list):
+        raise ManifestError(
+            f'{path}: expected {{"annotation": [...]}}, SALMONN\'s format, found {described(content)}; put others in a '
+            ".jsonl file, one JSON object a line"
+        )
     for number, entry in enumerate(annotation):
         where = f"{path}: annotation {number}"
         yield where, _from_salmonn(where, entry, names)
@@ -171,7 +176,11 @@ def open_dataset(
     data_files: str | list[str] | None = None,
     streaming: bool = False,
 ) -> Dataset | IterableDataset:
-    """The data set itself, with its own columns; also a folder of `save_to_disk`. Arguments as in `load_source`."""
+    """The data set itself, with its own columns; also a folder of `save_to_disk`. Arguments as in `load_source`.
+
+    Raises:
+        ManifestError: an unknown split, or a file that cannot be read, by name; of a stream, while it is read.
+    """
     if is_saved_dataset(Path(path)):
         saved = load_from_disk(path)
         if not isinstance(saved, Dataset):
@@ -180,10 +189,34 @@ def open_dataset(
             saved = saved[split]
         return saved.to_iterable_dataset() if streaming else saved
     try:
-        return load_dataset(path, name, split=split, revision=revision, data_files=data_files, streaming=streaming)
+        opened = load_dataset(path, name, split=split, revision=revision, data_files=data_files, streaming=streaming)
     # they do not say what was wrong, or not in which file; an empty JSON file ends the search for its columns
     except (DatasetGenerationError, ValueError, StopIteration) as error:
-        raise ManifestError(f"{data_files or path}: {error.__cause__ or str(error) or 'no rows'}") from error
+        place = _file_of(error) or data_files or path
+        raise ManifestError(f"{place}: {error.__cause__ or str(error) or 'no rows'}") from error
+    if isinstance(opened, IterableDataset):
+        files = opened._ex_iterable
+        if hasattr(files, "generate_tables_fn"):  # of all builders that read files of rows
+            files.generate_tables_fn = partial(_tables, files.generate_tables_fn)
+    return opened
+
+
+def _tables(read: Callable[..., Iterator[Any]], **files: Any) -> Iterator[Any]:
+    """The tables of the files of a stream; errors name the file, which `datasets` only logs."""
+    try:
+        yield from read(**files)
+    except (ValueError, TypeError) as error:  # Arrow's and pandas' are among them
+        raise ManifestError(f"{_file_of(error) or 'a file'}: {error}") from error
+
+
+def _file_of(error: BaseException | None) -> str | None:
+    """The file that a builder of `datasets` was reading: none of its errors holds it."""
+    while error is not None:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if "packaged_modules" in frame.f_code.co_filename and isinstance(frame.f_locals.get("file"), str):
+                return frame.f_locals["file"]
+        error = error.__cause__
+    return None
 
 
 def is_saved_dataset(path: Path) -> bool:
@@ -251,8 +284,11 @@ def _undecoded(source: Dataset | IterableDataset) -> tuple[Dataset | IterableDat
 
 
 def _with_label_names(row: Mapping[str, Any], labels: Mapping[str, ClassLabel]) -> dict[str, Any]:
-    named = {name: kind.int2str(row[name]) for name, kind in labels.items() if row[name] is not None}
-    return {**row, **named}
+    marks = {name: (row[name], kind) for name, kind in labels.items() if row[name] is not None}
+    return {
+        **row,
+        **{name: kind.int2str(mark) if mark >= 0 else None for name, (mark, kind) in marks.items()},
+    }  # -1: none
 
 
 def renamed(where: str, record: Any, columns: Columns, task: str | None) -> Any:
@@ -298,8 +334,7 @@ def to_row(where: str, record: Mapping[str, Any], folder: Path, check_files: boo
     Raises:
         ManifestError: see `load_manifest`.
     """
-    if not isinstance(record, Mapping):
-        raise ManifestError(f"{where}: expected a JSON object, found {type(record).__name__}")
+    check_object(where, record)
     missing = [name for name in _REQUIRED if record.get(name) is None]
     if missing:
         raise ManifestError(f"{where}: field {missing[0]!r} is missing or empty; found {sorted(record)}")
@@ -313,34 +348,16 @@ def to_row(where: str, record: Mapping[str, Any], folder: Path, check_files: boo
     if not row["audio"]:
         raise ManifestError(f"{where}: 'audio' holds no clip")
     extra = {name: value for name, value in record.items() if name not in _KNOWN and _is_json(value)}
+    for name in record.keys() - extra.keys() - set(_KNOWN):
+        logger.warning_once(f"the field {name!r} is left out: {type(record[name]).__name__} cannot be kept as JSON")
     row["extra"] = json.dumps(extra, ensure_ascii=False) if extra else None
     return row
 
 
-def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """The objects of a JSONL file, each with its file and line.
-
-    Raises:
-        ManifestError: a line that is not JSON, or a file that is not UTF-8.
-        FileNotFoundError: there is no such file.
-    """
-    with path.open(encoding="utf-8-sig") as lines:  # some editors write a byte order mark
-        try:
-            yield from _parse_lines(path, lines)
-        except UnicodeDecodeError as error:
-            raise ManifestError(f"{path}: not UTF-8 ({error}); convert it") from error
-
-
-def _parse_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ManifestError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from error
-        yield where, record
+def check_object(where: str, record: Any) -> None:
+    """Raise a `ManifestError` for a record that is no object."""
+    if not isinstance(record, Mapping):
+        raise ManifestError(f"{where}: expected a JSON object, found {described(record)}")
 
 
 def to_dataset(records: Iterable[tuple[str, Any]], folder: Path, check_files: bool = True) -> Dataset:
@@ -398,7 +415,7 @@ def _local_paths(dataset: Dataset) -> Iterator[tuple[int, str]]:
 
 def _from_salmonn(where: str, entry: Any, names: Mapping[str, str]) -> dict[str, Any]:
     if not isinstance(entry, Mapping) or "path" not in entry or "text" not in entry:
-        raise ManifestError(f"{where}: expected an object with 'path' and 'text'")
+        raise ManifestError(f"{where}: expected an object with 'path' and 'text', found {described(entry)}")
     task = entry.get("task", "asr")
     clips = [entry["path"], *_as_list(entry.get("expand_wav") or [])]
     record = {name: value for name, value in entry.items() if name not in ("path", "text", "Q", "expand_wav", "task")}
@@ -434,7 +451,7 @@ def _text(where: str, name: str, value: Any) -> str | None:
     if value is None or value == "":
         return None
     if not isinstance(value, (str, int)):
-        raise ManifestError(f"{where}: {name!r} must be text, found {type(value).__name__}")
+        raise ManifestError(f"{where}: {name!r} must be text, found {described(value)}")
     return str(value)
 
 
@@ -451,7 +468,7 @@ def _task(where: str, name: Any, has_question: bool) -> str:
 def _responses(where: str, value: Any) -> list[str]:
     responses = _as_list(value)
     if not responses or not all(isinstance(response, str) for response in responses):
-        raise ManifestError(f"{where}: 'response' must be text or a list of texts, found {value!r}")
+        raise ManifestError(f"{where}: 'response' must be text or a list of texts, found {value!r:.80}")
     return responses
 
 
@@ -503,6 +520,7 @@ __all__ = [
     "JOINS",
     "SALMONN_TASKS",
     "ManifestError",
+    "check_object",
     "extra_fields",
     "from_datasets",
     "is_saved_dataset",
@@ -510,6 +528,7 @@ __all__ = [
     "load_salmonn",
     "load_source",
     "open_dataset",
+    "read_json",
     "read_json_lines",
     "read_salmonn",
     "refuse_missing_files",

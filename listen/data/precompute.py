@@ -21,14 +21,16 @@ from .content import audio_content
 from .features import (
     EncodedRecording,
     FeatureStore,
+    FeatureStoreError,
     keys_digest,
     recording_keys,
     store_info,
     write_shard,
     write_store_info,
 )
-from .files import lease
+from .files import lease, write_json
 from .processes import launched_processes
+from .text_files import read_json
 
 logger = logging.get_logger(__name__)
 _Recording = tuple[str, list[dict[str, Any]]]
@@ -72,7 +74,7 @@ def precompute_features(
         dataset: rows of the manifest schema.
         folder: folder of the store; created if absent, else extended.
         batch_size: recordings in one batch, of similar length.
-        shard_size: recordings per file.
+        shard_size: recordings per file; of several runs in one folder that of the first, so that they share the work.
         num_workers: worker processes that load audio.
         join_silence_seconds: silence between the clips of joined recordings; training must use the same.
         progress: whether to show a progress bar; of the processes of a launcher the main one does.
@@ -82,14 +84,16 @@ def precompute_features(
 
     Raises:
         FeatureStoreError: the folder holds features of other encoders or a damaged file, or an encoder is trainable.
-        ValueError: audio that cannot be read.
+        ValueError: audio that cannot be read, or a `shard_size` below 1.
     """
+    if shard_size < 1:
+        raise ValueError(f"shard_size={shard_size} must be at least 1 recording")
     folder = Path(folder)
     write_store_info(folder, store_info(model, processor.feature_extractor, join_silence_seconds))
     _remove_partial_shards(folder)
     work = _Work(model, processor, batch_size, num_workers, join_silence_seconds)
     shown = progress and launched_processes().is_main_process
-    shards = _shards(dataset, folder, shard_size)
+    shards = _shards(dataset, folder, _common_shard_size(folder, shard_size))
     while True:
         written = set(folder.glob("shard-*.arrow"))
         pending = _pending(shards, folder)
@@ -103,6 +107,21 @@ def precompute_features(
         for shard in postponed:  # until its run has written it, or has died
             with _lease_of(folder, keys_digest(shard)):
                 pass
+
+
+def _common_shard_size(folder: Path, asked: int) -> int:
+    """The shard size of the first run in a folder: runs claim shards, so all must divide the recordings alike."""
+    path = folder / _LEASES / "shard_size.json"
+    with lease(folder / ".shard_size.lock"):
+        if not path.is_file():
+            path.parent.mkdir(exist_ok=True)
+            write_json(path, asked)
+        size = read_json(path)
+    if type(size) is not int or size < 1:
+        raise FeatureStoreError(f"{path} holds {size!r}, not the recordings of a shard; delete it")
+    if size != asked:
+        logger.warning(f"{folder}: files of {size} recordings, as in its first run, not shard_size={asked}")
+    return size
 
 
 def _shards(dataset: Dataset, folder: Path, size: int) -> list[_Shard]:

@@ -16,6 +16,7 @@ from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
 from ..tasks_listen import TASK_ALIASES
+from .audio import AUDIO_SUFFIXES, audio_files
 from .corpora import CORPORA
 from .manifest import (
     FEATURES,
@@ -36,9 +37,6 @@ from .text_files import read_table
 logger = logging.get_logger(__name__)
 
 FORMATS = ("manifest", "salmonn", "datasets", "csv", "parquet", "audiofolder", *CORPORA)
-AUDIO_SUFFIXES = frozenset(
-    {".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".mp4", ".webm", ".aiff", ".aif", ".au", ".caf"}
-)
 _SUFFIXES = {
     ".jsonl": "manifest",
     ".json": "salmonn",
@@ -100,7 +98,7 @@ class DataSource:
         """Set the format.
 
         Raises:
-            ValueError: an unknown format, split or task, or a field that this format does not read.
+            ValueError: an unknown suffix, format, split or task, or a field that this format does not read.
         """
         self.format = self.format or _guess_format(self.path)
         if self.format not in FORMATS:
@@ -129,7 +127,10 @@ class DataSource:
 def _guess_format(path: Any) -> str:
     if not isinstance(path, str):
         return "datasets"
-    return _SUFFIXES.get(Path(path).suffix) or ("audiofolder" if _is_audio_folder(Path(path)) else "datasets")
+    suffix = Path(path).suffix.lower()
+    if suffix not in _SUFFIXES and Path(path).is_file():
+        raise ValueError(f"{path}: unknown suffix {suffix!r}; expected {', '.join(_SUFFIXES)}, or name the format")
+    return _SUFFIXES.get(suffix) or ("audiofolder" if _is_audio_folder(Path(path)) else "datasets")
 
 
 def load_rows(source: DataSource, check_files: bool = True) -> Dataset | IterableDataset:
@@ -247,7 +248,7 @@ def folder_of(source: DataSource) -> Path:
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    return read_table(path, delimiter="\t" if path.suffix == ".tsv" else ",")
+    return read_table(path, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
 
 
 def _is_audio_folder(path: Path) -> bool:
@@ -271,12 +272,21 @@ def _read_audio_folder(path: Path, split: str) -> Iterator[tuple[str, dict[str, 
         for where, record in records:
             yield where, _below(record, root)
         return
-    files = [file for file in sorted(root.glob("*/*")) if file.suffix.lower() in AUDIO_SUFFIXES]
+    files = audio_files(root, "*/*")
     if not files:
         raise ManifestError(
             f"{root}: no {', '.join(_METADATA)} and no folders of recordings, one for each class; write the answers "
             "into a metadata.csv with the columns file_name and response"
         )
+    outside = [*audio_files(root, "*"), *audio_files(root, "*/*/**/*")]
+    if outside:
+        raise ManifestError(
+            f"{outside[0]}: {len(outside)} recordings lie beside or below the folders of the classes; move each into "
+            "the folder of its class, or write a metadata.csv"
+        )
+    others = [file for file in root.glob("*/*") if file.is_file() and file not in files and file.name[0] != "."]
+    if others:
+        logger.warning(f"{root}: left out {len(others)} files that are no known audio, such as {min(others)}")
     for file in files:
         yield str(file), {"file_name": file, "response": file.parent.name, "id": str(file.relative_to(root))}
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..chat_listen import INPUT_FIELD, place_input
-from ..tasks_listen import SER_EMOTIONS, SER_INSTRUCTION, TASK_ALIASES, TASK_INSTRUCTIONS
+from ..tasks_listen import SER_EMOTIONS, SER_INSTRUCTION, TASK_ALIASES, TASK_INSTRUCTIONS, known_tasks
 
 _QUESTION_FIELD = "{question}"
 _OPTIONS_FIELD = "{options}"
@@ -178,7 +178,7 @@ def get_task(name: str) -> Task:
         return _TASKS[name]
     if TASK_ALIASES.get(name) in _TASKS:
         return _TASKS[TASK_ALIASES[name]]
-    close = difflib.get_close_matches(str(name), _TASKS, n=1)
+    close = difflib.get_close_matches(str(name), known_tasks(_TASKS), n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise UnknownTaskError(
         f"unknown task {name!r}.{hint} Known: {', '.join(sorted(_TASKS))}. Add one with register_task(Task(...))."

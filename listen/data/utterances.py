@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from .manifest import FEATURES, ManifestError, to_row
+from .manifest import FEATURES, ManifestError, check_object, to_row
 from .sources import DataSource, folder_of, raw_records
 from .tasks import extra_fields, tagged_text
 
@@ -87,6 +87,7 @@ def read_utterances(
     recordings: dict[str, dict[str, Any]] = {}
     absent = set(columns.values())
     for where, record in raw_records(source):
+        check_object(where, record)
         absent -= record.keys()
         found = _read(where, record, columns, folder, check_files)
         key = _recording_key(found["audio"])

@@ -19,9 +19,15 @@ MAX_UPLOAD = "100mb"
 _ERRORS = (ValueError, TypeError, OSError, RuntimeError)  # of input, of files, of a server, of memory
 # run in the browser: a click that follows at once finds the button as it is now
 _DISABLE, _ENABLE = (f"() => ({{__type__: 'update', interactive: {value}}})" for value in ("false", "true"))
-# calls remove what is not speech from recordings; gradio leaves the browser's default, which is that of calls
-_UNPROCESSED_RECORDINGS = """<script>
+# calls remove what is not speech from recordings; gradio leaves the browser's default, which is that of calls.
+# gradio has no event for a recording that cannot be decoded or uploaded: it writes the error to the console alone
+_RECORDINGS = """<script>
 (() => {
+    const report = console.error;
+    console.error = (...given) => {
+        report(...given);
+        if (given[0] instanceof Error) document.querySelector("#recording-failed")?.click();
+    };
     const devices = navigator.mediaDevices;
     if (!devices) return;  // addresses other than https and this machine have no microphone
     const open = devices.getUserMedia.bind(devices);
@@ -100,7 +106,7 @@ def launch(page: gradio.Blocks, **options: Any) -> Any:
     """
     # fonts of the system: the page needs no other server
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    options = {"theme": theme, "css": _CSS, "head": _UNPROCESSED_RECORDINGS, "footer_links": [], **options}
+    options = {"theme": theme, "css": _CSS, "head": _RECORDINGS, "footer_links": [], **options}
     return page.launch(max_file_size=MAX_UPLOAD, **options)
 
 
@@ -235,6 +241,8 @@ def _connect(
     gradio.on(asked, None, None, button, js=_DISABLE)
     running = gradio.on(asked, ask, inputs, outputs, api_name="ask", concurrency_limit=answers.at_once)
     stop.click(None, None, button, js=_ENABLE, cancels=[running])
+    failed = gradio.Button(visible="hidden", elem_id="recording-failed")
+    failed.click(None, None, button, js=_ENABLE)
     for clip in inputs[:2]:  # a recording is uploaded some time after its end
         clip.start_recording(None, None, button, js=_DISABLE)
         gradio.on([clip.stop_recording, clip.clear], None, None, button, js=_ENABLE)

@@ -36,7 +36,8 @@ _CAPTIONS = {
 _SCALES = {"bleu": 100, "chrf": 100, "cider": 10}  # all other metrics are fractions
 _LEGEND = (
     "Intervals: percentile bootstrap over examples. An arrow shows the better direction. BLEU and chrF run from 0 to "
-    "100, CIDEr-D from 0 to 10, all else from 0 to 1."
+    "100, CIDEr-D from 0 to 10, all others from 0 to 1; WER and CER exceed 1 where there are more errors than words or "
+    "characters."
 )
 
 

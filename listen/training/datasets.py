@@ -90,6 +90,11 @@ def load(source: DataSource, arguments: DataArguments, seed: int = 0) -> Dataset
     if source.tasks:
         wanted = set(source.tasks)
         dataset = dataset.filter(lambda task: task in wanted, input_columns="task")
+        absent = wanted - set(dataset["task"]) if isinstance(dataset, Dataset) else set()
+        if absent and len(dataset):
+            logger.warning(
+                f"{source.label} has no row of {', '.join(sorted(absent))}, which tasks={source.tasks} names"
+            )
     if source.max_rows is not None:
         dataset = _first(dataset.shuffle(seed=seed), source.max_rows)
     if isinstance(dataset, Dataset) and not len(dataset):

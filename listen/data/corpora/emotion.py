@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from ..audio import audio_files
 from ..manifest import ManifestError
 from ..text_files import read_lines
 from .base import Corpus, Records, existing
@@ -50,12 +51,13 @@ def _iemocap_words(path: Path) -> dict[str, str]:
 def read_ravdess(root: Path, split: str) -> Records:
     """`Actor_NN/03-01-EMOTION-INTENSITY-STATEMENT-REPETITION-ACTOR.wav`, the recordings of speech."""
     folder = existing(root / f"Actor_{split.removeprefix('actor')}", "the folder of an actor")
-    for path in sorted(folder.glob(_SPEECH)):
+    emotions, statements = (dict(enumerate(names, 1)) for names in (RAVDESS_EMOTIONS, RAVDESS_STATEMENTS))
+    for path in audio_files(folder, _SPEECH):
         numbers = path.stem.split("-")
         try:
             emotion, intensity, statement = (int(number) for number in numbers[2:5])
-            fields = {"emotion": RAVDESS_EMOTIONS[emotion - 1], "transcript": RAVDESS_STATEMENTS[statement - 1]}
-        except (ValueError, IndexError) as error:
+            fields = {"emotion": emotions[emotion], "transcript": statements[statement]}
+        except (ValueError, KeyError) as error:
             raise ManifestError(f"{path}: expected a name such as 03-01-06-01-02-01-12.wav") from error
         speaker = int(split.removeprefix("actor"))
         yield str(path), {"id": path.stem, "audio": path, "speaker": speaker, "intensity": intensity, **fields}
@@ -73,9 +75,11 @@ def read_expresso(root: Path, split: str) -> Records:
         name = line.split("\t")[0].strip()
         if name.startswith("#") or "_longform_" in name or "-" in name.split("_")[0]:
             continue
-        speaker, style = name.split("_")[:2]
         if name not in words:
             raise ManifestError(f"{where}: {name!r} has no line in read_transcriptions.txt")
+        speaker, style, *rest = name.split("_")
+        if not rest:
+            raise ManifestError(f"{where}: expected a name such as ex01_happy_00001, found {name!r}")
         audio = root / "audio_48khz" / "read" / speaker / style / "base" / f"{name}.wav"
         emotion = "neutral" if style == "default" else style
         fields = {"id": name, "audio": audio, "speaker": speaker, "style": style}

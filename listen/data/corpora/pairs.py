@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..manifest import ManifestError, read_json_lines
-from ..text_files import read_lines, read_table
+from ..audio import audio_files
+from ..manifest import ManifestError
+from ..text_files import read_json, read_json_lines, read_lines, read_table
 from .base import Corpus, Records, column, existing
 
 _VOXCELEB_FOLDERS = (".", "wav", "dev/wav", "test/wav", "vox1_dev_wav/wav", "vox1_test_wav/wav")
@@ -43,8 +43,9 @@ def read_librisqa(root: Path, split: str, librispeech: str = "../LibriSpeech") -
     """
     path = existing(root / "LibriSQA-PartI" / f"LibriSQA-PartI-{split}.json", "the questions of the split")
     for where, row in _json_rows(path):
-        if not isinstance(row, Mapping) or not {"speech_path", "question", "answer"} <= row.keys():
-            raise ManifestError(f"{where}: expected an object with speech_path, question and answer, found {row!r}")
+        texts = [row.get(name) for name in ("speech_path", "question", "answer")] if isinstance(row, Mapping) else []
+        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise ManifestError(f"{where}: expected texts for speech_path, question and answer, found {row!r:.200}")
         place = Path(row["speech_path"]).parts[-4:]  # split/speaker/chapter/file, whatever stands before
         fields = {"audio": root / librispeech / Path(*place), "question": row["question"].strip()}
         fields |= {"transcript": row["text"].strip().lower()} if row.get("text") else {}
@@ -58,11 +59,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     if not is_list:
         yield from read_json_lines(path)
         return
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise ManifestError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from error
-    yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows))
+    yield from ((f"{path}: row {number}", row) for number, row in enumerate(read_json(path)))
 
 
 def read_voxceleb1(
@@ -132,7 +129,7 @@ def _speakers(root: Path, left_out: set[str]) -> _Speakers:
     found: dict[str, list[Path]] = {}
     for folder in _VOXCELEB_FOLDERS:
         for speaker in sorted((root / folder).glob("id*")):
-            clips = sorted(speaker.glob("*/*.*")) if speaker.name not in left_out else []
+            clips = audio_files(speaker, "*/*.*") if speaker.name not in left_out else []
             if clips:
                 found.setdefault(speaker.name, []).extend(clips)
     return dict(sorted(found.items()))

@@ -40,8 +40,8 @@ def read_audiocaps(
     missing = 0
     for name, (where, row, captions) in clips.items():
         try:
-            audio = root / file_name.format(split=split, **row)
-        except (KeyError, IndexError, ValueError) as error:
+            audio = root / file_name.format(**{**row, "split": split})
+        except (KeyError, IndexError, ValueError, AttributeError) as error:
             raise ManifestError(f"{where}: file_name={file_name!r} may hold {{split}} and {', '.join(row)}") from error
         if skip_missing and not audio.is_file():
             missing += 1

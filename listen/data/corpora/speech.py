@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..audio import audio_files
 from ..manifest import ManifestError
-from ..text_files import read_lines
+from ..text_files import read_json, read_lines
 from .base import Corpus, Records, existing
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -32,7 +32,9 @@ def read_speechocean(root: Path, split: str) -> Records:
     folder = existing(root / split, f"the folder of the split {split}")
     words, speakers = (_kaldi(folder / name) for name in ("text", "utt2spk"))
     scores_file = root / "resource" / "scores.json"
-    scores = json.loads(scores_file.read_text(encoding="utf-8")) if scores_file.is_file() else {}
+    scores = read_json(scores_file) if scores_file.is_file() else {}
+    if not isinstance(scores, Mapping) or not all(isinstance(rated, Mapping) for rated in scores.values()):
+        raise ManifestError(f"{scores_file}: expected an object with an object of scores for each utterance")
     for where, line in read_lines(folder / "wav.scp"):
         name, *place = line.split(maxsplit=1)
         if not place or name not in words or name not in speakers:
@@ -44,14 +46,17 @@ def read_speechocean(root: Path, split: str) -> Records:
 
 def _kaldi(path: Path) -> Mapping[str, str]:
     """A Kaldi table: the first word of each line -> the rest of it."""
-    return {
-        key: value.strip() for _, line in read_lines(path) for key, _, value in [line.replace("\t", " ").partition(" ")]
-    }
+    found: dict[str, str] = {}
+    for where, line in read_lines(path):
+        key, _, value = line.replace("\t", " ").partition(" ")
+        if found.setdefault(key, value.strip()) != value.strip():
+            raise ManifestError(f"{where}: utterance {key!r} has another line before; keep one of them")
+    return found
 
 
 def read_fsdd(root: Path, split: str) -> Records:
     """`recordings/DIGIT_SPEAKER_TAKE.wav`; takes 0 to 4 are the test set."""
-    for path in sorted(existing(root / "recordings", "the folder of the recordings").glob("[0-9]_*_*.*")):
+    for path in audio_files(existing(root / "recordings", "the folder of the recordings"), "[0-9]_*_*.*"):
         digit, speaker, take = path.stem.split("_", 2)
         if not take.isdigit():
             raise ManifestError(f"{path}: expected a name such as 7_jackson_32.wav")
