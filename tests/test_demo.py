@@ -325,7 +325,9 @@ def test_a_recording_that_is_given_up_leaves_the_page_usable(page: Page) -> None
 
 @pytest.mark.slow
 def test_a_recording_that_cannot_be_decoded_leaves_the_page_usable(page: Page) -> None:
-    page.evaluate("OfflineAudioContext.prototype.decodeAudioData = async () => { throw new DOMException('broken'); }")
+    page.evaluate("""() => {
+        OfflineAudioContext.prototype.decodeAudioData = () => Promise.reject(new DOMException('broken'));
+    }""")
     page.locator("#clip").get_by_label("Record audio").click()
     page.locator("#clip .record-button").click()
     expect(page.locator("#ask")).to_be_disabled()
