@@ -1,10 +1,13 @@
-"""FSDP2 on processes of the CPU: the same losses as one process, and checkpoints that any number of them reads."""
+"""FSDP2 and ZeRO-3 on the CPU: the losses of one process, and checkpoints that any number of processes reads."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -124,6 +127,21 @@ def launch_settings() -> dict[str, str]:
     return {"ACCELERATE_USE_FSDP": "true", **{name.upper(): str(value) for name, value in config.items()}}
 
 
+def write_settings(folder: Path) -> None:
+    """Backbones, rows and the settings of a run over them."""
+    training = {"save_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 1, "learning_rate": 1e-3}
+    training |= {
+        "use_cpu": True,
+        "num_threads": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "lr_scheduler_type": "constant",
+    }
+    settings = {"model": model_section(save_backbones(folder / "backbones")), "training": training}
+    settings["data"] = {"train": [str(small_corpus(folder, num_rows=12))]}
+    (folder / "settings.json").write_text(json.dumps(settings))
+
+
 def fit(folder: Path, name: str, world: int, steps: int = 3, model: dict | None = None, resume: str = "") -> None:
     """A run of 4 rows a step, one in a batch: the same batches for any number of processes."""
     settings = json.loads((folder / "settings.json").read_text())
@@ -160,17 +178,7 @@ def losses(folder: Path, name: str) -> list[float]:
 
 @pytest.mark.slow
 def test_the_trainer_over_fsdp_equals_one_process_and_its_checkpoints_hold_the_adapter(tmp_path: Path) -> None:
-    training = {"save_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 1, "learning_rate": 1e-3}
-    training |= {
-        "use_cpu": True,
-        "num_threads": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "lr_scheduler_type": "constant",
-    }
-    settings = {"model": model_section(save_backbones(tmp_path / "backbones")), "training": training}
-    settings["data"] = {"train": [str(small_corpus(tmp_path, num_rows=12))]}
-    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    write_settings(tmp_path)
     saved = {"checkpoint": str(tmp_path / "two" / "model")}
     whole = {"name": "two"}, {"name": "resumed", "resume": str(tmp_path / "two" / "checkpoint-2")}
     launch(tmp_path, 2, *whole, {"name": "two more", "model": saved, "steps": 2})
@@ -187,4 +195,35 @@ def test_the_trainer_over_fsdp_equals_one_process_and_its_checkpoints_hold_the_a
         assert not [name for name in names if "fsdp" in name]
         weights, expected = (load_file(tmp_path / place / "model.safetensors") for place in (folder, "one/model"))
         assert weights.keys() == expected.keys()
+        assert AutoModel.from_pretrained(tmp_path / folder, trust_remote_code=True).num_parameters() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+def test_zero3_equals_one_process_and_its_checkpoints_hold_the_adapter(tmp_path: Path) -> None:
+    write_settings(tmp_path)
+    config = yaml.safe_load((ROOT / "examples" / "configs" / "accelerate" / "deepspeed_zero3.yaml").read_text())
+    config |= {"num_processes": 2, "mixed_precision": "no", "use_cpu": True, "main_process_port": 0}
+    (tmp_path / "launch.yaml").write_text(yaml.safe_dump(config))
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    settings["training"] |= {"max_steps": 3, "gradient_accumulation_steps": 2}
+
+    def launch_two(name: str, **options: str) -> list[float]:
+        settings["training"] |= {"output_dir": str(tmp_path / name), **options}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(settings))
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where deepspeed finds ninja
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", tmp_path / "launch.yaml"]
+        command = [*launcher, ROOT / "examples" / "train.py", "--config", tmp_path / f"{name}.yaml"]
+        environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+        subprocess.run(command, check=True, env=environment)
+        history = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+        return [entry["loss"] for entry in history if "loss" in entry]
+
+    two = launch_two("two")
+    assert launch_two("resumed", resume=str(tmp_path / "two" / "checkpoint-2"))[-1] == pytest.approx(two[-1], abs=1e-5)
+    fit(tmp_path, "one", world=1)
+    assert two == pytest.approx(losses(tmp_path, "one"), abs=1e-5)
+    expected = load_file(tmp_path / "one" / "model" / "model.safetensors")
+    for folder in ("two/checkpoint-2", "two/model"):
+        assert load_file(tmp_path / folder / "model.safetensors").keys() == expected.keys()
         assert AutoModel.from_pretrained(tmp_path / folder, trust_remote_code=True).num_parameters() > 0

@@ -17,11 +17,13 @@ from ..modeling_listen import ListenForConditionalGeneration, ListenModel
 from ..presets_listen import PRESETS
 from ..processing_listen import ListenProcessor
 from .arguments import ModelArguments
+from .sharded import undivided
 from .values import ArgumentError
 
 logger = logging.get_logger(__name__)
 
 
+@undivided()
 def build_model(arguments: ModelArguments) -> tuple[ListenForConditionalGeneration, ListenProcessor]:
     """Load the checkpoint, or build a new adapter between the named backbones.
 

@@ -29,6 +29,7 @@ from .datasets import load
 from .resumable import ResumableTrainer
 from .run import train_and_save
 from .run_folder import Run, open_run
+from .sharded import undivided
 from .values import ArgumentError
 
 with extra("train"):
@@ -94,6 +95,7 @@ def train_classifier(
         return _run(trainer, extractor, run)
 
 
+@undivided()
 def build_classifier(arguments: ClassifierModelArguments, labels: Sequence[str]) -> ListenForAudioClassification:
     """Load the checkpoint, or build a new head on the named encoder.
 

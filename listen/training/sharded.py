@@ -1,8 +1,14 @@
-"""Checkpoints of FSDP2 runs, which hold the trainable parameters and the state of the optimiser, not the frozen LLM."""
+"""Training with the weights divided among processes.
+
+Checkpoints of FSDP2 runs hold the trainable parameters and the state of the optimiser, not the frozen LLM. Under
+DeepSpeed ZeRO-3, models are built whole, and divided when training starts.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +16,25 @@ import torch
 from accelerate.utils import save_fsdp_optimizer
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from transformers.integrations import deepspeed
 from transformers.trainer import SCHEDULER_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .push import ModelFolderTrainer
+
+
+@contextmanager
+def undivided() -> Iterator[None]:
+    """Build a model with whole weights also under DeepSpeed ZeRO-3; `deepspeed.initialize` divides them later.
+
+    Upstream's `from_pretrained` divides the weights at once, so that a new adapter would read an empty embedding table.
+    """
+    config = deepspeed._hf_deepspeed_config_weak_ref  # there is no public way to read it
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = config
 
 
 class ShardedTrainer(ModelFolderTrainer):
@@ -47,4 +68,4 @@ class ShardedTrainer(ModelFolderTrainer):
             super()._load_best_model()
 
 
-__all__ = ["ShardedTrainer"]
+__all__ = ["ShardedTrainer", "undivided"]
