@@ -174,7 +174,6 @@ class Adapters(nn.ModuleDict):
             scores=selection.scores.detach(),
             key_loss=selection.key_loss,
             key_loss_weight=query.new_full((len(query),), pool.config.key_loss_weight),
-            balance_loss=selection.balance_loss,
             query=query,
             layers=layers,
         )

@@ -7,7 +7,6 @@ from functools import partial
 from itertools import count
 from typing import Any
 
-from transformers import ProcessorMixin
 from transformers.utils.chat_template_utils import _get_template_variables
 
 from .arguments_listen import is_idle, unknown_name
@@ -138,20 +137,6 @@ def _rendered_or_empty(messages: list[dict[str, Any]], render: Callable[[list], 
         return render([messages])[0][0]
     except Exception:  # of any type: a template's own error, which rendering the messages themselves raises again
         return ""
-
-
-def beginnings_of_answers(processor: ProcessorMixin, rows: Sequence[Sequence[int]]) -> list[int]:
-    """Where the ids that open the assistant's turn begin in each row, which ends with them.
-
-    Raises:
-        ValueError: a row does not end with them.
-    """
-    text = processor.apply_chat_template([{"role": "user", "content": AUDIO_TOKEN}], add_generation_prompt=True)
-    opening = processor.tokenizer(text.rpartition(AUDIO_TOKEN)[2].lstrip(), add_special_tokens=False)["input_ids"]
-    starts = [len(row) - len(opening) for row in rows]
-    if any(list(row[start:]) != opening for row, start in zip(rows, starts, strict=True)):
-        raise ValueError("prompt_place='last' needs texts that end with the beginning of an answer; render them so")
-    return starts
 
 
 def answer_start(messages: list[dict[str, Any]], text: str, render: Callable[..., tuple[list[str], Any]]) -> int:

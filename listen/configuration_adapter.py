@@ -12,8 +12,6 @@ KEY_LOSSES = ("relative", "distance", "similarity")
 PROMPT_FORMS = ("input", "layers")
 QUERY_SOURCES = ("all", "text")
 VALUE_STARTS = ("mean", "vocabulary")
-PROMPT_PLACES = ("first", "last")
-QUERY_HEADS = ("none", "projected", "attention")
 CONNECTORS = ("window_qformer", "conv_rotary")
 
 # the only type of connector that uses a field
@@ -200,18 +198,6 @@ class ListenPromptPoolConfig(StrictConfig):
             authors' code), or at those of random tokens, `"vocabulary"` (Lester et al., arXiv 2104.08691).
         frozen_prompts: Number of pairs, the first ones, that are never trained, nor is the running mean of the query
             with them: those of the pool that this one was grown from, see `AdapterMixin.grow_pool`.
-        prompt_place: With `form="input"`, where the prompts stand: `"first"`, before the input (the paper), or
-            `"last"`, at the end of the user's turn, after audio and instruction.
-        query_head: Trained layer that makes the query: `"none"` (the mean of `query_source`, the paper), `"projected"`,
-            a projection of the means of audio and of text, or `"attention"`, a mean of `query_source` weighted by
-            the softmax of scores of the positions. Needs `gate_temperature`: the key loss does not reach the query.
-            In training, `center_query` then subtracts the mean of the batch.
-        shared_prompts: Number of prompts, the first ones, that every row gets before those that its query picks. They
-            have no keys. With `stochastic`, `min_prompts` of the training arguments should be above it.
-        straight_through: With `gate_temperature`, whether the weights are 1 in the forward pass, with the gradient of
-            `softmax(cosines / gate_temperature)` over the pool.
-        balance_weight: With `strategy="similarity"`, weight of a loss that balances the use of the prompts, that of
-            the Switch Transformer (arXiv 2101.03961, eq. 4).
 
     Raises:
         ValueError: an unknown field, strategy, source, start or key loss, or values that cannot work together.
@@ -236,11 +222,6 @@ class ListenPromptPoolConfig(StrictConfig):
     query_source: str = "all"
     value_start: str = "mean"
     frozen_prompts: int = 0
-    prompt_place: str = "first"
-    query_head: str = "none"
-    shared_prompts: int = 0
-    straight_through: bool = False
-    balance_weight: float = 0.0
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -249,9 +230,6 @@ class ListenPromptPoolConfig(StrictConfig):
         check_choice("prompt pool key_loss_type", self.key_loss_type, KEY_LOSSES)
         check_choice("prompt pool query_source", self.query_source, QUERY_SOURCES)
         check_choice("prompt pool value_start", self.value_start, VALUE_STARTS)
-        check_choice("prompt pool prompt_place", self.prompt_place, PROMPT_PLACES)
-        check_choice("prompt pool query_head", self.query_head, QUERY_HEADS)
-        self._check_forms()
         if self.form == "layers" and self.value_start != "mean":
             raise ValueError(f"value_start={self.value_start!r} has no effect with form='layers'; leave it out")
         if not 1 <= self.num_prompts <= self.pool_size:
@@ -292,16 +270,6 @@ class ListenPromptPoolConfig(StrictConfig):
     def num_per_task(self) -> int:
         """Prompts of each task alone, with `strategy="task"`."""
         return (self.pool_size - self.num_shared) // len(self.tasks or [None])
-
-    def _check_forms(self) -> None:
-        if (self.query_head != "none" or self.straight_through) and self.gate_temperature is None:
-            raise ValueError("query_head and straight_through need gate_temperature; set it")
-        if (self.shared_prompts or self.balance_weight) and self.strategy != "similarity":
-            raise ValueError(f"shared_prompts and balance_weight need strategy='similarity', not {self.strategy!r}")
-        if self.frozen_prompts and (self.shared_prompts or self.query_head != "none"):
-            raise ValueError("a pool with shared_prompts or a query_head cannot have frozen_prompts; leave them out")
-        if not 0 <= self.shared_prompts < self.num_prompts:
-            raise ValueError(f"shared_prompts={self.shared_prompts} must lie in 0..{self.num_prompts - 1}")
 
     def _check_tasks(self) -> None:
         if not self.tasks:

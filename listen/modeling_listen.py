@@ -581,8 +581,6 @@ class ListenForConditionalGeneration(ListenGenerationMixin, ListenModel):
         targets = (labels[:, 1:] != -100).sum(-1)  # (batch,)
         share = targets / (targets.sum() if num_items_in_batch is None else num_items_in_batch)  # (batch,)
         loss = lm_loss + (prompts.key_loss * prompts.key_loss_weight * share).sum()
-        if prompts.balance_loss is not None:
-            loss = loss + (prompts.balance_loss * share).sum()
         return {"loss": loss, "lm_loss": lm_loss, "key_loss": (prompts.key_loss * share).sum()}
 
 

@@ -1,18 +1,15 @@
 """The prompt pool of LiSTEN (arXiv 2505.18517): trained key-value pairs from which each input picks its prompts."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import EllipsisType
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers import initialization as init
 
 from .language_models_listen import check_later
-
-_BALANCE_TEMPERATURE = 0.3  # that of the gates of the recipes: at 1, the softmax of 96 cosines is nearly uniform
 
 
 @dataclass
@@ -24,14 +21,12 @@ class PromptSelection:
         scores: `(batch, k)` score of each under the strategy, ones where it has none; 0 where a row asks for fewer.
         weights: `(batch, k)` factors for the values, or `None` for values as they are.
         key_loss: `(batch,)` the pull between query and chosen keys, zero where the strategy has none.
-        balance_loss: `(batch,)` the loss that balances the use of prompts, times its weight; `None` without one.
     """
 
     indices: torch.Tensor
     scores: torch.Tensor
     weights: torch.Tensor | None
     key_loss: torch.Tensor
-    balance_loss: torch.Tensor | None = None
 
 
 @dataclass
@@ -89,8 +84,6 @@ class SimilaritySelection(SelectionStrategy):
         super().__init__(config)
         self.loss_type = config.key_loss_type
         self.temperature = config.gate_temperature
-        self.is_straight_through = config.straight_through
-        self.balance_weight = config.balance_weight
 
     def forward(self, request: PromptRequest) -> PromptSelection:
         """`scores` are cosines; the norms are safe at zero, as in Learning to Prompt (arXiv 2112.08654)."""
@@ -106,20 +99,10 @@ class SimilaritySelection(SelectionStrategy):
             size = target.norm(dim=-1, keepdim=True).clamp_min(1e-6)  # (batch, 1)
             losses = (target[:, None] - keys[indices]).norm(dim=-1) / (size * count)  # (batch, k)
         chosen, valid, weights = scores.gather(1, indices), request.valid, None  # (batch, k)
-        if self.is_straight_through:
-            shares = (scores / self.temperature).softmax(-1).gather(1, indices)  # (batch, k)
-            weights = (1.0 + (shares - shares.detach())) * valid
-        elif self.temperature is not None:
+        if self.temperature is not None:
             shares = (chosen / self.temperature).masked_fill(~valid, -torch.inf).softmax(-1).nan_to_num()  # (batch, k)
             weights = shares * valid.sum(-1, keepdim=True)
-        balance = self._balance_loss(scores, indices, valid) if self.balance_weight else None
-        return PromptSelection(indices, chosen, weights, (losses * valid).sum(-1), balance)
-
-    def _balance_loss(self, scores: torch.Tensor, indices: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """`weight P sum_i f_i p_i`, `(batch,)`: f_i the share of prompt i of all picks, p_i its softmax in a row."""
-        pool_size = scores.shape[1]
-        picked = torch.bincount(indices[valid], minlength=pool_size) / valid.sum().clamp_min(1)  # (pool,)
-        return self.balance_weight * pool_size * (scores / _BALANCE_TEMPERATURE).softmax(-1) @ picked
+        return PromptSelection(indices, chosen, weights, (losses * valid).sum(-1))
 
 
 class AttentionSelection(SelectionStrategy):
@@ -241,47 +224,6 @@ STRATEGIES: dict[str, type[SelectionStrategy]] = {
 }
 
 
-class ProjectedQuery(nn.Module):
-    """A projection of the means of audio and of text; at first it gives the mean of the text. No bias: queries are
-    centred. The mean of audio, which is many times larger, is scaled to the norm of that of text."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        # no nn.Linear: it would draw random numbers, so that the connector of the same seed started elsewhere
-        self.projection = nn.Parameter(torch.empty(width, 2 * width))  # (width, 2 width)
-
-    def start(self) -> None:
-        """Initialise the parameters."""
-        eye = torch.eye(len(self.projection))  # (width, width)
-        init.copy_(self.projection, torch.cat([torch.zeros_like(eye), eye], 1))
-
-    def forward(self, embeds: torch.Tensor, mask: torch.Tensor, audio_mask: torch.Tensor) -> torch.Tensor:
-        """Query `(batch, width)` of `embeds` `(batch, sequence, width)`."""
-        text = _masked_mean(embeds, mask & ~audio_mask)  # (batch, width)
-        audio = F.normalize(_masked_mean(embeds, audio_mask), dim=-1) * text.norm(dim=-1, keepdim=True)
-        return F.linear(torch.cat([audio, text], -1), self.projection)
-
-
-class AttentionQuery(nn.Module):
-    """A mean weighted by the softmax of scores, which a trained vector gives; at first the plain mean."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.scorer = nn.Parameter(torch.empty(width))  # (width,)
-
-    def start(self) -> None:
-        """Initialise the parameters."""
-        init.zeros_(self.scorer)
-
-    def forward(self, embeds: torch.Tensor, mask: torch.Tensor, audio_mask: torch.Tensor) -> torch.Tensor:
-        """Query `(batch, width)` of `embeds` `(batch, sequence, width)`."""
-        scores = (embeds @ self.scorer).masked_fill(~mask, -torch.inf).softmax(-1)  # (batch, sequence)
-        return (scores.nan_to_num()[..., None] * embeds).sum(1)  # NaN: a row without prompts may be empty
-
-
-_QUERY_HEADS: dict[str, type[nn.Module]] = {"projected": ProjectedQuery, "attention": AttentionQuery}
-
-
 class ListenPromptPool(nn.Module):
     """P trained key-value pairs and the strategy that picks k of them for a query.
 
@@ -305,9 +247,7 @@ class ListenPromptPool(nn.Module):
             self.writes = nn.Parameter(torch.empty(trained, *layers))  # (trained, layers, layer width)
         else:
             self.values = nn.Parameter(torch.empty(trained, width))  # (trained, width)
-        num_keys = trained - config.shared_prompts
-        self.keys = nn.Parameter(torch.empty(num_keys, width)) if config.uses_query else None  # (keys, width)
-        self.query_head = None if config.query_head == "none" else _QUERY_HEADS[config.query_head](width)
+        self.keys = nn.Parameter(torch.empty(trained, width)) if config.uses_query else None  # (trained, width)
         if config.frozen_prompts:
             for name, own in list(self.named_parameters()):
                 self.register_buffer(f"frozen_{name}", torch.zeros(config.frozen_prompts, *own.shape[1:]))
@@ -348,26 +288,21 @@ class ListenPromptPool(nn.Module):
                 f"the input asks for {k} prompts but the pool can give {self.most_prompts}; lower num_prompts"
             )
         valid = torch.arange(k, device=query.device) < counts[:, None]  # (batch, k)
-        shared = min(self.config.shared_prompts, k)
-        num_keys = self.config.pool_size - self.config.shared_prompts
-        dropped = torch.zeros(num_keys, dtype=torch.bool, device=query.device)  # (pool,)
+        dropped = torch.zeros(self.config.pool_size, dtype=torch.bool, device=query.device)  # (pool,)
         if self.training and self.config.score_dropout:
             # out of the ranking: a score of zero would rank above every negative cosine; k keys always stay
-            drawn = torch.rand(num_keys, device=query.device) < self.config.score_dropout
-            dropped = drawn & (num_keys - drawn.sum() >= k)
+            drawn = torch.rand(self.config.pool_size, device=query.device) < self.config.score_dropout
+            dropped = drawn & (self.config.pool_size - drawn.sum() >= k)
         with torch.autocast(query.device.type, enabled=False):  # the ranking must not depend on mixed precision
             query = query.float()  # (batch, width)
             if self.config.center_query:
                 if self.training and not self.config.frozen_prompts:  # the old keys fit the old mean
                     with torch.no_grad():
                         self.query_mean.lerp_(query.mean(0), 1.0 - self.config.query_momentum)
-                # the running mean is late for a query that is trained: all queries of a batch would be shifted alike
-                moves = self.training and self.query_head is not None
-                query = query - (query.mean(0) if moves else self.query_mean)
+                query = query - self.query_mean
             keys = self.part("keys")  # (pool, width)
-            keys = keys[self.config.shared_prompts :].float() if keys is not None else None  # (keys, width)
-            request = PromptRequest(query, keys, k - shared, valid[:, shared:], task_ids, dropped)
-            selection = _after_shared(self.strategy(request), self.config.shared_prompts, shared)
+            keys = keys.float() if keys is not None else None
+            selection = self.strategy(PromptRequest(query, keys, k, valid, task_ids, dropped))
             if self.config.form == "layers":
                 prompts = query.new_zeros(len(query), k, self.width)
             else:
@@ -386,14 +321,12 @@ class ListenPromptPool(nn.Module):
             layer: The layer of the LLM whose `reads` or `writes` are meant; all by default.
 
         Returns:
-            `(pool, width)`, zero for keys of shared prompts; `None` for the keys of a strategy that has none.
+            `(pool, width)`; `None` for the keys of a strategy that has none.
         """
         own = getattr(self, name)
         if own is None:
             return None
         own = own[:, layer]  # (trained, width)
-        if name == "keys" and self.config.shared_prompts:
-            own = F.pad(own, (0, 0, self.config.shared_prompts, 0))  # (trained, width)
         if not self.config.frozen_prompts:
             return own
         return torch.cat([getattr(self, f"frozen_{name}")[:, layer], own])
@@ -444,43 +377,6 @@ def _spread(directions: torch.Tensor, count: int) -> torch.Tensor:
     return torch.tensor(chosen, device=directions.device)
 
 
-def _after_shared(selection: PromptSelection, offset: int, count: int) -> PromptSelection:
-    """A selection among the prompts from `offset` on, with the first `count` prompts of the pool before it."""
-    if not offset:
-        return selection
-    ones = selection.scores.new_ones(len(selection.scores), count)  # (batch, count)
-    first = torch.arange(count, device=ones.device).expand(len(ones), -1)  # (batch, count)
-    return replace(
-        selection,
-        indices=torch.cat([first, selection.indices + offset], 1),
-        scores=torch.cat([ones, selection.scores], 1),
-        weights=None if selection.weights is None else torch.cat([ones, selection.weights], 1),
-    )
-
-
-def _masked_mean(embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean `(batch, width)` of the positions of a mask `(batch, sequence)`, in fp32; zero where there are none."""
-    weights = mask[..., None].float()  # (batch, sequence, 1)
-    return (embeds.float() * weights).sum(1) / weights.sum(1).clamp_min(1.0)
-
-
-def _head_queries(
-    pools: list[ListenPromptPool | None],
-    query: torch.Tensor,
-    embeds: torch.Tensor,
-    mask: torch.Tensor,
-    audio_mask: torch.Tensor,
-) -> torch.Tensor:
-    """`query` `(batch, width)`, with that of the query head for rows whose pool has one."""
-    for pool in dict.fromkeys(pools):
-        if pool is not None and pool.query_head is not None:
-            rows = torch.tensor([i for i, other in enumerate(pools) if other is pool], device=query.device)
-            with torch.autocast(query.device.type, enabled=False):  # like the ranking
-                made = pool.query_head(embeds[rows].float(), mask[rows], audio_mask[rows])  # (rows, width)
-            query = query.index_copy(0, rows, made)
-    return query
-
-
 def _without_scores(indices: torch.Tensor, query: torch.Tensor) -> PromptSelection:
     ones = torch.ones(indices.shape, dtype=query.dtype, device=query.device)
     return PromptSelection(indices, ones, None, query.new_zeros(len(query)))
@@ -515,9 +411,13 @@ def pool_query(
         ValueError: no position is left for a row (without `wait` a `RuntimeError`), or the pass is shorter than
             `query_mask`.
     """
-    pools = [adapters[name].prompt_pool if name in adapters else None for name in names]
-    of_text = [pool is not None and pool.config.query_source == "text" for pool in pools]
+    of_text = []
+    for name in names:
+        pool = adapters[name].prompt_pool if name in adapters else None
+        of_text.append(pool is not None and pool.config.query_source == "text")
     mask = ~is_prompt  # (batch, sequence)
+    if any(of_text):
+        mask = mask & ~(is_audio & torch.tensor(of_text, device=mask.device)[:, None])
     if attention_mask is not None:
         mask = mask & attention_mask.bool()
     if query_mask is not None and query_mask.shape[1] > mask.shape[1]:
@@ -527,9 +427,7 @@ def pool_query(
         )
     if query_mask is not None:  # generation appends positions that the query must not see
         mask = mask & F.pad(query_mask.bool(), (0, mask.shape[1] - query_mask.shape[1]))
-    audio_mask = mask & is_audio  # (batch, sequence)
-    if any(of_text):
-        mask = mask & ~(is_audio & torch.tensor(of_text, device=mask.device)[:, None])
+    weights = mask[..., None].float()  # (batch, sequence, 1)
     empty = is_prompt.any(-1) & ~mask.any(-1)  # (batch,)
     advice = (
         "nothing to pick its prompts by: give audio or text, and labels of -100 before the answer, or the query_mask "
@@ -539,7 +437,7 @@ def pool_query(
         check_later(~empty, f"a row has {advice}")
     elif empty.any():
         raise ValueError(f"row {int(empty.long().argmax())} has {advice}")
-    return _head_queries(pools, _masked_mean(embeds, mask), embeds, mask, audio_mask)
+    return (embeds.float() * weights).sum(1) / weights.sum(1).clamp_min(1.0)
 
 
 __all__ = ["ListenPromptPool", "PromptRequest", "PromptSelection", "SelectionStrategy", "STRATEGIES", "pool_query"]

@@ -105,7 +105,6 @@ class PromptOutput(ModelOutput):
         scores: `(batch, k)`.
         key_loss: `(batch,)`, before its weight.
         key_loss_weight: `(batch,)`, alpha of the pool that each row used.
-        balance_loss: `(batch,)`, times its weight; `None` where the pool has none.
         query: `(batch, text width)`.
         layers: The prompts that are in the LLM's layers and not in its input, a list of `LayerPrompts`.
     """
@@ -114,7 +113,6 @@ class PromptOutput(ModelOutput):
     scores: torch.Tensor | None = None
     key_loss: torch.Tensor | None = None
     key_loss_weight: torch.Tensor | None = None
-    balance_loss: torch.Tensor | None = None
     query: torch.Tensor | None = None
     layers: list[Any] | None = None
 

@@ -58,8 +58,6 @@ class ListenPreTrainedModel(SwitchableAttention, AdapterMixin, PreTrainedModel):
                 init.normal_(module.values, mean=0.0, std=0.02)
             if module.keys is not None:
                 init.normal_(module.keys, mean=0.0, std=0.01)
-            if module.query_head is not None:
-                module.query_head.start()
             if module.config.center_query:
                 init.zeros_(module.query_mean)
 

@@ -38,7 +38,6 @@ from .chat_listen import (
     DEFAULT_CHAT_TEMPLATE,
     answer_start,
     as_conversations,
-    beginnings_of_answers,
     check_counts,
     clips_or_none,
     fit_template,
@@ -74,8 +73,8 @@ class ListenProcessor(ProcessorMixin):
         num_prompts: Default k.
         pool_size: Number of prompts in the pool, the maximum of k; unchecked if `None`.
         prompts_in_layers: Whether prompts are in the LLM's layers: it then does not read their placeholders.
-        prompts_last: Whether prompts stand at the end of the user's turn, which the text must end with, and not first.
-        connector: Fields of the model's `ListenConnectorConfig`, which counts audio embeddings; defaults if `None`.
+        connector: Fields of the model's `ListenConnectorConfig`, which counts the audio embeddings of a clip; its
+            defaults if `None`.
         tasks: Names of the tasks that own a part of the pool; a call's `task` then becomes `task_ids`.
         task_instructions: Wording of each task; `TASK_INSTRUCTIONS` by default.
         context_length: Positions of the LLM; a longer input with audio or prompts raises an error before its features
@@ -100,7 +99,6 @@ class ListenProcessor(ProcessorMixin):
         num_prompts: int = 0,
         pool_size: int | None = None,
         prompts_in_layers: bool = False,
-        prompts_last: bool = False,
         connector: dict[str, Any] | None = None,
         tasks: list[str] | None = None,
         task_instructions: dict[str, str] | None = None,
@@ -119,7 +117,6 @@ class ListenProcessor(ProcessorMixin):
         )
         self.pool_size = pool_size
         self.prompts_in_layers = prompts_in_layers
-        self.prompts_last = prompts_last
         self.num_prompts = self._checked_num_prompts(num_prompts)
         self._connector_config = ListenConnectorConfig(**(connector or {}))
         check_padding(self._connector_config, feature_extractor.pad_to_30s)
@@ -155,7 +152,6 @@ class ListenProcessor(ProcessorMixin):
             "num_prompts": pool.num_prompts if pool is not None else 0,
             "pool_size": pool.pool_size if pool is not None else 0,
             "prompts_in_layers": pool is not None and pool.form == "layers",
-            "prompts_last": pool is not None and pool.prompt_place == "last",
             "tasks": pool.tasks if pool is not None and pool.strategy == "task" else None,
             "connector": config.connector_config.settings(),
             "context_length": context_limit(config.text_config),
@@ -315,13 +311,13 @@ class ListenProcessor(ProcessorMixin):
         return sum(map(count, extractor.num_encoder_frames(num_samples)))
 
     def _padded(self, encoded: dict[str, list], k: int, options: dict[str, Any]) -> dict[str, list]:
-        """Rows with k prompts in front, or at the end of the user's turn, and padding in front."""
+        """Rows with k prompts in front and padding in front of the prompts."""
         rows = encoded["input_ids"]
-        starts = beginnings_of_answers(self, rows) if self.prompts_last and k else [0] * len(rows)
         lengths = [k + len(row) for row in rows]
         longest = int(np.argmax(lengths))
         if self.context_length is not None and lengths[longest] > self.context_length:
-            check_context(self.context_length, lengths[longest], k, list(rows[longest]).count(self.audio_token_id))
+            num_audio = list(rows[longest]).count(self.audio_token_id)
+            check_context(self.context_length, lengths[longest], k, num_audio)
         widths = _padded_widths(lengths, options)
         fills = {  # of prompts and of padding
             "input_ids": (self.prompt_token_id, self.tokenizer.pad_token_id),
@@ -329,13 +325,14 @@ class ListenProcessor(ProcessorMixin):
             "mm_token_type_ids": (0, 0),
             "offset_mapping": ((0, 0), (0, 0)),
         }
+        data = dict(encoded)
         for name in fills.keys() & encoded.keys():
             prompt, padding = fills[name]
-            encoded[name] = [
-                [padding] * (width - length) + list(row[:start]) + [prompt] * k + list(row[start:])
-                for row, width, length, start in zip(encoded[name], widths, lengths, starts, strict=True)
+            data[name] = [
+                [padding] * (width - length) + [prompt] * k + list(row)
+                for row, width, length in zip(encoded[name], widths, lengths, strict=True)
             ]
-        return encoded
+        return data
 
     # ------------------------------------------------------------------ checks
 

@@ -61,7 +61,6 @@ THEMES = {
         "speech_features",
         "kills",
         "add_task",
-        "forms",
     ),  # one feature across modules
     *("prompts_in_layers", "ids_and_masks", "processing_fuzz"),  # likewise, and inputs that are odd or wrong
     *(

@@ -57,8 +57,8 @@ def pool_rates(model: nn.Module, factor: float) -> dict[str, float]:
 
 
 def is_pool(name: str) -> bool:
-    """Whether this is the name of a parameter of a prompt pool, its query head left out."""
-    return "prompt_pool" in name.split(".") and "query_head" not in name.split(".")
+    """Whether this is the name of a parameter of a prompt pool."""
+    return "prompt_pool" in name.split(".")
 
 
 def split_by_rate(optimizer: torch.optim.Optimizer, model: nn.Module, rates: dict[str, float]) -> None:
