@@ -118,6 +118,9 @@ def test_the_script_checks_recipes_and_sources_and_fails_for_broken_ones(
         "train: " in out and "eval: " in out and "... and 1 further problems" in out and "2 sources, 3 problems" in out
     )
     assert run_script(monkeypatch, f"{{path: {manifest}, format: xml}}").startswith("error: ")
+    for data, message in (("[a.csv]", "data must be a mapping"), ("{evl: [a.csv]}", "evl; did you mean eval")):
+        recipe.write_text(f"data: {data}\n")
+        assert message in str(run_script(monkeypatch, str(recipe)))
     assert run_script(monkeypatch, "{path: a.csv").startswith("error: {path: a.csv: expected a path, or a source")
     assert run_script(monkeypatch, "*.csv") == 1 and "there is no" in capsys.readouterr().out.replace(
         "No such", "there is no"

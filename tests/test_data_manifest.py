@@ -49,6 +49,14 @@ def test_rows_have_one_schema_whatever_they_hold(folder: Path) -> None:
     assert (dataset[3]["question"], dataset[3]["join"]) == ("Who?", "concatenate")
 
 
+def test_rows_of_the_schema_are_read_as_they_are(folder: Path) -> None:
+    rows = [{"audio": "audio/0.wav", "task": "asr", "response": "hello", "speaker": 7}]
+    dataset = load_manifest(write_manifest(folder / "m.jsonl", rows))
+    assert from_datasets(dataset)[0] == dataset[0]
+    rows[0]["extra"] = "a word"
+    assert extra_fields(load_manifest(write_manifest(folder / "m.jsonl", rows))[0]) == {"extra": "a word", "speaker": 7}
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -63,6 +71,15 @@ def test_rows_have_one_schema_whatever_they_hold(folder: Path) -> None:
         ('{"audio": "audio/0.wav", "task": "asr", "response": 3}', r"m.jsonl:2: 'response' must be text"),
         ('{"audio": "audio/0.wav", "task": "asr", "response": "x", "join": "mix"}', r"m.jsonl:2: join='mix'"),
         ('{"audio": 3, "task": "asr", "response": "x"}', r"m.jsonl:2: a clip must be a path"),
+        ('{"audio": " ", "task": "asr", "response": "x"}', r"m.jsonl:2: 'audio' holds an empty path, ' '"),
+        (
+            '{"audio": "audio/0.wav", "task": "sqa", "response": "x", "question": " "}',
+            r"m.jsonl:2: .* needs a 'question'",
+        ),
+        (
+            '{"audio": "audio/0.wav", "task": "asr", "response": "\\ud800"}',
+            r"m.jsonl:2: 'response' is not valid Unicode",
+        ),
         ('{"audio": "a.wav", "response": "x", "audio": "b.wav"}', r"m.jsonl:2: .*'audio' is written twice in one obj"),
         ('{"audio": "audio/0.wav", "task": "asr", "response": "x", "id": 1.5}', "'id' must be text, found float 1.5"),
     ],

@@ -212,6 +212,13 @@ def test_no_recording_of_a_folder_is_left_out_in_silence(tmp_path: Path, caplog:
         (tmp_path / place).unlink()
 
 
+def test_two_tables_of_one_folder_are_refused(folder: Path) -> None:
+    source_of("audiofolder", folder, ROWS)
+    (folder / "metadata.jsonl").write_text("{}")
+    with pytest.raises(ManifestError, match="both metadata.csv and metadata.jsonl name its recordings; keep one"):
+        load_rows(DataSource(str(folder)))
+
+
 def test_labels_of_a_data_set_are_named(folder: Path) -> None:
     features = Features({"audio": Value("string"), "response": ClassLabel(names=["sad", "happy"])})
     rows = {"audio": [str(folder / "clips" / "0.wav")], "response": [1]}
@@ -249,6 +256,17 @@ def test_the_broken_one_of_several_files_is_named(tmp_path: Path, form: str, str
     with pytest.raises(ManifestError) as caught:
         list(load_rows(source, check_files=False))
     assert str(caught.value).startswith(f"{bad}: ") and "good" not in str(caught.value)
+
+
+def test_files_of_several_folders_do_not_read_the_audio_of_one(tmp_path: Path) -> None:
+    rows = [{"audio": "clips/0.wav", "task": "asr", "response": "x"}]
+    files = []
+    for name in ("one", "two"):
+        write_clip(tmp_path / name / "clips" / "0.wav", 0.1)
+        files.append(str(write_manifest(tmp_path / name / "m.jsonl", rows)))
+    with pytest.raises(ManifestError, match=f"there is no audio file {tmp_path}/clips/0.wav"):
+        load_rows(DataSource("json", format="datasets", data_files=files))
+    assert len(load_rows(DataSource("json", format="datasets", data_files=files[:1]))) == 1
 
 
 def test_a_missing_split_and_an_empty_file_are_named(tmp_path: Path) -> None:

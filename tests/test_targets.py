@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import resource
@@ -106,6 +107,15 @@ def test_rows_of_one_recording_are_one_utterance(utterances: list[Utterance]) ->
         (f"u{i}", words, emotion) for i, (words, emotion) in enumerate(zip(WORDS, EMOTIONS, strict=True))
     ]
     assert utterances[3].extra == {"speaker": "s1"}
+
+
+def test_rows_that_contradict_each_other_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_clip(tmp_path / "a.wav", 0.1)
+    rows = [{"audio": "a.wav", "transcript": words} for words in ("one", "two")]
+    with caplog.at_level(logging.WARNING):
+        (utterance,) = read_utterances(write_manifest(tmp_path / "m.jsonl", rows))
+    assert utterance.transcript == "one"
+    assert "1 rows contradict an earlier row of the same recording" in caplog.text and "m.jsonl:2" in caplog.text
 
 
 def test_data_sets_with_other_columns_classes_and_embedded_audio(tmp_path: Path) -> None:

@@ -21,8 +21,10 @@ from rich.table import Table
 from ..data.check import SourceReport, check_source
 from ..data.sources import DataSource
 from ..training import ArgumentError
-from ..training.arguments import parse_sources
+from ..training.arguments import DataArguments, parse_sources
+from ..training.classifier_arguments import ClassifierDataArguments
 from ..training.parsing import RECIPES, read_config
+from ..training.values import field_names, refuse_unknown
 from .help import ArgumentFormatter
 
 
@@ -44,6 +46,7 @@ def sources_of(word: str) -> Iterator[tuple[str, DataSource]]:
         yield from (("", source) for source in parse_sources(word, _source_of(word)))
         return
     section: dict[str, Any] = read_config(word).get("data") or {}
+    refuse_unknown(section, [*field_names(DataArguments), *field_names(ClassifierDataArguments)], "data.")
     for part in ("train", "eval"):
         yield from ((part, source) for source in parse_sources(f"data.{part}", section.get(part) or []))
 

@@ -40,6 +40,7 @@ from transformers.utils import logging
 
 from ..audio_listen import is_one_clip
 from ..sources_listen import RATES, Source, open_source
+from .files import json_text
 from .tasks import UnknownTaskError, extra_fields, get_task
 from .text_files import ManifestError, described, read_json, read_json_lines
 
@@ -348,9 +349,12 @@ def to_row(where: str, record: Mapping[str, Any], folder: Path, check_files: boo
     if not row["audio"]:
         raise ManifestError(f"{where}: 'audio' holds no clip")
     extra = {name: value for name, value in record.items() if name not in _KNOWN and _is_json(value)}
-    for name in record.keys() - extra.keys() - set(_KNOWN):
+    if isinstance(record.get("extra"), str):  # a row of the schema: its further fields are packed already
+        extra = {**_packed(extra.pop("extra")), **extra}
+    for name in record.keys() - extra.keys() - {*_KNOWN, "extra"}:
         logger.warning_once(f"the field {name!r} is left out: {type(record[name]).__name__} cannot be kept as JSON")
-    row["extra"] = json.dumps(extra, ensure_ascii=False) if extra else None
+    row["extra"] = json_text(extra) if extra else None
+    _check_unicode(where, row)
     return row
 
 
@@ -358,6 +362,32 @@ def check_object(where: str, record: Any) -> None:
     """Raise a `ManifestError` for a record that is no object."""
     if not isinstance(record, Mapping):
         raise ManifestError(f"{where}: expected a JSON object, found {described(record)}")
+
+
+def _packed(text: str) -> dict[str, Any]:
+    """The fields of a column `extra`; any other text is a field itself."""
+    try:
+        fields = json.loads(text)
+    except ValueError:
+        fields = None
+    return fields if isinstance(fields, dict) else {"extra": text}
+
+
+def _check_unicode(where: str, row: Mapping[str, Any]) -> None:
+    """Refuse halves of characters, as of names of files in another encoding, which no table can store."""
+    texts = {**row, "audio": [clip["path"] for clip in row["audio"]]}
+    for name, value in texts.items():
+        broken = [text for text in _as_list(value) if text is not None and not text.isascii() and not _is_unicode(text)]
+        if broken:
+            raise ManifestError(f"{where}: {name!r} is not valid Unicode: {broken[0]!a:.80}; mend or rename it")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def to_dataset(records: Iterable[tuple[str, Any]], folder: Path, check_files: bool = True) -> Dataset:
@@ -448,7 +478,7 @@ def _clips(audio: Any) -> list[Any]:
 
 
 def _text(where: str, name: str, value: Any) -> str | None:
-    if value is None or value == "":
+    if value is None or isinstance(value, str) and not value.strip():
         return None
     if not isinstance(value, (str, int)):
         raise ManifestError(f"{where}: {name!r} must be text, found {described(value)}")
@@ -480,6 +510,8 @@ def _clip(where: str, clip: Any, folder: Path, check_files: bool) -> dict[str, A
         named = [clip[name] for name in ("path", "audio", "audio_url", "url") if clip.get(name) is not None]
         if named:
             return _clip(where, named[0], folder, check_files)
+    if isinstance(clip, str) and not clip.strip():
+        raise ManifestError(f"{where}: 'audio' holds an empty path, {clip!r}")
     if isinstance(clip, (str, os.PathLike)) and not str(clip).startswith("data:") and len(str(clip)) < _LONGEST_PATH:
         if "://" in str(clip):
             return {"path": str(clip), "bytes": None}

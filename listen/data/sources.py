@@ -7,6 +7,7 @@ id, a folder of `save_to_disk`, or an object.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -236,10 +237,12 @@ def _open(source: DataSource) -> tuple[Dataset | IterableDataset, str]:
 
 
 def folder_of(source: DataSource) -> Path:
-    """The folder that relative audio paths start from: that of the file."""
+    """The folder that relative audio paths start from: that of the file, or the one that holds all files."""
     if not isinstance(source.path, str):
         return Path.cwd()
     files = source.data_files
+    if isinstance(files, list) and len({Path(file).parent for file in files}) > 1:  # not the folder of one for all
+        return Path(os.path.commonpath([Path(file).absolute().parent for file in files])).resolve()
     first = files[0] if isinstance(files, list) and files else files
     path = Path(first or source.path)
     if source.format == "datasets" and not path.exists():
@@ -266,9 +269,11 @@ def _read_audio_folder(path: Path, split: str) -> Iterator[tuple[str, dict[str, 
     root = path / split if (path / split).is_dir() else path
     if root == path and split != "train":
         raise FileNotFoundError(f"there is no folder {path / split} of the split {split!r}")
-    table = next((root / name for name in _METADATA if (root / name).is_file()), None)
-    if table is not None:
-        records = read_json_lines(table) if table.suffix == ".jsonl" else _read_csv(table)
+    tables = [root / name for name in _METADATA if (root / name).is_file()]
+    if len(tables) > 1:
+        raise ManifestError(f"{root}: both {tables[0].name} and {tables[1].name} name its recordings; keep one")
+    if tables:
+        records = read_json_lines(tables[0]) if tables[0].suffix == ".jsonl" else _read_csv(tables[0])
         for where, record in records:
             yield where, _below(record, root)
         return

@@ -85,18 +85,27 @@ def read_utterances(
     if source.format == "audiofolder":
         columns = {"audio": "file_name", **columns}
     recordings: dict[str, dict[str, Any]] = {}
-    absent = set(columns.values())
+    absent, differing = set(columns.values()), list[str]()
     for where, record in raw_records(source):
         check_object(where, record)
         absent -= record.keys()
         found = _read(where, record, columns, folder, check_files)
         key = _recording_key(found["audio"])
-        recordings[key] = {**found, **{k: v for k, v in recordings.get(key, {}).items() if v is not None}}
+        earlier = {name: value for name, value in recordings.get(key, {}).items() if value is not None}
+        recordings[key] = {**found, **earlier}
+        differing += [
+            where for name in ("transcript", "emotion") if recordings[key][name] != (found[name] or earlier.get(name))
+        ]
     if absent:
         raise ManifestError(f"{path}: no row has the field {sorted(absent)[0]!r} that columns={columns} names")
     spoken = [found for found in recordings.values() if found["transcript"]]
     if not spoken:
         raise ManifestError(f"{path}: no row has a transcript; name its field with columns={{'transcript': ...}}")
+    if differing:
+        logger.warning(
+            f"{path}: {len(differing)} rows contradict an earlier row of the same recording, which counts; "
+            f"the first: {differing[0]}"
+        )
     if len(spoken) < len(recordings):
         logger.warning(
             f"{path}: left out {len(recordings) - len(spoken)} of {len(recordings)} recordings without a transcript"
