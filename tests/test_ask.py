@@ -63,6 +63,11 @@ def test_each_file_gives_a_line_and_a_broken_one_stops_none(run: object, tmp_pat
     assert ended == "error: 2 of 4 files failed; their lines carry the error"
 
 
+@pytest.mark.parametrize("words", [["--seconds", "3"], ["--microphone", "--seconds", "0"]])
+def test_seconds_are_those_of_a_recording(run: object, words: list[str]) -> None:
+    assert run(SPEECH, "What is being said?", *words) == ("", 2)
+
+
 @needs_miniature
 @pytest.mark.parametrize(
     ("words", "message"),

@@ -122,6 +122,6 @@ def test_the_script_checks_recipes_and_sources_and_fails_for_broken_ones(
         recipe.write_text(f"data: {data}\n")
         assert message in str(run_script(monkeypatch, str(recipe)))
     assert run_script(monkeypatch, "{path: a.csv").startswith("error: {path: a.csv: expected a path, or a source")
-    assert run_script(monkeypatch, "*.csv") == 1 and "there is no" in capsys.readouterr().out.replace(
-        "No such", "there is no"
-    )
+    capsys.readouterr()
+    assert run_script(monkeypatch, "*.csv") == 1  # no YAML, but a path
+    assert "broken: *.csv: " in capsys.readouterr().out

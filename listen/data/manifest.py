@@ -196,7 +196,7 @@ def open_dataset(
         place = _file_of(error) or data_files or path
         raise ManifestError(f"{place}: {error.__cause__ or str(error) or 'no rows'}") from error
     if isinstance(opened, IterableDataset):
-        files = opened._ex_iterable
+        files = getattr(opened, "_ex_iterable", None)  # a part of `datasets` without a public name
         if hasattr(files, "generate_tables_fn"):  # of all builders that read files of rows
             files.generate_tables_fn = partial(_tables, files.generate_tables_fn)
     return opened
