@@ -134,6 +134,7 @@ def test_a_row_of_another_length_and_an_empty_table_are_named(folder: Path) -> N
         ('audio,response\na.wav,"open\nb.wav,two\n', "m.csv:2: the row that starts here cannot be read .*close each"),
         ('audio,response\na.wav,"open\nb.wav,"two"\n', "m.csv:2: the row that starts here cannot be read"),
         ('audio,response\na.wav,"Hi" he said\n', "m.csv:2: .* write a quote inside it twice"),
+        (f"audio,response\n{'a' * 200_000},x\n", r"m.csv:2: .*field limit.*; if no quote is missing, keep so long a"),
         ("audio,response\na.wav\n", "m.csv:2: expected 2 cells .audio, response., found 1; add the others"),
         ("audio|text\na.wav|x, y\n", r"m.csv:1: cells are separated by '\|', expected ','"),
     ],

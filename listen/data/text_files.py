@@ -68,6 +68,8 @@ def _lines_with_cells(path: Path, reader: Any) -> Iterator[tuple[str, list[str]]
         raise ManifestError(f"{path}: not UTF-8 ({error}); convert it") from error
     except csv.Error as error:  # strict: else a quote that is not closed takes all rows up to the next quote
         fix = 'close each quoted cell with a quote, and write a quote inside it twice: "He said ""no""."'
+        if "limit" in str(error):
+            fix = "if no quote is missing, keep so long a cell, such as audio in base64, in a file of its own"
         raise ManifestError(f"{path}:{first}: the row that starts here cannot be read ({error}); {fix}") from error
 
 
