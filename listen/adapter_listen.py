@@ -100,7 +100,7 @@ class Adapters(nn.ModuleDict):
         else:
             chunk_ends, row_ends = F.pad(lengths.cumsum(0), (1, 0)), is_audio.sum(-1).cumsum(0)
             fits = torch.isin(row_ends, chunk_ends).all() & (row_ends[-1] == num_audio) & (chunk_ends[-1] == num_audio)
-            check_later(fits, f"the chunks of audio do not fill the audio placeholders of the rows, {num_audio} in all")
+            check_later(fits, "the chunks of audio do not fill the audio placeholders of the rows", num_audio=num_audio)
         return embeddings
 
     def _connect_by_row(self, encoded: EncodedAudio, is_audio: torch.Tensor, names: list[str | None]) -> torch.Tensor:

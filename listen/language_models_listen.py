@@ -195,12 +195,14 @@ def check_context(limit: int | None, positions: int, num_prompts: int, num_audio
     )
 
 
-def check_later(holds: torch.Tensor, message: str) -> None:
+def check_later(holds: torch.Tensor, message: str, **given: int) -> None:
     """Raise a `RuntimeError` unless all of `holds` is true, without waiting for the device: from a GPU it comes later.
 
-    Devices that cannot fail later are not checked.
+    Devices that cannot fail later are not checked. The message ends with the values of `given`.
     """
     if holds.device.type in ("cpu", "cuda"):
+        if not torch.compiler.is_compiling():  # values in the message would break the graph
+            message = ", ".join([message, *(f"{name}={value}" for name, value in given.items())])
         torch._assert_async(holds.all(), message)
 
 

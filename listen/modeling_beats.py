@@ -314,7 +314,9 @@ class BeatsModel(BeatsPreTrainedModel):
         buckets = relative_position_buckets(num_tokens, config.num_buckets, config.max_distance, device)
         by_offset = self.relative_position_bias(buckets).transpose(0, 1)  # (heads, 2 * tokens - 1)
         # window w starts at offset w - (tokens - 1): it is the row of query tokens - 1 - w
-        return by_offset.unfold(1, num_tokens, 1).flip(1).unsqueeze(0)
+        row, step = by_offset.stride()  # unfold, which has the same result, would compile anew for each length
+        windows = by_offset.as_strided((len(by_offset), num_tokens, num_tokens), (row, step, step))
+        return windows.flip(1).unsqueeze(0)
 
     @merge_with_config_defaults
     @capture_outputs

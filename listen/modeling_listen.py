@@ -7,7 +7,6 @@ and the LLM reads the result.
 
 from collections.abc import Collection
 from functools import partial
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -45,7 +44,6 @@ from .pipeline_listen import ListenPipeline  # noqa: F401 (checkpoints carry the
 from .pretrained_listen import ListenPreTrainedModel
 
 _LLM_KWARGS = TransformersKwargs.__annotations__.keys()
-_requires_grad = attrgetter("requires_grad")
 _LABELS_TAKEN = (
     "num_items_in_batch was given without labels: the Trainer keeps them to itself with label_smoothing_factor or "
     "compute_loss_func, so the key loss is lost and the query includes the answer; leave label_smoothing_factor at 0, "
@@ -151,7 +149,8 @@ class ListenModel(ListenPreTrainedModel):
     def _run_encoder(self, name: str, inputs: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         encoder, size = getattr(self, name), self.config.chunks_at_once
         inputs = inputs.to(encoder.dtype)
-        if torch.is_grad_enabled() and any(map(_requires_grad, encoder.parameters())):
+        trainable = [weight for weight in encoder.parameters() if weight.requires_grad]
+        if torch.is_grad_enabled() and trainable:
             # at once: autograd keeps all activations anyway
             return encoder(inputs, mask).last_hidden_state
         pieces = []

@@ -282,7 +282,7 @@ class ListenPromptPool(nn.Module):
         asked = counts.tolist() if num_prompts is None else [num_prompts]
         k = max(asked)
         if num_prompts is not None:
-            check_later(counts == k, f"a row does not ask for num_prompts={k} prompts")
+            check_later(counts == k, "a row asks for another number of prompts", num_prompts=k)
         if k > self.most_prompts:
             raise ValueError(
                 f"the input asks for {k} prompts but the pool can give {self.most_prompts}; lower num_prompts"

@@ -451,6 +451,20 @@ def test_the_training_forward_compiles_without_graph_breaks(backend: str) -> Non
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
+def test_batches_of_other_lengths_and_counts_compile_without_graph_breaks() -> None:
+    """With the encoders in the graph; the first batch is compiled for its own shape, later ones for any."""
+    model = tiny_model(connector_config={"dropout": 0.0}).train()
+    torch._dynamo.reset()
+    compiled = torch.compile(model.forward, fullgraph=True, backend="eager")
+    for seconds, prompts in (((0.5, 0.9), 3), ((0.7, 1.3), 2), ((1.1, 0.4), 1)):
+        inputs = make_inputs(model, [[clip(length)] for length in seconds], num_prompts=prompts)
+        labels = inputs["input_ids"].clone()
+        labels[:, :-2] = -100
+        batch = {**inputs, **placeholder_counts(model, inputs), "labels": labels}
+        torch.testing.assert_close(compiled(**batch).loss, model(**batch).loss, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, which reports synchronisations itself")
 def test_a_pass_over_a_generated_token_never_waits_for_the_gpu() -> None:
     model = tiny_model()
