@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 _FORK = multiprocessing.get_context("fork")
 
@@ -37,7 +39,7 @@ def assert_same_run(one: Path, two: Path) -> None:
 def seconds_of(work: Callable[[], object]) -> float:
     """Do the work in a process of its own, which has to end well; how long that took."""
     started = time.perf_counter()
-    process = _FORK.Process(target=work)
+    process = _FORK.Process(target=_with_own_lock, args=(work,))
     process.start()
     process.join()
     assert process.exitcode == 0
@@ -46,13 +48,19 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 def kill_after(work: Callable[[], object], seconds: float) -> bool:
     """Do the work in a process of its own and kill it after that time; whether it was still at work."""
-    process = _FORK.Process(target=work)
+    process = _FORK.Process(target=_with_own_lock, args=(work,))
     process.start()
     process.join(seconds)
     process.kill()
     process.join()
     assert process.exitcode in (0, -9)
     return process.exitcode == -9
+
+
+def _with_own_lock(work: Callable[[], object]) -> None:
+    """Do the work of a forked process: a kill must not leave the lock of the parent's progress bars taken."""
+    tqdm.set_lock(threading.RLock())
+    work()
 
 
 __all__ = ["assert_same_run", "history", "kill_after", "seconds_of", "weights"]
