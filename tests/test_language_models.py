@@ -377,7 +377,10 @@ def test_others_return_from_a_checkpoint_with_everything(model_type: str, tmp_pa
     model = other_model(model_type)
     model.save_pretrained(tmp_path)
     again = ListenForConditionalGeneration.from_pretrained(tmp_path)
-    assert torch.equal(logits(again, rows_of(model)), logits(model, rows_of(model)))
+    saved, weights = model.state_dict(), again.state_dict()
+    assert saved.keys() == weights.keys() and all(torch.equal(weights[name], saved[name]) for name in saved)
+    # in the last bits, kernels depend on where weights lie in memory, and those of a file lie elsewhere
+    assert_near(logits(again, rows_of(model)), logits(model, rows_of(model)))
 
 
 @every_other
