@@ -265,7 +265,7 @@ class ListenFeatureExtractor(SequenceFeatureExtractor):
             )
 
     def _log_mel_features(self, chunks: list[np.ndarray], multiple: int) -> dict[str, torch.Tensor]:
-        counts = [len(chunk) // self.hop_length for chunk in chunks]
+        counts = torch.tensor(list(map(len, chunks))) // self.hop_length  # (chunks,)
         if self.pad_to_30s:
             chunks = [_with_silence(chunk, self.chunk_samples) for chunk in chunks]
         total = max(map(len, chunks)) // self.hop_length
@@ -275,34 +275,31 @@ class ListenFeatureExtractor(SequenceFeatureExtractor):
         for chunk, row in zip(chunks, features, strict=True):
             log_mel = row[:, : len(chunk) // self.hop_length]  # (bins, frames)
             log_mel_spectrogram(torch.from_numpy(chunk), self.n_fft, self.hop_length, self.sampling_rate, out=log_mel)
-        return {"input_features": features, "input_features_mask": _mask(counts, total)}
+        return {"input_features": features, "input_features_mask": prefix_mask(counts, total).long()}
 
     def _speech_features(self, chunks: list[np.ndarray], multiple: int) -> dict[str, torch.Tensor]:
         features = extract_speech(self.speech_features, chunks)  # (chunks, samples) or (chunks, frames, bins)
         missing = 0 if self.is_fixed_length else -features.shape[1] % multiple
         features = torch.nn.functional.pad(features, (0, 0) * (features.dim() - 2) + (0, missing))
-        counts = [self.geometry.num_inputs(len(chunk)) for chunk in chunks]
-        return {"input_features": features, "input_features_mask": _mask(counts, features.shape[1])}
+        counts = torch.tensor([self.geometry.num_inputs(len(chunk)) for chunk in chunks])  # (chunks,)
+        return {"input_features": features, "input_features_mask": prefix_mask(counts, features.shape[1]).long()}
 
     def _audio_features(self, chunks: list[np.ndarray], multiple: int) -> dict[str, torch.Tensor]:
         window, shift = kaldi_framing(self.sampling_rate)
-        counts = [1 + (len(chunk) - window) // shift for chunk in chunks]
-        total = max(counts) + -max(counts) % multiple
+        counts = 1 + (torch.tensor(list(map(len, chunks))) - window) // shift  # (chunks,)
+        longest = int(counts.max())
+        total = longest + -longest % multiple
         values = torch.zeros(len(chunks), total, self.num_fbank_bins, dtype=torch.float32)
-        for chunk, row, count in zip(chunks, values, counts, strict=True):
+        for chunk, row, count in zip(chunks, values, counts.tolist(), strict=True):
             fbank = row[:count]  # (frames, bins)
             kaldi_fbank(torch.from_numpy(chunk), self.sampling_rate, out=fbank)
             fbank.sub_(self.fbank_mean).div_(2.0 * self.fbank_std)
-        return {"input_values": values, "input_values_mask": _mask(counts, total)}
+        return {"input_values": values, "input_values_mask": prefix_mask(counts, total).long()}
 
 
 def _with_silence(chunk: np.ndarray, samples: int) -> np.ndarray:
     """A chunk of at least so many samples."""
     return chunk if len(chunk) >= samples else np.pad(chunk, (0, samples - len(chunk)))
-
-
-def _mask(counts: list[int], length: int) -> torch.Tensor:
-    return prefix_mask(torch.tensor(counts), length).long()  # (chunks, length)
 
 
 def _as_clips(audio: object) -> list[np.ndarray]:

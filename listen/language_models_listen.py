@@ -202,7 +202,7 @@ def check_later(holds: torch.Tensor, message: str, **given: int) -> None:
     """
     if holds.device.type in ("cpu", "cuda"):
         if not torch.compiler.is_compiling():  # values in the message would break the graph
-            message = ", ".join([message, *(f"{name}={value}" for name, value in given.items())])
+            message = ", ".join([message, *map("{0[0]}={0[1]}".format, given.items())])
         torch._assert_async(holds.all(), message)
 
 

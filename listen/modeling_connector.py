@@ -227,7 +227,8 @@ class WindowQFormer(FusingConnector):
             windows = F.pad(frames, (0, 0, 0, tail)).unflatten(1, (-1, self.window))  # (chunks, windows, frames, width)
             window_mask = F.pad(mask, (0, tail)).unflatten(1, (-1, self.window))  # (chunks, windows, frames)
         real = window_mask.any(-1)  # (chunks, windows)
-        kept = _real_places(real, total // self.config.num_queries if total is not None else None)  # (real windows,)
+        count = int(real.sum()) if total is None else total // self.config.num_queries
+        kept = (~real.flatten()).long().argsort(stable=True)[:count]  # (real windows,): their places, in order
         windows = windows.flatten(0, 1)[kept]  # (real windows, frames, width)
         window_mask = window_mask.flatten(0, 1)[kept]  # (real windows, frames)
         queries = self.query_tokens.expand(len(windows), -1, -1)  # (real windows, queries, hidden)
@@ -301,16 +302,9 @@ class ConvRotary(FusingConnector):
         rotations = self.rotary(hidden, positions)
         for layer in self.layers:
             hidden = layer(hidden, attention_mask=attention_mask, position_embeddings=rotations)
-        return self.norm(hidden).flatten(0, 1)[_real_places(real, total)], real.sum(-1)  # (total, hidden), (chunks,)
-
-
-def _real_places(real: torch.Tensor, count: int | None) -> torch.Tensor:
-    """Places `(count,)` of the true values of `real` `(chunks, length)`, flattened, in order.
-
-    Where their `count` is given, it is not read from the device.
-    """
-    count = int(real.sum()) if count is None else count
-    return (~real.flatten()).long().argsort(stable=True)[:count]
+        count = int(real.sum()) if total is None else total
+        kept = (~real.flatten()).long().argsort(stable=True)[:count]  # (total,): places of real embeddings, in order
+        return self.norm(hidden).flatten(0, 1)[kept], real.sum(-1)  # (total, hidden), (chunks,)
 
 
 def resample_frames(states: torch.Tensor, mask: torch.Tensor, step: Fraction) -> tuple[torch.Tensor, torch.Tensor]:

@@ -149,8 +149,10 @@ class ListenModel(ListenPreTrainedModel):
     def _run_encoder(self, name: str, inputs: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         encoder, size = getattr(self, name), self.config.chunks_at_once
         inputs = inputs.to(encoder.dtype)
-        trainable = [weight for weight in encoder.parameters() if weight.requires_grad]
-        if torch.is_grad_enabled() and trainable:
+        is_trainable = False
+        for weight in encoder.parameters():
+            is_trainable |= weight.requires_grad
+        if torch.is_grad_enabled() and is_trainable:
             # at once: autograd keeps all activations anyway
             return encoder(inputs, mask).last_hidden_state
         pieces = []

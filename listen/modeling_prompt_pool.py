@@ -65,15 +65,6 @@ class SelectionStrategy(nn.Module):
         raise NotImplementedError
 
 
-def _best_first(scores: torch.Tensor, request: PromptRequest) -> torch.Tensor:
-    """Pool positions `(batch, k)` of the highest `scores` `(batch, pool)`, which run from -1 to 1.
-
-    Equal keys keep their order: the last digits of their scores differ between a batch and a single row.
-    """
-    ranked = scores.round(decimals=5).masked_fill(request.dropped, -torch.inf)  # (batch, pool)
-    return ranked.argsort(dim=-1, descending=True, stable=True)[:, : request.k]
-
-
 class SimilaritySelection(SelectionStrategy):
     """The k keys of highest cosine similarity to the query; their values as they are (LiSTEN, sec. 2).
 
@@ -89,7 +80,9 @@ class SimilaritySelection(SelectionStrategy):
         """`scores` are cosines; the norms are safe at zero, as in Learning to Prompt (arXiv 2112.08654)."""
         query, keys = request.query, request.keys
         scores = F.normalize(query, dim=-1, eps=1e-6) @ F.normalize(keys, dim=-1, eps=1e-6).T  # (batch, pool)
-        indices = _best_first(scores, request)  # (batch, k)
+        # equal keys keep their order: the last digits of a cosine differ between a batch and a single row
+        ranked = scores.round(decimals=5).masked_fill(request.dropped, -torch.inf)  # (batch, pool)
+        indices = ranked.argsort(dim=-1, descending=True, stable=True)[:, : request.k]  # (batch, k)
         if self.loss_type == "similarity":
             losses = -scores.softmax(-1).gather(1, indices)  # (batch, k)
         elif self.loss_type == "distance":
@@ -119,7 +112,8 @@ class AttentionSelection(SelectionStrategy):
         scores = logits.masked_fill(request.dropped, -torch.inf).softmax(-1)  # (batch, pool)
         # ranked by the logits over their largest possible size: rounded weights of a large pool would all be equal
         size = query.norm(dim=-1, keepdim=True) * keys.norm(dim=-1).max() / keys.shape[1] ** 0.5  # (batch, 1)
-        indices = _best_first(logits / size.clamp_min(1e-12), request)  # (batch, k)
+        ranked = (logits / size.clamp_min(1e-12)).round(decimals=5).masked_fill(request.dropped, -torch.inf)
+        indices = ranked.argsort(dim=-1, descending=True, stable=True)[:, : request.k]  # (batch, k)
         scores = scores.gather(1, indices)  # (batch, k)
         chosen = scores * valid
         total = chosen.sum(-1, keepdim=True).clamp_min(1e-12)  # zero for a row that asks for no prompts
