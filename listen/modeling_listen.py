@@ -150,9 +150,9 @@ class ListenModel(ListenPreTrainedModel):
         encoder, size = getattr(self, name), self.config.chunks_at_once
         inputs = inputs.to(encoder.dtype)
         is_trainable = False
-        for weight in encoder.parameters():
+        for weight in encoder.parameters() if torch.is_grad_enabled() else ():
             is_trainable |= weight.requires_grad
-        if torch.is_grad_enabled() and is_trainable:
+        if is_trainable:
             # at once: autograd keeps all activations anyway
             return encoder(inputs, mask).last_hidden_state
         pieces = []

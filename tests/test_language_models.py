@@ -379,8 +379,9 @@ def test_others_return_from_a_checkpoint_with_everything(model_type: str, tmp_pa
     again = ListenForConditionalGeneration.from_pretrained(tmp_path)
     saved, weights = model.state_dict(), again.state_dict()
     assert saved.keys() == weights.keys() and all(torch.equal(weights[name], saved[name]) for name in saved)
-    # in the last bits, kernels depend on where weights lie in memory, and those of a file lie elsewhere
-    assert_near(logits(again, rows_of(model)), logits(model, rows_of(model)))
+    for weight in [*again.parameters(), *again.buffers()]:  # kernels round by the alignment, which a file changes
+        weight.data = weight.data.clone()
+    assert torch.equal(logits(again, rows_of(model)), logits(model, rows_of(model)))
 
 
 @every_other
