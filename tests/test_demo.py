@@ -260,6 +260,16 @@ def choose(page: Page, field: str, entry: str) -> None:
     page.get_by_role("option", name=entry).click()
 
 
+def slide(page: Page, field: str, value: str) -> None:
+    """Set a slider, once it is there with a value, and wait until the page has taken the new one."""
+    number, handle = (page.locator(f"{field} input[type={kind}]") for kind in ("number", "range"))
+    expect(handle).to_be_visible()
+    expect(number).to_have_value(handle.input_value())
+    number.fill(value)
+    number.blur()
+    expect(handle).to_have_value(value)
+
+
 def ask(page: Page, expected: str) -> None:
     """Wait for this answer and its end, before which the button takes no other click."""
     page.locator("#ask").click()
@@ -362,13 +372,10 @@ def test_adapter_and_k_change_the_answer(page: Page, listen: ListenPipeline) -> 
     choose(page, "#task", "Audio captioning")
     ask(page, caption)
     page.get_by_text("Settings").click()
-    k = page.locator("#k input[type=number]")
-    k.fill("0")
-    k.blur()
+    slide(page, "#k", "0")
     ask(page, without["generated_text"])
     expect(page.locator("#prompts")).not_to_be_visible()
-    k.fill("4")
-    k.blur()
+    slide(page, "#k", "4")
     choose(page, "#adapter", "second")
     ask(page, second["generated_text"])
 

@@ -190,7 +190,8 @@ def _settings(answers: Answers) -> list[gradio.components.Component]:
 
     def fit(name: str, chosen: int) -> gradio.Slider:
         most = answers.most_prompts(name)
-        return gradio.Slider(maximum=max(most, 1), value=min(chosen, most), visible=most > 0)
+        over = {"value": most} if chosen > most else {}  # a value sent back would undo a change made meanwhile
+        return gradio.Slider(maximum=max(most, 1), visible=most > 0, **over)
 
     adapter.change(fit, [adapter, k], k, api_name=False)
     return [adapter, k, length]
