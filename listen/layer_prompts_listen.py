@@ -7,16 +7,16 @@ Layer l of the LLM maps x to y. For a row with picked prompts S of weights w, th
 That is the scaled parallel adapter of He et al. (arXiv 2110.04366), with their scale of 4; its hidden units are the
 prompts of the pool: r_il are the pool's `reads`, u_il its `writes`. It is beyond the paper of LiSTEN.
 
-The layers get the prompts by forward hooks. The prompts of a pass are in a context variable, so that threads do not mix
-theirs. Gradient checkpointing runs layers again in the backward pass, with the prompts of their own forward pass. A
-cache keeps the prompts of the pass that filled it, for the tokens that follow.
+The layers get the prompts by forward hooks. The prompts of a pass are kept by thread, so that threads do not mix
+theirs; a context variable would break the graph of `torch.compile`. Gradient checkpointing runs layers again in the
+backward pass, with the prompts of their own forward pass. A cache keeps the prompts of the pass that filled it, for the
+tokens that follow.
 """
 
 import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .language_models_listen import check_later
+
 _SCALE = 4.0
+_PROMPT_MASK = (
+    "attention_mask must be 0 at the placeholders of prompts in the LLM's layers (form='layers'), and 1 at those of "
+    "prompts in the input; process the input with the adapter's own processor"
+)
 
 
 @dataclass
@@ -57,7 +63,13 @@ class LayerPrompts:
         return outputs.index_add(0, rows, (hidden @ writes.to(device, dtype)).to(dtype))
 
 
-_ACTIVE: ContextVar[list[LayerPrompts] | None] = ContextVar("layer_prompts", default=None)
+class _OfThread(threading.local):
+    """The prompts of the pass that the current thread runs; `None` in passes without."""
+
+    prompts: list[LayerPrompts] | None = None
+
+
+_ACTIVE = _OfThread()
 _HOOKING = threading.Lock()
 
 
@@ -99,7 +111,7 @@ def checkpoint_with_prompts(
         *args: Its inputs.
         **options: Of `checkpoint`.
     """
-    prompts = _ACTIVE.get()
+    prompts = _ACTIVE.prompts
     if prompts is None:
         return checkpoint(function, *args, **options)
 
@@ -111,7 +123,7 @@ def checkpoint_with_prompts(
 
 
 def check_prompt_mask(
-    prompts: list[LayerPrompts] | None, is_prompt: torch.Tensor, attention_mask: torch.Tensor | None
+    prompts: list[LayerPrompts] | None, is_prompt: torch.Tensor, attention_mask: torch.Tensor | None, wait: bool
 ) -> None:
     """Refuse placeholders that are masked for prompts in the input, or read by the LLM for prompts in its layers.
 
@@ -119,9 +131,11 @@ def check_prompt_mask(
         prompts: Prompts in the layers.
         is_prompt: `(batch, sequence)` prompt placeholders.
         attention_mask: `(batch, sequence)`, 1 on positions that the LLM reads; `None` where it reads all.
+        wait: Whether to wait for the device and raise a `ValueError`; else a `RuntimeError` follows later on a GPU.
 
     Raises:
         ValueError: there is such a placeholder.
+        RuntimeError: the same, without `wait`.
     """
     masked = torch.zeros_like(is_prompt)  # (batch, sequence), as it should be
     for item in prompts or ():
@@ -129,42 +143,43 @@ def check_prompt_mask(
     found = torch.zeros_like(is_prompt)
     if attention_mask is not None:  # candidates of assisted decoding stand behind a shorter mask
         found = F.pad(attention_mask == 0, (0, is_prompt.shape[1] - attention_mask.shape[1])) & is_prompt
-    if not torch.equal(masked, found):
-        raise ValueError(
-            "attention_mask must be 0 at the placeholders of prompts in the LLM's layers (form='layers'), and 1 at "
-            "those of prompts in the input; process the input with the adapter's own processor"
-        )
+    if not wait:
+        check_later(masked == found, _PROMPT_MASK)
+    elif not torch.equal(masked, found):
+        raise ValueError(_PROMPT_MASK)
 
 
 @contextmanager
 def _active(prompts: list[LayerPrompts]) -> Iterator[None]:
-    token = _ACTIVE.set(prompts)
+    before, _ACTIVE.prompts = _ACTIVE.prompts, prompts
     try:
         yield
     finally:
-        _ACTIVE.reset(token)
+        _ACTIVE.prompts = before
 
 
 def _hook_layers(language_model: PreTrainedModel) -> None:
     """Hook each layer of the LLM once."""
-    config = language_model.config.get_text_config()
     layers = [m for m in language_model.get_decoder().modules() if isinstance(m, GradientCheckpointingLayer)]
+    if layers and all(hasattr(layer, "takes_prompts") for layer in layers):
+        return
+    config = language_model.config.get_text_config()
     with _HOOKING:
-        if all(hasattr(layer, "takes_prompts") for layer in layers) and layers:
-            return
         if len(layers) != config.num_hidden_layers:
             raise ValueError(
                 f"an LLM of type {config.model_type!r} has {config.num_hidden_layers} layers, of which {len(layers)} "
                 "are found, so prompts cannot be in its layers; use form='input'"
             )
         for number, layer in enumerate(layers):
+            if hasattr(layer, "takes_prompts"):  # by another thread, meanwhile
+                continue
             layer.register_forward_hook(functools.partial(_add_prompts, number), with_kwargs=True)
             layer.takes_prompts = True
 
 
 def _add_prompts(number: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     """A forward hook; it changes nothing in passes without prompts."""
-    prompts = _ACTIVE.get()
+    prompts = _ACTIVE.prompts
     if prompts is None:
         return None
     states = args[0] if args else kwargs["hidden_states"]  # (batch, sequence, width)

@@ -312,7 +312,8 @@ class ListenModel(ListenPreTrainedModel):
             check_later(~masked, "attention_mask is 0 at a prompt placeholder")
         elif picked.layers or masked.any():
             # static caches have masks of four axes, but `generate` gives the flat one as `query_mask` too
-            check_prompt_mask(picked.layers, is_prompt, query_mask if attention_mask is None else attention_mask)
+            mask = query_mask if attention_mask is None else attention_mask
+            check_prompt_mask(picked.layers, is_prompt, mask, wait=num_prompts is None)
         if picked.layers and not for_layers:
             raise ValueError("embeddings do not hold prompts of form='layers'; give the model input_ids")
         return embeds.masked_scatter(is_prompt[..., None], prompts.to(embeds.dtype)), picked

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROMPT_ID, clip, make_inputs, tiny_model
+from conftest import AUDIO_ID, PROMPT_ID, clip, make_inputs, tiny_model
 from fixtures_training import tiny_processor
 from test_training_layer_rates import trainer_of
 from transformers import StaticCache
@@ -24,9 +24,9 @@ COUNTS = [4, 0, 2]
 POOL = {"pool_size": 12, "num_prompts": 4, "form": "layers", "gate_temperature": 0.3, "center_query": True}
 
 
-def layer_model(**pool: object) -> ListenForConditionalGeneration:
-    """A model whose prompts have an effect, as after training."""
-    model = tiny_model(prompt_pool_config={**POOL, **pool})
+def layer_model(dropout: float = 0.1, **pool: object) -> ListenForConditionalGeneration:
+    """A model whose prompts have an effect, as after training; `dropout` is the connector's."""
+    model = tiny_model(prompt_pool_config={**POOL, **pool}, connector_config={"dropout": dropout})
     with torch.no_grad():
         model.adapters["default"].prompt_pool.writes.normal_(std=0.08)
     return model
@@ -317,3 +317,31 @@ def test_processor_and_collator_mask_their_placeholders(shared: ListenForConditi
     assert is_prompt.sum() == 4 and not batch["attention_mask"][is_prompt].any()
     with torch.no_grad():
         assert shared(**batch).loss.isfinite()
+
+
+@pytest.mark.slow
+def test_the_training_forward_compiles_without_graph_breaks() -> None:
+    """One graph, whose loss and gradients are those of the pass without compilation; the layers are hooked before."""
+    model = layer_model(dropout=0.0, center_query=False).train()  # a moving mean would change the next pass
+    inputs = inputs_of(model, [[clip(0.5)], [clip(0.9)]], [3, 3])
+    text = {name: inputs.pop(name) for name in ("input_ids", "attention_mask")}
+    batch = {**labelled(text), **model.encode_audio(**inputs)}
+    batch |= {"num_audio": int((text["input_ids"] == AUDIO_ID).sum()), "num_prompts": 3}
+    torch._dynamo.reset()
+    losses, gradients = [], []
+    for forward in (model.forward, torch.compile(model.forward, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        losses.append(forward(**batch).loss)
+        losses[-1].backward()
+        gradients.append([weight.grad.clone() for weight in model.adapters.parameters()])
+    torch.testing.assert_close(losses[1], losses[0], atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_placeholders_that_the_llm_would_read_are_refused_with_known_counts() -> None:
+    model = layer_model()
+    inputs = make_inputs(model, [[clip(0.5)]], [3])
+    count = int((inputs["input_ids"] == AUDIO_ID).sum())
+    with pytest.raises(RuntimeError, match="attention_mask must be 0 at the placeholders"):
+        model(**inputs, num_audio=count, num_prompts=3)
