@@ -547,7 +547,14 @@ class ListenForConditionalGeneration(ListenGenerationMixin, ListenModel):
         picked, llm = prompts or PromptOutput(), self.language_model
         if picked.layers or hasattr(past_key_values, "layer_prompts"):
             llm = partial(run_with_layer_prompts, llm, picked.layers or kept_prompts(past_key_values))
-        outputs = llm(**inputs, past_key_values=past_key_values, logits_to_keep=logits_to_keep, **llm_kwargs)
+        kept, read = logits_to_keep, inputs_embeds if input_ids is None else input_ids
+        # layers that share keys leave positions out by the number; of an LLM on several devices, the last is not known
+        numbered = getattr(self.config.text_config.get_text_config(), "num_kv_shared_layers", 0)
+        numbered = numbered or len({*getattr(self, "hf_device_map", {}).values()}) > 1
+        if isinstance(kept, int) and kept > 1 and not numbered:
+            # of a slice, torch multiplies each row by a frozen head on its own, in bf16 on a CPU by a copy for each
+            kept = torch.arange(max(read.shape[1] - kept, 0), read.shape[1], device=read.device)  # (kept,)
+        outputs = llm(**inputs, past_key_values=past_key_values, logits_to_keep=kept, **llm_kwargs)
         losses, logits = {}, outputs.logits
         if labels is not None:
             losses = self._losses(logits, labels, logits_to_keep, num_items_in_batch, prompts)

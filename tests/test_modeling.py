@@ -133,6 +133,22 @@ def test_logits_to_keep_changes_no_loss(shared_model: ListenForConditionalGenera
     torch.testing.assert_close(kept.loss, full.loss)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kept", [1, 4, 5000])
+def test_the_head_gets_contiguous_states_of_the_last_positions(
+    shared_model: ListenForConditionalGeneration, kept: int
+) -> None:
+    """Of a slice, torch would multiply each row by the frozen head on its own."""
+    inputs, seen = make_inputs(shared_model, ROWS), []
+    full = shared_model(**inputs).logits
+    head = shared_model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, given: seen.append(given[0].is_contiguous() or kept == 1))
+    logits = shared_model(**inputs, logits_to_keep=kept).logits
+    hook.remove()
+    torch.testing.assert_close(logits, full[:, -kept:])
+    assert seen == [True]
+
+
 @pytest.mark.parametrize("strategy", ["similarity", "residual", "attention"])
 def test_loss_and_gradients_do_not_depend_on_accumulation(strategy: str) -> None:
     """Four micro-batches of one equal one batch of four, with unequal numbers of labels and the key loss."""
