@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .harness import Figure, both_figures, time_figure
+from .harness import Figure, both_figures, rate_figure, time_figure
 from .models import Setting
 
 DECODED_BATCHES = (1, 8, 64)
@@ -43,8 +43,23 @@ def decoding(setting: Setting) -> list[Figure]:
                 inputs_embeds=embeds, attention_mask=mask, **length
             ),
         )
-        figures += both_figures(f"decoding.batch_{batch}", ours, bare, 1 / 0.97)
+        name, made = f"decoding.batch_{batch}", batch * tokens
+        figures += both_figures(name, ours, bare, 1 / 0.97)
+        figures.append(rate_figure(f"{name}.tokens", made, ours, made, bare, "tokens/s", 0.97))
     return figures
+
+
+def static_cache(setting: Setting) -> list[Figure]:
+    """The greedy answer of one row with a static cache against the growing one; on a GPU, static means CUDA graphs."""
+    options, model = setting.options, setting.model
+    tokens, audio = options.new_tokens, setting.audio(1, options.seconds)
+    inputs = {**setting.inputs(audio), **setting.encoded(audio)}
+    length = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    static, growing = setting.compare(
+        static=lambda: model.generate(**inputs, **length, cache_implementation="static"),
+        growing=lambda: model.generate(**inputs, **length),
+    )
+    return both_figures("static_cache", static, growing)
 
 
 def pool(setting: Setting) -> list[Figure]:

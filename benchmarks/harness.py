@@ -65,11 +65,11 @@ class Figure:
         name: `benchmark.variant`, with `.memory` for peaks.
         ours: Median of our variant.
         baseline: Median of the baseline.
-        ratio: `ours / baseline`, the median over rounds: below 1 is faster or smaller.
+        ratio: `ours / baseline`, the median over rounds: below 1 is faster or smaller, but above 1 for rates.
         low: Lowest ratio of a round.
         high: Highest ratio of a round.
-        unit: Of `ours` and `baseline`: `"s"`, `"MiB"` or `"exponent"`.
-        goal: Maximum ratio that is aimed at; `None` without a goal.
+        unit: Of `ours` and `baseline`: `"s"`, `"MiB"`, `"exponent"`, or a rate: `"tokens/s"`, `"TFLOP/s"`.
+        goal: Maximum ratio that is aimed at, minimum for a rate; `None` without a goal.
     """
 
     name: str
@@ -130,8 +130,24 @@ def both_figures(name: str, ours: Measurement, baseline: Measurement, goal: floa
     return [time_figure(name, ours, baseline, goal), *memory_figure(name, ours, baseline)]
 
 
+def rate_figure(
+    name: str,
+    work: float,
+    ours: Measurement,
+    base_work: float,
+    baseline: Measurement,
+    unit: str,
+    goal: float | None = None,
+) -> Figure:
+    """Work per second of two variants that ran in the same rounds; `work` and `base_work` are that of one run."""
+    share = work / base_work
+    ratios = [share * theirs / mine for mine, theirs in zip(ours.rounds, baseline.rounds, strict=True)]
+    rates = work / ours.seconds, base_work / baseline.seconds
+    return Figure(name, *rates, statistics.median(ratios), min(ratios), max(ratios), unit, goal)
+
+
 def report(title: str, figures: list[Figure], device: str) -> None:
-    """Print a table of results; ratios below 1 are faster or smaller than the baseline."""
+    """Print a table of results; ratios below 1 are faster or smaller than the baseline, above 1 for rates."""
     table = Table(title=title, caption=machine(device), caption_justify="left", title_justify="left")
     for heading in ("figure", "ours", "baseline", "ratio", "min .. max", "goal"):
         table.add_column(heading, justify="left" if heading == "figure" else "right")
@@ -142,7 +158,7 @@ def report(title: str, figures: list[Figure], device: str) -> None:
             f"{figure.baseline:.4g} {figure.unit}",
             f"{figure.ratio:.3f}",
             f"{figure.low:.3f} .. {figure.high:.3f}",
-            "" if figure.goal is None else f"<= {figure.goal:.2f}",
+            "" if figure.goal is None else f"{'>=' if figure.unit.endswith('/s') else '<='} {figure.goal:.2f}",
         )
     Console(width=120).print(table)
 

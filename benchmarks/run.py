@@ -18,20 +18,23 @@ from pathlib import Path
 
 import torch
 
-from .answering import decoding, first_token, pool
+from .answering import decoding, first_token, pool, static_cache
 from .audio import beats_attention, encoder_length, front_end
 from .compiling import compile
 from .growth import growth
 from .harness import Figure, machine, report
 from .models import Setting
+from .precision import bitsandbytes, dtypes
 from .serving import serving
 from .start import start
+from .throughput import profile, utilisation
 from .training import chunked_loss, response_logits, training_step
 
 BENCHMARKS: dict[str, Callable[[Setting], list[Figure]]] = {
     function.__name__: function
     for function in (
-        *(training_step, response_logits, chunked_loss, first_token, decoding, pool),
+        *(training_step, utilisation, profile, response_logits, chunked_loss, dtypes, bitsandbytes),
+        *(first_token, decoding, static_cache, pool),
         *(front_end, encoder_length, beats_attention, compile, start, growth, serving),
     )
 }

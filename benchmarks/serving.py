@@ -34,8 +34,8 @@ def serving(setting: Setting) -> list[Figure]:
     with TemporaryDirectory() as scratch:
         folder = _saved(setting, Path(scratch))
         model = ListenForConditionalGeneration.from_pretrained(folder)
-        listen = ListenPipeline(model=model, processor=ListenProcessor.from_pretrained(folder))
-        with _served(folder, setting.options.threads) as url, httpx.Client(timeout=600, trust_env=False) as client:
+        listen = ListenPipeline(model=model, processor=ListenProcessor.from_pretrained(folder), device=setting.device)
+        with _served(folder, setting) as url, httpx.Client(timeout=600, trust_env=False) as client:
 
             def answer(_: int) -> None:
                 client.post(url, json=body).raise_for_status()
@@ -84,13 +84,14 @@ def _has_token(line: str) -> bool:
 
 
 @contextmanager
-def _served(folder: Path, threads: int) -> Iterator[str]:
+def _served(folder: Path, setting: Setting) -> Iterator[str]:
     """`listen serve` as a process of its own, so that client and server do not share Python's lock."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "listen", "serve", "--model", str(folder), "--port", str(port)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    command += ["--device", setting.device]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(setting.options.threads)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     try:
         while not _is_healthy(port):

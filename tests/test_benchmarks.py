@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import compare
+from benchmarks.harness import Measurement, compare, rate_figure
 from benchmarks.hops import measure
-from benchmarks.models import random_model
-from benchmarks.run import BENCHMARKS, main
+from benchmarks.models import Setting, random_model
+from benchmarks.run import BENCHMARKS, main, parse
+from benchmarks.throughput import training_flops
+from benchmarks.training import bare_step, response_length
 from listen.configuration_listen import BACKBONES
 from listen.presets_listen import PRESETS
 
@@ -32,6 +35,8 @@ def test_every_benchmark_is_in_the_command() -> None:
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "compile" else n for n in BENCHMARKS])
 def test_benchmark_compares_with_its_baseline(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    if name == "bitsandbytes":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is an extra")
     threads = torch.get_num_threads()
     figures = main([name, *SMALLEST, "--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "growth.png")])
     assert torch.get_num_threads() == threads
@@ -72,6 +77,25 @@ def test_hops_counts_own_functions_of_a_row_and_of_a_batch() -> None:
     assert "modeling_listen.py:ListenForConditionalGeneration.forward" in hops["batch to loss"].functions
     counts = {name: (len(found.functions), len(found.files)) for name, found in hops.items()}
     assert {name: count for name, count in counts.items() if any(map(int.__gt__, count, MOST_HOPS[name]))} == {}
+
+
+def test_rates_are_work_per_second() -> None:
+    ours, baseline = Measurement("ours", (1.0, 2.0, 4.0)), Measurement("baseline", (1.0, 1.0, 1.0))
+    figure = rate_figure("rate", 6.0, ours, 3.0, baseline, "tokens/s")
+    assert (figure.ours, figure.baseline, figure.ratio, figure.low, figure.high) == (3.0, 3.0, 1.0, 0.5, 2.0)
+
+
+def test_flops_of_training_are_four_for_each_weight_and_position() -> None:
+    """Those that torch counts in matrix products, without attention scores."""
+    setting = Setting(parse([*SMALLEST, "utilisation"]))
+    inputs = setting.inputs(setting.audio(2, 0.5))
+    step = bare_step(setting, setting.model.language_model, inputs)
+    with FlopCounterMode(display=False) as counted:
+        step()
+    counts = {str(operation): count for operation, count in counted.get_flop_counts()["Global"].items()}
+    products = sum(count for name, count in counts.items() if name.split(".")[-1] in ("mm", "addmm", "bmm"))
+    expected = training_flops(setting, inputs["input_ids"].numel(), 2 * (response_length(setting) + 1))
+    assert products == pytest.approx(expected, rel=0.01)
 
 
 def test_ratios_tell_time_and_memory_apart() -> None:
