@@ -17,7 +17,7 @@ from conftest import clip, make_inputs, tiny_config, tiny_model
 from fixtures_encoders import encoder_inputs, random_encoder
 from fixtures_training import small_corpus, tiny_processor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModel, pipeline
+from transformers import AutoModel, CompileConfig, pipeline
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from listen import ListenConfig, ListenForConditionalGeneration, ListenPipeline, ListenProcessor
@@ -381,6 +381,18 @@ def test_a_training_pass_on_stored_features_reads_few_values_from_the_device() -
     assert synchronisations(lambda: model(**batch, **counts)) == bare  # none, where the counts are known
 
 
+def test_the_encoders_read_one_value_more() -> None:
+    """Where the counts are known: transformers asks whether the mask of an encoder has padding."""
+    model = tiny_model().train()
+    inputs = make_inputs(model, [[clip(0.5)], [clip(0.9)]])
+    labels = inputs["input_ids"].clone()
+    labels[:, :-2] = -100
+    batch = {**inputs, **placeholder_counts(model, inputs), "labels": labels, "logits_to_keep": 3}
+    text = {"input_ids": torch.full_like(inputs["input_ids"], 7), "attention_mask": inputs["attention_mask"]}
+    bare = synchronisations(lambda: model.language_model(**text, use_cache=False, logits_to_keep=3))
+    assert len(synchronisations(lambda: model(**batch))) <= len(bare) + 1
+
+
 @pytest.mark.parametrize(
     "changed", [{}, {"connector_config": {"type": "conv_rotary", "hidden_size": 32, "num_attention_heads": 2}}]
 )
@@ -463,6 +475,20 @@ def test_batches_of_other_lengths_and_counts_compile_without_graph_breaks() -> N
         labels[:, :-2] = -100
         batch = {**inputs, **placeholder_counts(model, inputs), "labels": labels}
         torch.testing.assert_close(compiled(**batch).loss, model(**batch).loss, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_decoding_with_a_static_cache_is_one_graph_compiled_once() -> None:
+    """As `generate` compiles it by itself on a GPU, there with CUDA graphs."""
+    model, graphs = tiny_model(), []
+    inputs = make_inputs(model, [[clip(0.5)], [clip(0.9)]])
+    torch._dynamo.reset()
+    config = CompileConfig(backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True, mode=None)
+    config._compile_all_devices = True
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    compiled = model.generate(**inputs, **settings, cache_implementation="static", compile_config=config)
+    assert torch.equal(compiled, model.generate(**inputs, **settings))
+    assert len(graphs) == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, which reports synchronisations itself")
