@@ -311,7 +311,10 @@ def _as_clips(audio: object) -> list[np.ndarray]:
 
 
 def _as_clip(clip: object, index: int) -> np.ndarray:
-    array = clip.detach().cpu().numpy() if isinstance(clip, torch.Tensor) else np.asarray(clip)
+    if isinstance(clip, torch.Tensor):
+        clip = clip.detach().cpu()
+        clip = clip.float() if clip.is_floating_point() else clip  # numpy has no bfloat16
+    array = np.asarray(clip)
     if array.dtype.kind != "f":
         raise ValueError(
             f"Clip {index} has samples of type {array.dtype}, floats in [-1, 1] are needed; divide 16-bit integers by "

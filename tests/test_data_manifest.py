@@ -53,6 +53,11 @@ def test_rows_of_the_schema_are_read_as_they_are(folder: Path) -> None:
     rows = [{"audio": "audio/0.wav", "task": "asr", "response": "hello", "speaker": 7}]
     dataset = load_manifest(write_manifest(folder / "m.jsonl", rows))
     assert from_datasets(dataset)[0] == dataset[0]
+    del rows[0]["speaker"]
+    plain = load_manifest(write_manifest(folder / "m.jsonl", rows))
+    plain.to_json(folder / "again.jsonl")  # with null where a row has no such field
+    assert load_manifest(folder / "again.jsonl")[0] == plain[0]
+    rows[0]["speaker"] = 7
     rows[0]["extra"] = "a word"
     assert extra_fields(load_manifest(write_manifest(folder / "m.jsonl", rows))[0]) == {"extra": "a word", "speaker": 7}
 
@@ -61,6 +66,7 @@ def test_rows_of_the_schema_are_read_as_they_are(folder: Path) -> None:
     ("line", "message"),
     [
         ('{"audio": "audio/0.wav", ', r"m.jsonl:2: not valid JSON"),
+        ("{} {}", r"m.jsonl:2: not valid JSON .Extra data at column 4.; a .jsonl file holds one JSON object a line"),
         ('["audio/0.wav"]', r"m.jsonl:2: expected a JSON object, found list"),
         ('{"audio": "audio/0.wav", "task": "asr"}', r"m.jsonl:2: field 'response' is missing"),
         ('{"audio": "audio/0.wav", "task": "asrr", "response": "x"}', r"m.jsonl:2: unknown task 'asrr'.*'asr'"),

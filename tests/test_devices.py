@@ -111,6 +111,19 @@ def test_training_needs_no_float64(tmp_path: Path, pool: dict) -> None:
     assert {"lm_loss", "key_loss", "pool_usage_entropy"} <= trainer.state.log_history[-1].keys()
 
 
+def test_one_process_trains_on_one_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`nn.DataParallel` of the Trainer would split chunks of audio and rows of text apart."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    warnings: list[str] = []
+    monkeypatch.setattr("listen.training.resumable.logger.warning", warnings.append)
+    model = tiny_model()
+    collator = ListenCollator(tiny_processor(model.config), train=True)
+    args = ListenTrainingArguments(output_dir=str(tmp_path), report_to="none", per_device_train_batch_size=4)
+    trainer = ListenTrainer(model=model, args=args, data_collator=collator)
+    assert trainer.args.n_gpu == 1 and trainer.args.train_batch_size == 4
+    assert "one of 2 GPUs; for all of them, start the command with accelerate launch --num_processes 2" in warnings[0]
+
+
 def test_generation_and_encoders_of_other_rates_need_no_float64() -> None:
     with NoFloat64():
         model = tiny_model()

@@ -188,12 +188,13 @@ def test_a_short_clip_is_followed_by_silence():
         noise(8_000).tolist(),
         torch.from_numpy(noise(8_000)),
         torch.from_numpy(noise(8_000)).requires_grad_(),
+        torch.from_numpy(noise(8_000)).bfloat16(),
         noise(8_000).astype(np.float64),
         noise(16_000)[::2],
         [noise(8_000)],
         (noise(8_000).tolist(),),
     ],
-    ids=["list", "tensor", "tensor with gradient", "float64", "strided", "list of arrays", "tuple of lists"],
+    ids=["list", "tensor", "with gradient", "bfloat16", "float64", "strided", "list of arrays", "tuple of lists"],
 )
 def test_every_form_of_a_clip_is_taken(clip):
     batch = ListenFeatureExtractor()(clip, sampling_rate=RATE)

@@ -349,6 +349,8 @@ def to_row(where: str, record: Mapping[str, Any], folder: Path, check_files: boo
     if not row["audio"]:
         raise ManifestError(f"{where}: 'audio' holds no clip")
     extra = {name: value for name, value in record.items() if name not in _KNOWN and _is_json(value)}
+    if record.get("extra") is None:  # a row of the schema without further fields
+        extra.pop("extra", None)
     if isinstance(record.get("extra"), str):  # a row of the schema: its further fields are packed already
         extra = {**_packed(extra.pop("extra")), **extra}
     for name in record.keys() - extra.keys() - {*_KNOWN, "extra"}:

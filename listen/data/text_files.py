@@ -139,7 +139,7 @@ def _parse(where: str, text: str) -> Any:
         return json.loads(text, object_pairs_hook=_fields)
     except json.JSONDecodeError as error:
         place = f"column {error.colno}" if "\n" not in text.strip() else f"line {error.lineno}, column {error.colno}"
-        fix = "; name a file with one JSON object a line .jsonl" if error.msg == "Extra data" else ""
+        fix = "; a .jsonl file holds one JSON object a line, a .json file one" if error.msg == "Extra data" else ""
         raise ManifestError(f"{where}: not valid JSON ({error.msg} at {place}){fix}") from error
     except (ValueError, RecursionError) as error:  # a number with too many digits, lists in lists without an end
         raise ManifestError(f"{where}: not valid JSON ({error})") from error

@@ -18,11 +18,14 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.utils import logging
 
 from ..data.files import json_text, write_text
 from .progress import use_short_lines
 from .sharded import ShardedTrainer
 from .streaming import CollateUnlessSkipped, StreamReader, keep_whole
+
+logger = logging.get_logger(__name__)
 
 RUN_STATE_FILE = "run_state.json"
 """File of a checkpoint with the id of its run and the sums of the current logging window."""
@@ -47,8 +50,14 @@ class ResumableTrainer(ShardedTrainer):
     checkpoint and raises `TrainingStopped`.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, *, args: TrainingArguments, **kwargs: Any) -> None:
+        if args.n_gpu > 1:  # upstream would cut batches by their first axis, which holds chunks of audio or rows
+            logger.warning(
+                f"training on {args.device} alone, one of {args.n_gpu} GPUs; for all of them, start the command with "
+                f"accelerate launch --num_processes {args.n_gpu}"
+            )
+            args._n_gpu = 1
+        super().__init__(args=args, **kwargs)
         self.run_id: str | None = None
         self.is_stopping = False
         self._resumed_from: str | None = None
