@@ -110,9 +110,9 @@ class AttentionSelection(SelectionStrategy):
         query, keys, valid = request.query, request.keys, request.valid
         logits = query @ keys.T / keys.shape[1] ** 0.5  # (batch, pool)
         scores = logits.masked_fill(request.dropped, -torch.inf).softmax(-1)  # (batch, pool)
-        # ranked by the logits over their largest possible size: rounded weights of a large pool would all be equal
-        size = query.norm(dim=-1, keepdim=True) * keys.norm(dim=-1).max() / keys.shape[1] ** 0.5  # (batch, 1)
-        ranked = (logits / size.clamp_min(1e-12)).round(decimals=5).masked_fill(request.dropped, -torch.inf)
+        # equal keys keep their order, as in `SimilaritySelection`; rounded weights of a large pool would all be equal
+        cosines = (F.normalize(query, dim=-1) @ F.normalize(keys, dim=-1).T).round(decimals=5)  # (batch, pool)
+        ranked = (cosines * keys.norm(dim=-1)).masked_fill(request.dropped, -torch.inf)  # (batch, pool)
         indices = ranked.argsort(dim=-1, descending=True, stable=True)[:, : request.k]  # (batch, k)
         scores = scores.gather(1, indices)  # (batch, k)
         chosen = scores * valid

@@ -74,6 +74,14 @@ def test_equal_keys_are_taken_in_their_order_by_attention(scale: float) -> None:
     assert torch.equal(torch.cat(alone), indices)
 
 
+def test_one_long_key_leaves_the_ranking_of_the_others_as_it_is(query: torch.Tensor) -> None:
+    pool = make_pool("attention")
+    with torch.no_grad():
+        pool.keys[7] = -1e6 * query[0]
+    best = (query[0] @ pool.keys.T).argsort(descending=True)[:4]
+    assert torch.equal(pool(query, full(4))[1].indices[0], best)
+
+
 def test_similarity_key_loss_of_the_authors_code(query: torch.Tensor) -> None:
     pool = make_pool("similarity", key_loss_type="similarity")
     _, selection = pool(query, full(3))
