@@ -548,11 +548,11 @@ class ListenForConditionalGeneration(ListenGenerationMixin, ListenModel):
         if picked.layers or hasattr(past_key_values, "layer_prompts"):
             llm = partial(run_with_layer_prompts, llm, picked.layers or kept_prompts(past_key_values))
         kept, read = logits_to_keep, inputs_embeds if input_ids is None else input_ids
-        # layers that share keys leave positions out by the number; of an LLM on several devices, the last is not known
+        # an integer stays where layers that share keys read it, or where the device of the last layer is not known
         numbered = getattr(self.config.text_config.get_text_config(), "num_kv_shared_layers", 0)
         numbered = numbered or len({*getattr(self, "hf_device_map", {}).values()}) > 1
         if isinstance(kept, int) and kept > 1 and not numbered:
-            # of a slice, torch multiplies each row by a frozen head on its own, in bf16 on a CPU by a copy for each
+            # indices copy the states: a slice meets a frozen head row by row, in bf16 on a CPU with a copy of the head each
             kept = torch.arange(max(read.shape[1] - kept, 0), read.shape[1], device=read.device)  # (kept,)
         outputs = llm(**inputs, past_key_values=past_key_values, logits_to_keep=kept, **llm_kwargs)
         losses, logits = {}, outputs.logits
