@@ -552,7 +552,7 @@ class ListenForConditionalGeneration(ListenGenerationMixin, ListenModel):
         numbered = getattr(self.config.text_config.get_text_config(), "num_kv_shared_layers", 0)
         numbered = numbered or len({*getattr(self, "hf_device_map", {}).values()}) > 1
         if isinstance(kept, int) and kept > 1 and not numbered:
-            # indices copy the states: a slice meets a frozen head row by row, in bf16 on a CPU with a copy of the head each
+            # indices copy the states: a slice meets a frozen head row by row, in bf16 on a CPU with a copy for each
             kept = torch.arange(max(read.shape[1] - kept, 0), read.shape[1], device=read.device)  # (kept,)
         outputs = llm(**inputs, past_key_values=past_key_values, logits_to_keep=kept, **llm_kwargs)
         losses, logits = {}, outputs.logits
