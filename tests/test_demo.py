@@ -358,6 +358,7 @@ def test_the_page_compares_two_clips(page: Page) -> None:
     picture(page, "pair")
     page.get_by_text("Speech recognition: speech.wav").click()  # an example fills in clips and task
     expect(page.locator("#task input")).to_have_value("Speech recognition")
+    expect(page.locator("#second-clip input[type=file]")).to_have_count(1)  # it is empty again
     ask(page, SAID)
 
 
