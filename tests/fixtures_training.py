@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import string
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
+import torch
 from conftest import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from listen import ListenForConditionalGeneration
 from listen.configuration_listen import ListenConfig
 from listen.processing_listen import ListenProcessor
 
@@ -84,3 +87,17 @@ __all__ = [
     "write_clip",
     "write_manifest",
 ]
+
+
+def check_compiled(model: ListenForConditionalGeneration, batch: dict[str, Any], backend: str) -> None:
+    """The forward pass compiles into one graph, whose loss and gradients are those of the pass without compilation."""
+    torch._dynamo.reset()
+    losses, gradients = [], []
+    for forward in (model.forward, torch.compile(model.forward, fullgraph=True, backend=backend)):
+        model.zero_grad()
+        losses.append(forward(**batch).loss)
+        losses[-1].backward()
+        gradients.append([weight.grad.clone() for weight in model.adapters.parameters()])
+    torch.testing.assert_close(losses[1], losses[0], atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import AUDIO_ID, PROMPT_ID, clip, make_inputs, tiny_model
-from fixtures_training import tiny_processor
+from fixtures_training import check_compiled, tiny_processor
 from test_training_layer_rates import trainer_of
 from transformers import StaticCache
 
@@ -327,16 +327,7 @@ def test_the_training_forward_compiles_without_graph_breaks() -> None:
     text = {name: inputs.pop(name) for name in ("input_ids", "attention_mask")}
     batch = {**labelled(text), **model.encode_audio(**inputs)}
     batch |= {"num_audio": int((text["input_ids"] == AUDIO_ID).sum()), "num_prompts": 3}
-    torch._dynamo.reset()
-    losses, gradients = [], []
-    for forward in (model.forward, torch.compile(model.forward, fullgraph=True, backend="aot_eager")):
-        model.zero_grad()
-        losses.append(forward(**batch).loss)
-        losses[-1].backward()
-        gradients.append([weight.grad.clone() for weight in model.adapters.parameters()])
-    torch.testing.assert_close(losses[1], losses[0], atol=1e-5, rtol=1e-5)
-    for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    check_compiled(model, batch, "aot_eager")
 
 
 def test_placeholders_that_the_llm_would_read_are_refused_with_known_counts() -> None:
