@@ -23,6 +23,7 @@ from listen.commands import precompute
 from listen.data import FeatureStore, FeatureStoreError, load_manifest, precompute_features
 from listen.data.audio import read_clips
 from listen.data.features import EncodedRecording, collate_features, recording_keys, store_info, write_shard
+from listen.data.files import rename_complete
 from listen.evaluation.generate import generate_predictions
 
 MODEL = tiny_model()
@@ -247,6 +248,39 @@ def test_the_shard_of_a_suspended_process_is_taken_over(tmp_path: Path, monkeypa
     assert process.exitcode == 0
     store = FeatureStore(folder)
     assert len(store) == 12 and store.verify() == []
+
+
+def test_a_shard_whose_partial_file_another_run_removed_is_encoded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a run that was suspended until another one had taken over its shard."""
+    dataset, folder = load_manifest(small_corpus(tmp_path, num_rows=4)), tmp_path / "features"
+    removed: list[Path] = []
+
+    def remove_first(partial: Path, path: Path) -> None:
+        if not removed:
+            removed.append(partial)
+            partial.unlink()
+        rename_complete(partial, path)
+
+    monkeypatch.setattr("listen.data.features.rename_complete", remove_first)
+    store = compute(dataset, folder, shard_size=2)
+    assert removed and len(store) == 4 and store.verify() == []
+    assert contents(folder) == contents(compute(dataset, tmp_path / "straight", shard_size=2).folder)
+
+
+def test_files_of_runs_killed_while_the_store_was_opened_are_removed(tmp_path: Path) -> None:
+    """A part of `store.json`, and the empty lock of a run killed between creating and writing it."""
+    dataset, folder = load_manifest(small_corpus(tmp_path, num_rows=2)), tmp_path / "features"
+    folder.mkdir()
+    (folder / ".store.json.12-34.tmp").write_text("{")
+    lock = folder / ".store.json.lock"
+    lock.touch()
+    os.utime(lock, (0, 0))
+    assert len(compute(dataset, folder)) == 2
+    assert sorted(path.name for path in folder.iterdir() if path.is_file()) == [
+        *(path.name for path in shards(folder)), "store.json",
+    ]  # fmt: skip
 
 
 def test_verify_finds_a_shard_with_fewer_rows_than_its_name_stands_for(tmp_path: Path) -> None:

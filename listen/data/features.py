@@ -27,7 +27,7 @@ from ..fingerprint_listen import fingerprint as _digest
 from ..fingerprint_listen import same_weights
 from .audio import recordings_of
 from .content import is_same_content
-from .files import lease, rename_complete, write_json
+from .files import lease, remove_partials, rename_complete, write_json
 
 STORE_FILE = "store.json"
 _FEATURES = Features(
@@ -295,6 +295,7 @@ def write_store_info(folder: Path, info: StoreInfo) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with lease(folder / f".{STORE_FILE}.lock"):  # of two runs with other encoders one is first
         if not (folder / STORE_FILE).is_file():
+            remove_partials(folder / STORE_FILE)
             write_json(folder / STORE_FILE, asdict(info))
             return
     difference = read_store_info(folder).difference(info)
@@ -312,8 +313,12 @@ def keys_digest(keys: Iterable[str]) -> str:
     return _hash_lines(sorted(keys))
 
 
-def write_shard(path: Path, recordings: Iterator[tuple[str, EncodedRecording]]) -> None:
+def write_shard(path: Path, recordings: Iterator[tuple[str, EncodedRecording]]) -> bool:
     """Write one Arrow file, renamed to its final name once it is complete.
+
+    Returns:
+        Whether it was written; not if another run has removed the partial file, because it took over this shard while
+        this run was suspended.
 
     Raises:
         FeatureStoreError: a value does not fit into 16 bits.
@@ -325,6 +330,11 @@ def write_shard(path: Path, recordings: Iterator[tuple[str, EncodedRecording]]) 
                 writer.write(_to_row(key, recording))
             writer.finalize()
         rename_complete(partial, path)
+        return True
+    except FileNotFoundError:
+        if partial.exists() or not path.parent.is_dir():
+            raise
+        return False
     finally:
         partial.unlink(missing_ok=True)
 

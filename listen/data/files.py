@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,12 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
+def remove_partials(path: Path) -> None:
+    """Remove what killed processes left of `write_bytes` to a path; the caller has the lease on it."""
+    for partial in path.parent.glob(f".{path.name}.*.tmp"):
+        partial.unlink(missing_ok=True)
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write text in UTF-8 by `write_bytes`; lone surrogates become question marks."""
     write_bytes(path, text.encode("utf-8", "replace"))
@@ -81,6 +87,10 @@ def lease(path: str | os.PathLike[str]) -> SoftFileLease:
         path: the file; its folder is created.
     """
     os.makedirs(os.path.dirname(path), exist_ok=True)
+    with suppress(FileNotFoundError):  # an empty file has no owner: a run was killed between creating and writing it
+        found = os.stat(path)
+        if not found.st_size and time.time() - found.st_mtime > _LEASE_SECONDS:
+            os.unlink(path)
     return SoftFileLease(path, lease_duration=_LEASE_SECONDS, poll_interval=0.2)
 
 

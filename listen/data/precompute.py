@@ -28,7 +28,7 @@ from .features import (
     write_shard,
     write_store_info,
 )
-from .files import lease, write_json
+from .files import lease, remove_partials, write_json
 from .processes import launched_processes
 from .text_files import read_json
 
@@ -115,6 +115,7 @@ def _common_shard_size(folder: Path, asked: int) -> int:
     with lease(folder / ".shard_size.lock"):
         if not path.is_file():
             path.parent.mkdir(exist_ok=True)
+            remove_partials(path)
             write_json(path, asked)
         size = read_json(path)
     if type(size) is not int or size < 1:
@@ -144,14 +145,14 @@ def _write_once(work: _Work, folder: Path, shard: _Shard, written: set[Path], ba
     """Encode and write a shard unless another run has done so since `written` was listed.
 
     Returns:
-        Whether that is done; not if another run is at it.
+        Whether that is done; not if another run is at it, or has taken it over.
     """
     digest = keys_digest(shard)
     try:
         with _lease_of(folder, digest).acquire(timeout=0):
             if not set(folder.glob(f"shard-*-{digest}.arrow")) - written:
                 encoded = _encode_all(work, shard, bar)
-                write_shard(folder / f"shard-{_next_number(folder):05d}-{digest}.arrow", encoded)
+                return write_shard(folder / f"shard-{_next_number(folder):05d}-{digest}.arrow", encoded)
     except Timeout:
         return False
     return True
