@@ -44,5 +44,5 @@ def running(command: list[str], port: int, log: Path, seconds: float = 180) -> I
 def _is_healthy(address: str) -> bool:
     try:
         return requests.get(f"{address}/health", timeout=2).ok
-    except requests.ConnectionError:
+    except requests.RequestException:  # not listening yet, or too busy to answer
         return False

@@ -211,17 +211,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.start(404, Content_Length="0")
 
     def answer_silent(self) -> None:
-        time.sleep(3)
+        time.sleep(30)
 
     def answer_headers(self) -> None:  # one byte at a time, for ever
-        for _ in range(30):
+        for _ in range(300):
             self.wfile.write(b"HTTP/1.1 200 OK\r\nX: "[:1] if _ == 0 else b"x")
             self.wfile.flush()
             time.sleep(0.1)
 
     def answer_drip(self) -> None:
         self.start(Content_Length=str(len(self.content)))
-        for byte in self.content[:30]:
+        for byte in self.content[:300]:
             self.wfile.write(bytes([byte]))
             self.wfile.flush()
             time.sleep(0.1)
@@ -257,7 +257,7 @@ def test_a_server_that_never_ends_is_left_at_the_deadline(server: str, page: str
     started = time.monotonic()
     with pytest.raises(ConnectionError, match=f"cannot fetch '{server}/{page}'"):
         load_waveform(f"{server}/{page}", timeout=0.5)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 20
 
 
 @pytest.mark.parametrize("page", ["endless", "lying"])
