@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, List, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, List, Value, load_dataset
 from fixtures_training import write_clip, write_manifest
 
-from listen.data.manifest import FEATURES, ManifestError, open_dataset
+from listen.data.manifest import FEATURES, ManifestError, from_datasets, open_dataset
 from listen.data.sources import FORMATS, DataSource, checked_rows, load_rows
 from listen.data.text_files import read_table
 from listen.training.arguments import ArgumentError, DataArguments
@@ -238,6 +239,22 @@ def test_bytes_need_no_file(folder: Path) -> None:
 def test_a_saved_data_set_is_read(folder: Path) -> None:
     rows = [{**row, "audio": str(folder / row["audio"])} for row in ROWS]
     assert load_rows(DataSource(**source_of("disk", folder, rows)))["id"][:] == ["a", "b"]
+
+
+def test_the_rows_of_a_data_set_are_written_to_the_cache_once(tmp_path: Path) -> None:
+    """And anew for other columns or another task, as these make other rows."""
+    rows = [{"audio": f"{name}.wav", "text": name, "other": name.upper()} for name in "ab"]
+    Dataset.from_list(rows).to_parquet(tmp_path / "m.parquet")
+
+    def load(**options: Any) -> Dataset:
+        opened = load_dataset("parquet", data_files=str(tmp_path / "m.parquet"), split="train", cache_dir=str(tmp_path))
+        return from_datasets(opened, **options)
+
+    first, again = (load(columns={"response": "text"}, task="asr") for _ in range(2))
+    assert first.cache_files == again.cache_files and first["response"] == again["response"]
+    assert load(columns={"response": "other"}, task="asr")["response"][:] == [["A"], ["B"]]
+    assert load(columns={"response": "text"}, task="acap")["task"][:] == ["acap"] * 2
+    assert len(list(tmp_path.rglob("cache-*.arrow"))) == 3
 
 
 def test_a_broken_parquet_file_is_named(tmp_path: Path) -> None:

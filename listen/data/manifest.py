@@ -36,6 +36,7 @@ from datasets import (
     load_from_disk,
 )
 from datasets.exceptions import DatasetGenerationError
+from datasets.fingerprint import Hasher
 from transformers.utils import logging
 
 from ..audio_listen import is_one_clip
@@ -262,7 +263,11 @@ def from_datasets(
         record = renamed(where, _with_label_names(row, labels), columns or {}, task)
         return to_row(where, record, place, check_files=False)
 
-    rows = source.map(convert, with_indices=True, remove_columns=list(features) or None, features=FEATURES)
+    options: dict[str, Any] = {"with_indices": True, "remove_columns": list(features) or None, "features": FEATURES}
+    if isinstance(source, Dataset):  # which cannot hash the function itself and would write all rows again in each run
+        settings = [source._fingerprint, origin, columns, task, str(place), Path(__file__).read_bytes()]
+        options["new_fingerprint"] = Hasher.hash(settings)
+    rows = source.map(convert, **options)
     if check_files and isinstance(rows, Dataset):
         refuse_missing_files(rows, [f"{origin}: row {index}" for index in range(len(rows))])
     return rows
