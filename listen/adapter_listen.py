@@ -88,9 +88,15 @@ class Adapters(nn.ModuleDict):
             `(total, text width)`, the chunks one after the other.
 
         Raises:
-            ValueError: the placeholders of a row are not filled by whole chunks, or a row with audio has no adapter.
-            RuntimeError: the first of these, or a wrong `num_audio`, where that is given.
+            ValueError: the placeholders of a row are not filled by whole chunks, a row with audio has no adapter, or
+                `num_audio` is below the number of chunks.
+            RuntimeError: the first of these, or another wrong `num_audio`, where that is given.
         """
+        if num_audio is not None and num_audio < len(encoded.speech_hidden_states):
+            raise ValueError(
+                f"num_audio={num_audio} is below the {len(encoded.speech_hidden_states)} chunks of audio; give the number "
+                "of audio placeholders, as ListenCollator does, or leave it out"
+            )
         if len(set(names)) > 1:
             return self._connect_by_row(encoded, is_audio, names)
         adapter = self[names[0]] if names[0] in self else self.named(names[0])  # which raises

@@ -427,6 +427,7 @@ def test_known_counts_change_no_result(changed: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        ({"num_audio": 0}, "num_audio=0 is below the 2 chunks of audio"),
         ({"num_audio": 2}, "do not fill the audio placeholders"),
         ({"num_audio": 9}, "do not fill the audio placeholders"),
         ({"num_prompts": 2}, "num_prompts=2"),
@@ -436,7 +437,7 @@ def test_wrong_counts_are_refused(wrong: dict[str, int], message: str) -> None:
     model = tiny_model().train()
     batch = stored_batch(model)
     counts = {**placeholder_counts(model, batch), **wrong}
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises((RuntimeError, ValueError), match=message):
         model(**batch, **counts)
 
 
