@@ -28,12 +28,12 @@ from .precision import bitsandbytes, dtypes
 from .serving import serving
 from .start import start
 from .throughput import profile, utilisation
-from .training import chunked_loss, response_logits, training_step
+from .training import chunked_loss, padding, response_logits, training_step
 
 BENCHMARKS: dict[str, Callable[[Setting], list[Figure]]] = {
     function.__name__: function
     for function in (
-        *(training_step, utilisation, profile, response_logits, chunked_loss, dtypes, bitsandbytes),
+        *(training_step, padding, utilisation, profile, response_logits, chunked_loss, dtypes, bitsandbytes),
         *(first_token, decoding, static_cache, pool),
         *(front_end, encoder_length, beats_attention, compile, start, growth, serving),
     )

@@ -34,18 +34,20 @@ def training_step(setting: Setting) -> list[Figure]:
     padded = setting.audio(options.batch, options.seconds, PADDED_SECONDS)
     kept = response_length(setting) + 1
     floor = bare_step(setting, model.language_model, inputs)
-    stored, onthefly, bare, with_encoders, lora, plain = setting.compare(
+    stored, onthefly, bare, with_encoders, lora, lora_all, plain = setting.compare(
         stored=listen_step(setting, {**inputs, **encoded}, kept),
         onthefly=listen_step(setting, {**inputs, **audio}, kept),
         bare=floor,
         with_encoders=lambda: (model.encode_audio(**audio), floor()),
-        lora=lora_step(setting, inputs),
+        lora=lora_step(setting, inputs, ["q_proj", "v_proj"]),
+        lora_all=lora_step(setting, inputs, "all-linear"),
         plain=listen_step(setting, {**setting.inputs(padded), **padded}, 0),
     )
     return [
         *both_figures("training_step.stored", stored, bare, 1.10),
         *both_figures("training_step.encoders", onthefly, with_encoders, 1.05),
         *both_figures("training_step.lora", stored, lora, 1 / 1.2),
+        *both_figures("training_step.lora_all_linear", stored, lora_all, 1 / 1.2),
         time_figure("training_step.stored_against_encoders", stored, onthefly),
         time_figure("training_step.plain_loop", stored, plain, 1 / 4),
         *memory_figure("training_step.plain_loop", stored, plain, 0.5),
@@ -91,10 +93,10 @@ def bare_step(setting: Setting, language_model: nn.Module, inputs: dict[str, tor
     return step
 
 
-def lora_step(setting: Setting, inputs: dict[str, torch.Tensor]) -> Step:
-    """A step of LoRA, rank 8, by PEFT on a copy of the LLM, on ready embeddings."""
+def lora_step(setting: Setting, inputs: dict[str, torch.Tensor], modules: list[str] | str) -> Step:
+    """A step of LoRA, rank 8, by PEFT on these modules of a copy of the LLM, on ready embeddings."""
     language_model = copy.deepcopy(setting.model.language_model)
-    language_model.add_adapter(LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
+    language_model.add_adapter(LoraConfig(r=8, target_modules=modules))
     optimizer = torch.optim.AdamW([p for p in language_model.parameters() if p.requires_grad], lr=1e-5, fused=True)
     pass_once = bare_step(setting, language_model, inputs)
 
@@ -104,6 +106,25 @@ def lora_step(setting: Setting, inputs: dict[str, torch.Tensor]) -> Step:
         optimizer.zero_grad()
 
     return step
+
+
+def padding(setting: Setting) -> list[Figure]:
+    """A step of the LLM on clips of 2 to 10 s, padded on the left, against as many positions without padding.
+
+    The part above 1 is the most that packing of sequences could save in batches of random clips.
+    """
+    language_model = setting.model.train().language_model
+    clips = [setting.audio(1, seconds) for seconds in torch.linspace(2, 10, setting.options.batch).tolist()]
+    lengths = torch.tensor([setting.inputs(clip)["input_ids"].shape[1] for clip in clips])  # (batch,)
+
+    def step(mask: torch.Tensor) -> Step:
+        mask = mask.to(setting.device)  # (batch, positions)
+        return bare_step(setting, language_model, {"input_ids": torch.zeros_like(mask), "attention_mask": mask})
+
+    positions = torch.arange(int(lengths.max()))  # (positions,)
+    padded = (positions >= positions.numel() - lengths[:, None]).long()  # (batch, positions)
+    even = torch.ones(len(lengths), round(lengths.float().mean().item()), dtype=torch.long)
+    return both_figures("padding", *setting.compare(padded=step(padded), even=step(even)))
 
 
 def response_logits(setting: Setting) -> list[Figure]:
