@@ -94,8 +94,8 @@ class Adapters(nn.ModuleDict):
         """
         if num_audio is not None and num_audio < len(encoded.speech_hidden_states):
             raise ValueError(
-                f"num_audio={num_audio} is below the {len(encoded.speech_hidden_states)} chunks of audio; give the number "
-                "of audio placeholders, as ListenCollator does, or leave it out"
+                f"num_audio={num_audio} is below the {len(encoded.speech_hidden_states)} chunks of audio; give "
+                "the number of audio placeholders, as ListenCollator does, or leave it out"
             )
         if len(set(names)) > 1:
             return self._connect_by_row(encoded, is_audio, names)
