@@ -27,7 +27,7 @@ from ..fingerprint_listen import fingerprint as _digest
 from ..fingerprint_listen import same_weights
 from .audio import recordings_of
 from .content import is_same_content
-from .files import lease, remove_partials, rename_complete, write_json
+from .files import rename_complete, write_json_once
 
 STORE_FILE = "store.json"
 _FEATURES = Features(
@@ -293,11 +293,7 @@ def write_store_info(folder: Path, info: StoreInfo) -> None:
         FeatureStoreError: the folder holds a store with other encoders or settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with lease(folder / f".{STORE_FILE}.lock"):  # of two runs with other encoders one is first
-        if not (folder / STORE_FILE).is_file():
-            remove_partials(folder / STORE_FILE)
-            write_json(folder / STORE_FILE, asdict(info))
-            return
+    write_json_once(folder / STORE_FILE, asdict(info), lock=folder / f".{STORE_FILE}.lock")
     difference = read_store_info(folder).difference(info)
     if difference:
         raise FeatureStoreError(f"{folder} holds features of another setting, {difference}; choose another folder")

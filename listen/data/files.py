@@ -47,12 +47,6 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-def remove_partials(path: Path) -> None:
-    """Remove what killed processes left of `write_bytes` to a path; the caller has the lease on it."""
-    for partial in path.parent.glob(f".{path.name}.*.tmp"):
-        partial.unlink(missing_ok=True)
-
-
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write text in UTF-8 by `write_bytes`; lone surrogates become question marks."""
     write_bytes(path, text.encode("utf-8", "replace"))
@@ -68,6 +62,18 @@ def rename_complete(partial: Path, path: Path) -> None:
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write an indented JSON file by `write_text`."""
     write_text(path, json_text(value, indent=2) + "\n")
+
+
+def write_json_once(path: Path, value: Any, lock: Path) -> None:
+    """Write a JSON file unless it is there, under a lease: of several runs one is first.
+
+    What killed runs left of the file is removed.
+    """
+    with lease(lock):
+        if not path.is_file():
+            for partial in path.parent.glob(f".{path.name}.*.tmp"):
+                partial.unlink(missing_ok=True)
+            write_json(path, value)
 
 
 def write_json_lines(path: str | os.PathLike[str], records: Iterable[Any]) -> None:

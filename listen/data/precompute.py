@@ -28,7 +28,7 @@ from .features import (
     write_shard,
     write_store_info,
 )
-from .files import lease, remove_partials, write_json
+from .files import lease, write_json_once
 from .processes import launched_processes
 from .text_files import read_json
 
@@ -112,12 +112,9 @@ def precompute_features(
 def _common_shard_size(folder: Path, asked: int) -> int:
     """The shard size of the first run in a folder: runs claim shards, so all must divide the recordings alike."""
     path = folder / _LEASES / "shard_size.json"
-    with lease(folder / ".shard_size.lock"):
-        if not path.is_file():
-            path.parent.mkdir(exist_ok=True)
-            remove_partials(path)
-            write_json(path, asked)
-        size = read_json(path)
+    path.parent.mkdir(exist_ok=True)
+    write_json_once(path, asked, lock=folder / ".shard_size.lock")
+    size = read_json(path)
     if type(size) is not int or size < 1:
         raise FeatureStoreError(f"{path} holds {size!r}, not the recordings of a shard; delete it")
     if size != asked:
