@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, List, Value, load_dataset
 from fixtures_training import write_clip, write_manifest
 
+from listen.data import tasks
 from listen.data.manifest import FEATURES, ManifestError, from_datasets, open_dataset
 from listen.data.sources import FORMATS, DataSource, checked_rows, load_rows
 from listen.data.text_files import read_table
@@ -255,6 +257,19 @@ def test_the_rows_of_a_data_set_are_written_to_the_cache_once(tmp_path: Path) ->
     assert load(columns={"response": "other"}, task="asr")["response"][:] == [["A"], ["B"]]
     assert load(columns={"response": "text"}, task="acap")["task"][:] == ["acap"] * 2
     assert len(list(tmp_path.rglob("cache-*.arrow"))) == 3
+
+
+def test_cached_rows_of_a_task_that_is_not_registered_now_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Dataset.from_list([{"audio": "a.wav", "response": "north"}]).to_parquet(tmp_path / "m.parquet")
+    opened = load_dataset("parquet", data_files=str(tmp_path / "m.parquet"), split="train", cache_dir=str(tmp_path))
+    with monkeypatch.context() as registered:
+        registered.setattr(tasks, "_TASKS", dict(tasks._TASKS))
+        tasks.register_task(replace(tasks.get_task("asr"), name="dialect"))
+        assert from_datasets(opened, task="dialect")["task"][:] == ["dialect"]
+    with pytest.raises(ManifestError, match="dialect"):
+        from_datasets(opened, task="dialect")
 
 
 def test_a_broken_parquet_file_is_named(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ from transformers.utils import logging
 from ..audio_listen import is_one_clip
 from ..sources_listen import RATES, Source, open_source
 from .files import json_text
-from .tasks import UnknownTaskError, extra_fields, get_task
+from .tasks import UnknownTaskError, extra_fields, get_task, list_tasks
 from .text_files import ManifestError, described, read_json, read_json_lines
 
 logger = logging.get_logger(__name__)
@@ -265,8 +265,9 @@ def from_datasets(
 
     options: dict[str, Any] = {"with_indices": True, "remove_columns": list(features) or None, "features": FEATURES}
     if isinstance(source, Dataset):  # which cannot hash the function itself and would write all rows again in each run
-        settings = [source._fingerprint, origin, columns, task, str(place), Path(__file__).read_bytes()]
-        options["new_fingerprint"] = Hasher.hash(settings)
+        settings = [source._fingerprint, repr(features), origin, columns, task, str(place)]
+        checks = [*(repr(get_task(name)) for name in list_tasks()), Path(__file__).read_bytes()]
+        options["new_fingerprint"] = Hasher.hash([settings, checks])
     rows = source.map(convert, **options)
     if check_files and isinstance(rows, Dataset):
         refuse_missing_files(rows, [f"{origin}: row {index}" for index in range(len(rows))])
