@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 from ..data.mixing import STRATEGIES
 from ..data.sources import DataSource
 from ..data.tasks import UnknownTaskError, get_task
+from .precision import choose_bf16
 from .values import ArgumentError, check_report_to, check_values, field_names, refuse_unknown
 
 ALIGNMENTS = ("lm", "distill", "ctc")
@@ -170,6 +171,7 @@ class ListenTrainingArguments(TrainingArguments):
         generation_eval_rows: max examples per task that every evaluation generates answers for and scores; 0 for none.
         generation_max_new_tokens: max new tokens of these answers.
         generation_num_beams: beams for these answers.
+        bf16: as upstream, or `auto`: where the device has it in hardware. Most CPUs lack it, and are far slower in bf16.
         num_threads: threads of torch in this process; null keeps torch's default. One is best for miniature models.
         keys_from_rows: number of training rows whose queries initialise the keys; 0 is random keys, as in the paper.
         pad_to_multiple_of: sequences are padded to a multiple of it, which limits the number of shapes.
@@ -200,6 +202,7 @@ class ListenTrainingArguments(TrainingArguments):
     generation_eval_rows: int = field(default=0)
     generation_max_new_tokens: int = field(default=128)
     generation_num_beams: int = field(default=1)
+    bf16: bool | str = field(default=False)
     num_threads: int | None = field(default=None)
     pad_to_multiple_of: int = field(default=8)
     resume: bool | str = field(default=False)
@@ -216,6 +219,7 @@ class ListenTrainingArguments(TrainingArguments):
                 f"training.metric_for_best_model={self.metric_for_best_model} holds the key loss too; choose lm_loss, "
                 "or a task's score such as asr_wer"
             )
+        self.bf16 = choose_bf16(self.bf16, self.use_cpu)
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there it only warns, at the start of each data loader

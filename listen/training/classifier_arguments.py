@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from .arguments import parse_sources
+from .precision import choose_bf16
 from .values import ArgumentError, check_report_to
 
 
@@ -86,6 +87,7 @@ class ClassifierTrainingArguments(TrainingArguments):
     """Hugging Face's `TrainingArguments` with defaults for the head.
 
     Attributes:
+        bf16: as upstream, or `auto`: where the device has it in hardware. Most CPUs lack it, and are far slower in bf16.
         num_threads: threads of torch in this process; null keeps torch's default.
         resume: `true` resumes from the last checkpoint of the folder if there is one, a path from that checkpoint.
     """
@@ -100,6 +102,7 @@ class ClassifierTrainingArguments(TrainingArguments):
     save_total_limit: int | None = field(default=2)
     remove_unused_columns: bool = field(default=False)
     label_names: list[str] | None = field(default_factory=lambda: ["labels"])
+    bf16: bool | str = field(default=False)
     num_threads: int | None = field(default=None)
     resume: bool | str = field(default=False)
     resume_from_checkpoint: bool | str | None = field(default=None)
@@ -110,6 +113,7 @@ class ClassifierTrainingArguments(TrainingArguments):
         Raises:
             ArgumentError: the Trainer's own label smoothing.
         """
+        self.bf16 = choose_bf16(self.bf16, self.use_cpu)
         super().__post_init__()
         check_report_to(self.report_to)
         if self.label_smoothing_factor:

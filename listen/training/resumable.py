@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
 from ..data.files import json_text, write_text
+from .precision import warn_of_slow_bf16
 from .progress import use_short_lines
 from .sharded import ShardedTrainer
 from .streaming import CollateUnlessSkipped, StreamReader, keep_whole
@@ -58,6 +61,7 @@ class ResumableTrainer(ShardedTrainer):
             )
             args._n_gpu = 1
         super().__init__(args=args, **kwargs)
+        warn_of_slow_bf16(self.model, args)
         self.run_id: str | None = None
         self.is_stopping = False
         self._resumed_from: str | None = None
@@ -135,6 +139,7 @@ class ResumableTrainer(ShardedTrainer):
         loader = super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
         base = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper starts the workers of that one
         base.worker_init_fn = partial(_ignore_sigterm, base.worker_init_fn)
+        _end_workers_at_exit()
         if streams:
             keep_whole(base)
             base.collate_fn = CollateUnlessSkipped(base.collate_fn)
@@ -183,6 +188,12 @@ def _ignore_sigterm(init: Callable[[int], None] | None, worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if init is not None:
         init(worker)
+
+
+@cache
+def _end_workers_at_exit() -> None:
+    """Kill workers that an uncaught error leaves: Python would send SIGTERM, which they ignore, and wait forever."""
+    atexit.register(lambda: [child.kill() for child in multiprocessing.active_children() if child.daemon])
 
 
 __all__ = ["RUN_STATE_FILE", "ResumableTrainer", "TrainingStopped", "read_run_state"]
