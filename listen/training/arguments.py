@@ -171,7 +171,7 @@ class ListenTrainingArguments(TrainingArguments):
         generation_eval_rows: max examples per task that every evaluation generates answers for and scores; 0 for none.
         generation_max_new_tokens: max new tokens of these answers.
         generation_num_beams: beams for these answers.
-        bf16: as upstream, or `auto`: where the device has it in hardware. Most CPUs lack it, and are far slower in bf16.
+        bf16: as upstream, or `auto`: where the device computes it in hardware; most CPUs do not.
         num_threads: threads of torch in this process; null keeps torch's default. One is best for miniature models.
         keys_from_rows: number of training rows whose queries initialise the keys; 0 is random keys, as in the paper.
         pad_to_multiple_of: sequences are padded to a multiple of it, which limits the number of shapes.

@@ -87,7 +87,7 @@ class ClassifierTrainingArguments(TrainingArguments):
     """Hugging Face's `TrainingArguments` with defaults for the head.
 
     Attributes:
-        bf16: as upstream, or `auto`: where the device has it in hardware. Most CPUs lack it, and are far slower in bf16.
+        bf16: as upstream, or `auto`: where the device computes it in hardware; most CPUs do not.
         num_threads: threads of torch in this process; null keeps torch's default.
         resume: `true` resumes from the last checkpoint of the folder if there is one, a path from that checkpoint.
     """

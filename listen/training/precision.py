@@ -1,0 +1,51 @@
+"""bf16 in training: whether the device of a run computes it in hardware."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available, logging
+
+from .values import ArgumentError
+
+logger = logging.get_logger(__name__)
+
+# Names of `torch.cpu.get_capabilities`, of x86 and ARM.
+_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU has instructions for bf16. Without them, torch computes it in software, many times slower."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in _INSTRUCTIONS)
+
+
+def choose_bf16(value: bool | str, use_cpu: bool) -> bool:
+    """The value of `training.bf16`, where `auto` is whether the device has bf16 in hardware.
+
+    Raises:
+        ArgumentError: another text than `auto`.
+    """
+    if isinstance(value, bool):
+        return value
+    if value != "auto":
+        raise ArgumentError(f"training.bf16={value!r} must be true, false or auto")
+    on_cpu = use_cpu or not torch.accelerator.is_available()
+    return cpu_has_bf16() if on_cpu else is_torch_bf16_gpu_available()
+
+
+def warn_of_slow_bf16(model: nn.Module, arguments: TrainingArguments) -> None:
+    """Say so if training computes in bf16 on a CPU without instructions for it."""
+    if arguments.device.type != "cpu" or cpu_has_bf16():
+        return
+    if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
+        setting = "model.dtype=float32"
+    elif arguments.bf16:
+        setting = "training.bf16=false"
+    else:
+        return
+    logger.warning(f"this CPU computes bf16 in software, many times slower than float32; set {setting}")
+
+
+__all__ = ["choose_bf16", "cpu_has_bf16", "warn_of_slow_bf16"]
