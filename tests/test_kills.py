@@ -30,6 +30,19 @@ pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parent.parent / "examples" / "train.py"
 POINTS = [share / 10 for share in (0.5, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9.5)]  # of the time of a whole run
 
+FAILING_RUN = """
+import sys
+from transformers import TrainerCallback
+from listen.training import parse_arguments, train
+
+class Fault(TrainerCallback):
+    def on_step_end(self, *args, **kwargs):
+        raise RuntimeError("a fault of the user's code")
+
+run = parse_arguments(sys.argv[1:])
+train(run.model, run.data, run.training, callbacks=[Fault()])
+"""
+
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> dict:
@@ -74,6 +87,16 @@ def test_sigterm_to_the_script_and_its_workers_saves_and_the_run_goes_on(setting
     assert "stopped by SIGTERM after step" in output and "training.resume=true" in output
     run(settings, tmp_path / "stopped")
     assert_same_run(tmp_path / "stopped", tmp_path / "straight")
+
+
+def test_a_failed_run_ends_though_its_workers_ignore_sigterm(settings: dict, tmp_path: Path) -> None:
+    settings = {**settings, "training": {**settings["training"], "output_dir": str(tmp_path / "run")}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    process = subprocess.run(
+        [sys.executable, "-c", FAILING_RUN, "--config", str(tmp_path / "run.yaml")],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert process.returncode == 1 and process.stderr.endswith("RuntimeError: a fault of the user's code\n")
 
 
 def test_features_that_are_killed_again_and_again_are_complete(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from fixtures_repository import LAUNCHES, name_of
 
@@ -96,12 +97,20 @@ def test_later_files_win(config: Path, tmp_path: Path) -> None:
         ),
         (["--training.optim", "adamm"], "section training: adamm is not a valid OptimizerNames"),
         (["--training.gradient_accumulation_steps", "0"], "gradient_accumulation_steps=0 must be at least 1"),
+        (["--training.bf16", "atuo"], "training.bf16='atuo' must be true, false or auto"),
         (["--training.neftune_noise_alpha", "5"], "neftune_noise_alpha does nothing here"),
     ],
 )
 def test_a_wrong_argument_is_named_with_the_fix(argv: list[str], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         parse_arguments([*BACKBONES, *argv])
+
+
+@pytest.mark.parametrize("instructions", ["avx512_bf16", "amx_bf16", "bf16", "sve_bf16", "avx512_f"])
+def test_bf16_is_used_where_the_cpu_has_it_in_hardware(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, instructions: True})
+    run = parse_arguments([*BACKBONES, "--use_cpu", "--bf16", "auto"])
+    assert run.training.bf16 is (instructions != "avx512_f")
 
 
 def test_values_take_the_types_of_their_fields() -> None:

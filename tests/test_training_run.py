@@ -97,6 +97,22 @@ def learned(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model" / "model.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "bf16", "fix"),
+    [("bfloat16", True, "model.dtype=float32"), ("float32", True, "training.bf16=false"), ("float32", False, "")],
+)
+@pytest.mark.parametrize("hardware", [True, False])
+def test_bf16_in_software_is_said(
+    backbones: dict, manifest: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch, dtype: str, bf16: bool, fix: str, hardware: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": hardware})
+    arguments = build_arguments(sections(backbones, manifest, tmp_path, {"dtype": dtype}, bf16=bf16))
+    build_trainer(*build_model(arguments.model), arguments.data, arguments.training)
+    assert ("computes bf16 in software" in caplog.text) is bool(fix and not hardware)
+    assert fix in caplog.text or hardware
+
+
 def first_log(folder: Path) -> dict[str, float]:
     return json.loads((folder / "trainer_state.json").read_text())["log_history"][0]
 

@@ -192,8 +192,17 @@ def _ignore_sigterm(init: Callable[[int], None] | None, worker: int) -> None:
 
 @cache
 def _end_workers_at_exit() -> None:
-    """Kill workers that an uncaught error leaves: Python would send SIGTERM, which they ignore, and wait forever."""
-    atexit.register(lambda: [child.kill() for child in multiprocessing.active_children() if child.daemon])
+    if hasattr(signal, "SIGCHLD"):  # POSIX
+        atexit.register(_end_workers)
+
+
+def _end_workers() -> None:
+    """Kill workers that an uncaught error leaves: Python sends them SIGTERM, which they ignore, and waits forever."""
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    if workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the handler of torch would raise another error
+    for worker in workers:
+        worker.kill()
 
 
 __all__ = ["RUN_STATE_FILE", "ResumableTrainer", "TrainingStopped", "read_run_state"]
