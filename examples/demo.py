@@ -3,7 +3,7 @@
 Synthesises the built-in corpus, caches the features of the frozen encoders, trains a LiSTEN adapter on six tasks and
 two auxiliary ones, evaluates it on held-out speakers and sentences with its prompts and without any, and asks it three
 questions about recordings. Everything is written to runs/demo: `metrics.json`, the report, the trained `model`. Takes
-the arguments of `examples/train.py` as overrides, such as `--training.max_steps 300`; about 10 minutes on two CPU cores
+the arguments of `examples/train.py` as overrides, such as `--training.max_steps 300`; 10 to 20 minutes on two CPU cores
 as it is.
 """
 

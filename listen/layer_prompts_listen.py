@@ -52,7 +52,7 @@ class LayerPrompts:
     weights: torch.Tensor
 
     def add(self, layer: int, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
-        """`outputs` of a layer and what the prompts add to them; all `(batch, sequence, width)`."""
+        """`outputs` of the LLM's layer number `layer` plus what the prompts add; all `(batch, sequence, width)`."""
         device, dtype = outputs.device, outputs.dtype  # the LLM may be spread over devices
         rows, indices = self.rows.to(device), self.indices.to(self.pool.reads.device)
         states = inputs[rows].float()  # (rows, sequence, width)
@@ -83,6 +83,9 @@ def run_with_layer_prompts(
         prompts: Those that this pass picked, or those of an earlier pass that its cache kept, see `kept_prompts`.
         past_key_values: The LLM's cache.
         **inputs: Further arguments of its forward.
+
+    Returns:
+        The LLM's outputs; their cache keeps the prompts.
 
     Raises:
         ValueError: the LLM's layers are not found.

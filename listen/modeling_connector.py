@@ -172,7 +172,7 @@ class FewQueriesAttention(Blip2QFormerMultiHeadAttention):
             )
         frames = F.pad(encoder_hidden_states, (0, 1), value=1.0)[:, None]  # (windows, 1, frames, width + 1)
         key = torch.cat((self.key.weight, self.key.bias[:, None]), 1)  # (heads * size, width + 1)
-        value = torch.cat((self.value.weight, self.value.bias[:, None]), 1)
+        value = torch.cat((self.value.weight, self.value.bias[:, None]), 1)  # (heads * size, width + 1)
         queries = self.query(hidden_states).view(-1, heads, size).transpose(0, 1)  # (heads, windows * queries, size)
         queries = (queries @ key.unflatten(0, (heads, size))).unflatten(1, (count, num_queries)).transpose(0, 1)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -187,9 +187,8 @@ class FewQueriesAttention(Blip2QFormerMultiHeadAttention):
             **kwargs,
         )
         attended = attended.view(count, heads, num_queries, -1).transpose(0, 1)  # (heads, windows, queries, width + 1)
-        outputs = attended.flatten(1, 2) @ value.unflatten(0, (heads, size)).transpose(
-            1, 2
-        )  # (heads, windows * queries, size)
+        value = value.unflatten(0, (heads, size)).transpose(1, 2)  # (heads, width + 1, size)
+        outputs = attended.flatten(1, 2) @ value  # (heads, windows * queries, size)
         if weights is not None:
             weights = weights.view(count, heads, num_queries, -1)
         return outputs.transpose(0, 1).reshape(count, num_queries, -1), weights
@@ -232,12 +231,9 @@ class WindowQFormer(FusingConnector):
         windows = windows.flatten(0, 1)[kept]  # (real windows, frames, width)
         window_mask = window_mask.flatten(0, 1)[kept]  # (real windows, frames)
         queries = self.query_tokens.expand(len(windows), -1, -1)  # (real windows, queries, hidden)
-        padding_scores = (_PADDING_SCORE * ~window_mask[:, None, None]).to(
-            windows.dtype
-        )  # (real windows, 1, 1, frames)
-        hidden = self.qformer(
-            query_embeds=queries, encoder_hidden_states=windows, encoder_attention_mask=padding_scores
-        ).last_hidden_state  # (real windows, queries, hidden)
+        padding = (_PADDING_SCORE * ~window_mask[:, None, None]).to(windows.dtype)  # (real windows, 1, 1, frames)
+        outputs = self.qformer(query_embeds=queries, encoder_hidden_states=windows, encoder_attention_mask=padding)
+        hidden = outputs.last_hidden_state  # (real windows, queries, hidden)
         return hidden.flatten(0, 1), real.sum(-1) * self.config.num_queries
 
     def _salmonn_windows(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -279,8 +279,8 @@ class ListenModel(ListenPreTrainedModel):
             `(batch, sequence, text width)` and the prompts that were picked, `None` where no row asks for any.
 
         Raises:
-            ValueError: placeholders and audio do not match, the mask does not fit the form of the prompts, or prompts
-                of form `"layers"` would be lost.
+            ValueError: placeholders and audio do not match, the mask does not fit the form of the prompts, prompts of
+                form `"layers"` would be lost, an adapter is not named for each row, or a placeholder id is not set.
         """
         active = self.active_adapter if self._of_thread.used else self._active_adapter
         names = adapter_names or [active] * len(input_ids)

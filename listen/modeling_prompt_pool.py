@@ -34,8 +34,8 @@ class PromptRequest:
     """What a strategy chooses for.
 
     Attributes:
-        query: `(batch, dim)` in fp32.
-        keys: `(pool, dim)` in fp32, or `None` where the strategy has none.
+        query: `(batch, width)` in fp32, without its running mean where the pool centres it.
+        keys: `(pool, width)` in fp32, or `None` where the strategy has none.
         k: Prompts to choose for each row.
         valid: `(batch, k)`, true on the places that a row fills: rows may ask for fewer.
         task_ids: `(batch,)`, or `None`.
@@ -61,7 +61,7 @@ class SelectionStrategy(nn.Module):
         super().__init__()
 
     def forward(self, request: PromptRequest) -> PromptSelection:
-        """Choose `request.k` prompts for each query."""
+        """Choose `request.k` prompts for each query; the places that are not `request.valid` are ignored."""
         raise NotImplementedError
 
 
@@ -145,7 +145,7 @@ class ResidualSelection(SelectionStrategy):
             indices.append(index)
             scores.append(-distances.gather(1, index))
             used = used.scatter(1, index, True)
-            residual = residual - keys[index[:, 0]] * valid[:, step : step + 1]  # (batch, dim)
+            residual = residual - keys[index[:, 0]] * valid[:, step : step + 1]  # (batch, width)
         size = query.norm(dim=-1).clamp_min(1e-6) if self.is_relative else 1.0  # (batch,)
         key_loss = residual.norm(dim=-1) * valid.any(-1) / size
         return PromptSelection(torch.cat(indices, 1), torch.cat(scores, 1), None, key_loss)
@@ -257,7 +257,7 @@ class ListenPromptPool(nn.Module):
         task_ids: torch.Tensor | None = None,
         num_prompts: int | None = None,
     ) -> tuple[torch.Tensor, PromptSelection]:
-        """Pick prompts for each query.
+        """Pick prompts for each query; in training, `center_query` moves the running mean towards that of the batch.
 
         Args:
             query: `(batch, width)` mean of the embeddings before the response, see `query_source`.
@@ -284,7 +284,7 @@ class ListenPromptPool(nn.Module):
         valid = torch.arange(k, device=query.device) < counts[:, None]  # (batch, k)
         dropped = torch.zeros(self.config.pool_size, dtype=torch.bool, device=query.device)  # (pool,)
         if self.training and self.config.score_dropout:
-            # out of the ranking: a score of zero would rank above every negative cosine; k keys always stay
+            # out of the ranking: a score of zero would rank above every negative cosine; none where under k would stay
             drawn = torch.rand(self.config.pool_size, device=query.device) < self.config.score_dropout
             dropped = drawn & (self.config.pool_size - drawn.sum() >= k)
         with torch.autocast(query.device.type, enabled=False):  # the ranking must not depend on mixed precision
@@ -315,12 +315,13 @@ class ListenPromptPool(nn.Module):
             layer: The layer of the LLM whose `reads` or `writes` are meant; all by default.
 
         Returns:
-            `(pool, width)`; `None` for the keys of a strategy that has none.
+            `(pool, width)`, or `(pool, layers, layer width)` for the `reads` or `writes` of all layers; `None` for the
+            keys of a strategy that has none.
         """
         own = getattr(self, name)
         if own is None:
             return None
-        own = own[:, layer]  # (trained, width)
+        own = own[:, layer]  # (trained, width) or (trained, layers, layer width)
         if not self.config.frozen_prompts:
             return own
         return torch.cat([getattr(self, f"frozen_{name}")[:, layer], own])

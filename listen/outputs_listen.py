@@ -57,7 +57,7 @@ class ListenOutput(ModelOutput):
         key_loss: The key part of the loss, before its weight.
         prompt_indices: `(batch, k)` prompts picked, best first; -1 where a row asked for fewer.
         prompt_scores: `(batch, k)` their scores under the strategy.
-        query: `(batch, text width)` the query they answer.
+        query: `(batch, text width)` the query they were picked by, before the running mean is subtracted.
     """
 
     loss: torch.Tensor | None = None

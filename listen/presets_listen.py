@@ -56,7 +56,7 @@ def _listen_llama3_8b() -> dict[str, Any]:
 
 
 def _listen_0_4m() -> dict[str, Any]:
-    """As `listen-llama3-8b` with a pool of 50 pairs, 0.41 M parameters, over a connector that does not learn."""
+    """As `listen-llama3-8b` with a pool of 50 pairs, 0.41 M parameters, over a frozen connector."""
     pool = {"pool_size": 50, "num_prompts": 20, **_KEY_LOSS}
     return {**_listen_llama3_8b(), "prompt_pool_config": pool, "trainable": ["prompt_pool"]}
 
@@ -110,12 +110,12 @@ def _listen_tiny() -> dict[str, Any]:
 
 
 def _speech_emotion_llama3_8b() -> dict[str, Any]:
-    """SpeechEmotionLlama (arXiv 2410.01162): a Conformer and a connector learn to make Llama-3-8B answer the voice.
+    """SpeechEmotionLlama (arXiv 2410.01162): a Conformer and a connector, trained so that Llama-3-8B answers the voice.
 
     The paper's encoder, about 1 B parameters, is not public; in its place stands Wav2Vec2-BERT, of the same family and
     depth (`facebook/w2v-bert-2.0`), with frames of 20 ms where the paper has 40. Parameters: speech encoder
-    580,493,120, of which 580,492,096 learn (the mask of SpecAugment, which is off, does not); connector 100,286,464
-    (the paper: about 100 M); LLM 8,030,261,248, frozen. 680,778,560 learn.
+    580,493,120, of which 580,492,096 are trainable (the mask of SpecAugment, which is off, is not); connector
+    100,286,464 (the paper: about 100 M); LLM 8,030,261,248, frozen. 680,778,560 are trainable in all.
     """
     return {
         "speech_config": dict(_WAV2VEC2_BERT),

@@ -342,13 +342,13 @@ def run_cell(
     folder = Path(output) / cell.folder
     with hold_folder(folder, "cell"):
         if not is_finished(cell, output):
-            _check_start(cell, Path(output))
+            _check_start_is_finished(cell, Path(output))
             write_json(folder / ARGUMENTS_FILE, cell.identity())
             _run(cell, Path(output), models, callbacks)
     return folder
 
 
-def _check_start(cell: Cell, output: Path) -> None:
+def _check_start_is_finished(cell: Cell, output: Path) -> None:
     if cell.start_from is not None and not (output / _folder(cell.start_from, cell.seed) / CELL_FILE).is_file():
         raise ArgumentError(
             f"{cell.method!r} starts from {cell.start_from!r}, whose run with seed {cell.seed} is not finished in "

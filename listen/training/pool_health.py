@@ -1,4 +1,4 @@
-"""Is the prompt pool used, or has it collapsed? Statistics of a logging window, and warnings
+"""Whether the prompt pool is used or has collapsed: statistics of a logging window, and warnings.
 
 There are two kinds of collapse: all queries are similar, so that every input selects the same prompts and the pool acts
 as one soft prompt of k tokens; or all keys are similar, so that the selection has no meaning.

@@ -130,7 +130,7 @@ def build_trainer(
         raise ArgumentError(
             f"no parameter is trainable with trainable={model.config.trainable}; name another part as model.trainable"
         )
-    _refuse_idle_layers(model, training_arguments)
+    _refuse_layer_drop(model, training_arguments)
     seed = training_arguments.sampling_seed
     grouped = training_arguments.train_sampling_strategy in ("group_by_length", "batch_rebalance")
     rate = _embeddings_per_second(processor) if grouped else None
@@ -177,7 +177,7 @@ def _alignment(arguments: ListenTrainingArguments) -> tuple[type[ListenTrainer],
     return DistillationTrainer, options
 
 
-def _refuse_idle_layers(model: ListenForConditionalGeneration, arguments: ListenTrainingArguments) -> None:
+def _refuse_layer_drop(model: ListenForConditionalGeneration, arguments: ListenTrainingArguments) -> None:
     """Refuse LayerDrop in several processes: waiting for gradients of a skipped layer would fail during the run."""
     if arguments.world_size == 1 or arguments.ddp_find_unused_parameters:
         return
@@ -239,6 +239,10 @@ def train_and_save(trainer: ResumableTrainer, run: Run) -> tuple[Path, dict[str,
     """Train from the start or from a checkpoint, and save the model and the state of the run.
 
     A run that is finished is loaded, and not a step is added.
+
+    Args:
+        trainer: see `build_trainer`.
+        run: the folder of the run, which this process holds.
 
     Returns:
         The folder of the model, and the Trainer's training metrics.

@@ -70,7 +70,7 @@ class ListenTrainer(ResumableTrainer):
         self._eval_sums = _EvalSums()
         self._window_start: int | None = None  # step before the window's first batch; none yet
         self._monitor = _monitor(self.model)
-        self._signs: dict[str, int] = {}
+        self._signs: dict[str, int] = {}  # sign of collapse: in how many windows in a row
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """As upstream; `layerwise_lr_decay` and `pool_lr_factor` give encoder layers and the pool their own rates.
