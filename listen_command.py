@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -96,6 +97,8 @@ def run(name: str) -> None:
     quiet = not sys.stderr.isatty()
     if quiet:
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read when datasets is imported
+    if isinstance(sys.stdout, io.TextIOWrapper):  # on Windows not in UTF-8 where it is redirected
+        sys.stdout.reconfigure(errors="backslashreplace")
     with errors_in_one_line():
         module = importlib.import_module(f"listen.commands.{MODULES.get(name, name.replace('-', '_'))}")
         if quiet:

@@ -12,17 +12,28 @@ from transformers.generation.candidate_generator import (
     PromptLookupCandidateGenerator,
 )
 from transformers.masking_utils import create_masks_for_generate
+from transformers.utils import logging
 
 from .adapter_listen import BASE_ADAPTER, chunk_rows
 from .feature_extraction_listen import ListenFeatureExtractor
 from .language_models_listen import check_cache, check_input, context_limit, is_outdated
 from .outputs_listen import EncodedAudio
 
+logger = logging.get_logger(__name__)
+
 _ENCODED = tuple(EncodedAudio.__annotations__)
 AUDIO_INPUTS = (*ListenFeatureExtractor.model_input_names, *_ENCODED)
 _PREFILL_ONLY = (*_ENCODED, "query_mask", "task_ids", "adapter_names")
 # for stop strings and assistants, whom `generate` passes them on to; counts of a batch before it is expanded
 _NOT_FORWARDED = ("tokenizer", "assistant_tokenizer", "num_audio", "num_prompts")
+# names of `torch.cpu.get_capabilities`, of x86 and ARM
+_BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU has instructions for bf16. Without them, torch computes it in software, many times slower."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in _BF16_INSTRUCTIONS)
 
 
 class ListenGenerationMixin(GenerationMixin):
@@ -46,6 +57,11 @@ class ListenGenerationMixin(GenerationMixin):
         """
         if isinstance(kwargs.get("tokenizer"), ProcessorMixin):  # `transformers serve` gives it, stop strings need more
             kwargs["tokenizer"] = kwargs["tokenizer"].tokenizer
+        if self.dtype == torch.bfloat16 and self.device.type == "cpu" and not cpu_has_bf16():
+            logger.warning_once(
+                "this CPU computes bf16 in software, and reads audio and prompts several times slower than in float32; "
+                "load the model in float32: dtype='float32', or --dtype float32"
+            )
         if instruction_ids is None:
             return super().generate(*args, **kwargs)
         kwargs.setdefault("max_new_tokens", self.generation_config.max_new_tokens or 256)  # as in the pipeline
@@ -315,5 +331,6 @@ __all__ = [
     "ListenGenerationMixin",
     "PlaceholderBlindProcessors",
     "PlaceholderFreeCandidates",
+    "cpu_has_bf16",
     "ordinary_ids",
 ]

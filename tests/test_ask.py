@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,6 +46,17 @@ def test_it_answers_about_one_clip_or_two(run: object) -> None:
     answer, *prompts = printed.splitlines()
     assert answer == SAID
     assert [line.split()[0] for line in prompts] == ["prompt", "prompt"]
+
+
+@needs_miniature
+def test_an_answer_that_the_output_cannot_encode_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows gives files and pipes the code page of the system."""
+    output = BytesIO()
+    monkeypatch.setattr(sys, "argv", ["listen"])
+    monkeypatch.setattr(sys, "stdout", TextIOWrapper(output, encoding="cp1252"))
+    listen_command.main(["ask", SPEECH, "--task", "en2zh"])
+    sys.stdout.flush()
+    assert output.getvalue().startswith(b"\\u")
 
 
 @needs_miniature

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import socket
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -165,6 +169,16 @@ def test_nobody_listening_is_a_failed_request() -> None:
         pass
     answer = EndpointChatModel(server.url, "m", max_retries=1, backoff_seconds=0.01).answer(chats(["a"]))[0]
     assert answer.text is None and "ConnectionError" in answer.error
+
+
+def test_ctrl_c_does_not_wait_for_the_requests_under_way() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections, and never answers
+        llm = EndpointChatModel(f"http://127.0.0.1:{silent.getsockname()[1]}/v1", "m", timeout=10, max_retries=0)
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        start = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            llm.answer(chats(PROMPTS))
+    assert time.monotonic() - start < 8
 
 
 def test_numbers_out_of_range_are_refused() -> None:

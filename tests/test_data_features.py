@@ -75,6 +75,22 @@ def test_interrupted_work_goes_on_and_nothing_is_computed_twice(tmp_path: Path) 
     assert all(torch.equal(again[key].speech, whole[key].speech) for key in keys)
 
 
+@pytest.mark.slow
+def test_workers_that_are_spawned_give_the_same_features(tmp_path: Path) -> None:
+    """As on macOS and Windows, and on Linux from Python 3.14 on: processes are not forked, all they need is pickled."""
+    dataset = load_manifest(small_corpus(tmp_path, num_rows=3))
+    default = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        spawned = compute(dataset, tmp_path / "spawned", num_workers=1)
+    finally:
+        multiprocessing.set_start_method(default, force=True)
+    alone = compute(dataset, tmp_path / "alone")
+    for row in dataset:
+        (one,), (two,) = spawned.recordings(row), alone.recordings(row)
+        assert torch.equal(one.speech, two.speech) and one.content == two.content
+
+
 def test_a_store_moves_with_its_audio(tmp_path: Path) -> None:
     dataset = load_manifest(small_corpus(tmp_path / "here", num_rows=3))
     compute(dataset, tmp_path / "here" / "features")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import AUDIO_ID, PROMPT_ID, VOCABULARY, clip, make_inputs, tiny_model
 from transformers import TextIteratorStreamer
+from transformers.utils import logging
 
 from listen.modeling_listen import ListenForConditionalGeneration
 
@@ -45,6 +46,19 @@ def test_batched_answers_equal_single_ones(shared_model: ListenForConditionalGen
 def test_the_cache_changes_no_answer(shared_model: ListenForConditionalGeneration, mode: str) -> None:
     inputs = make_inputs(shared_model, ROWS)
     assert torch.equal(answers(shared_model, inputs), answers(shared_model, inputs, **MODES[mode]))
+
+
+@pytest.mark.parametrize(("dtype", "hardware"), [("bfloat16", False), ("bfloat16", True), ("float32", False)])
+def test_bf16_in_software_is_said_once(
+    dtype: str, hardware: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": hardware})
+    logging.warning_once.cache_clear()
+    model = tiny_model().to(getattr(torch, dtype))
+    for _ in range(2):
+        model.generate(**make_inputs(model, [[]]), max_new_tokens=1)
+    warned = dtype == "bfloat16" and not hardware
+    assert caplog.text.count("computes bf16 in software") == warned and ("--dtype float32" in caplog.text) is warned
 
 
 def test_several_return_sequences_keep_their_clips(shared_model: ListenForConditionalGeneration) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import multiprocessing
 import os
 import shutil
 import signal
+import socket
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from fixtures_runs import assert_same_run, history
 from fixtures_training import small_corpus
 from transformers import TrainerCallback, set_seed
 
-from listen.data.files import FolderInUseError, hold_folder
+from listen.data.files import FolderInUseError, hold_folder, write_text
 from listen.training import (
     ArgumentError,
     TrainingStopped,
@@ -86,6 +89,28 @@ def test_a_folder_in_which_another_process_trains_is_refused_until_that_is_gone(
     process.join()
     run(settings, max_steps=1)
     run(settings, max_steps=2, output_dir=str(tmp_path / "other"))  # the lock ends with its run
+
+
+def test_a_file_is_flushed_by_a_handle_that_may_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows refuses to flush what is open for reading alone."""
+    flags: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: flags.append(fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE))
+    write_text(tmp_path / "a.txt", "words")
+    assert flags == [os.O_RDWR] and (tmp_path / "a.txt").read_text() == "words"
+
+
+def test_no_signal_is_sent_on_windows_to_see_whether_a_process_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Signal 0 is Ctrl-C there."""
+    sent: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda pid, signal: sent.append(pid))
+    holder = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
+    for platform, expected in (("win32", []), ("linux", [os.getpid()])):
+        (tmp_path / ".training.json").write_text(holder)
+        monkeypatch.setattr(sys, "platform", platform)
+        with hold_folder(tmp_path, "training"):
+            assert sent == expected
 
 
 def test_a_folder_with_results_is_not_overwritten(settings: dict, tmp_path: Path) -> None:

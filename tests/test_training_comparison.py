@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from listen.evaluation.comparison_report import markdown_prompts, write_comparis
 from listen.training import ArgumentError, build_arguments, build_model, build_trainer
 from listen.training.build import build_config
 from listen.training.comparison import is_finished, prepare, read_comparison, run_cell, unequal_arguments
+from listen.training.cost import peak_memory
 
 REPOSITORY = Path(__file__).parent.parent
 RECIPES = REPOSITORY / "examples" / "configs" / "compare"
@@ -116,6 +118,18 @@ def test_a_comparison_runs_end_to_end(recipe: Path, finished: Path, tmp_path: Pa
     prompts = markdown_prompts(finished, list(METHODS))
     assert prompts.count("## ") == 1 and "## pool" in prompts and "| asr | " in prompts
     assert "Overlap of the prompts" in prompts and "cosine between the queries" in prompts
+
+
+@pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1), ("win32", 0)])
+def test_peak_memory_is_counted_in_the_unit_of_the_system(
+    platform: str, unit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", platform)
+    if platform == "win32":
+        monkeypatch.setitem(sys.modules, "resource", None)  # cannot be imported there
+    else:
+        monkeypatch.setattr("resource.getrusage", lambda _: SimpleNamespace(ru_maxrss=3))
+    assert peak_memory(torch.device("cpu")) == 3 * unit
 
 
 def test_a_finished_cell_is_not_run_again(recipe: Path, finished: Path) -> None:

@@ -54,6 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     add_model_argument(parser)
     parser.add_argument("--task", help="name of a task in place of a question: asr, er, sv, en2zh, acap ...")
     parser.add_argument("--num-prompts", type=int, help="prompts to select from the pool (default: the model's)")
+    parser.add_argument("--dtype", default="auto", help="of the backbones: auto, float32, bfloat16")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="max new tokens of the answer")
     parser.add_argument("--max-audio-seconds", type=float, help="truncate longer files (default: no limit)")
     parser.add_argument("--number-clips", action="store_true", help="write `Clip 1:`, `Clip 2:` ... before the files")
@@ -98,7 +99,7 @@ def main() -> None:
         processor.instruction(arguments.task, question)  # raises before the model is loaded
     if not files and not arguments.microphone:
         raise ValueError(f"no sound file before the question {question!r}: ask FILE ... QUESTION")
-    model = ListenForConditionalGeneration.from_pretrained(arguments.model)
+    model = ListenForConditionalGeneration.from_pretrained(arguments.model, dtype=arguments.dtype)
     listen = ListenPipeline(model=model, processor=processor)
     options = {
         "text": question,

@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.pool import ThreadPool
 from typing import Any, Protocol
 
 import requests
@@ -221,8 +221,9 @@ class EndpointChatModel:
             ChatModelError: the endpoint, which has not answered yet, rejects all requests for the key, the model's name
                 or the path.
         """
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            answers = list(pool.map(self._ask, conversations, range(seed, seed + len(conversations))))
+        seeds = range(seed, seed + len(conversations))
+        with ThreadPool(self.concurrency) as pool:  # unlike an executor, it lets Ctrl-C pass at once
+            answers = pool.starmap(self._ask, zip(conversations, seeds, strict=True), chunksize=1)
         self._has_answered |= any(answer.text is not None for answer in answers)
         if not self._has_answered and answers and all(answer.status in _UNUSABLE for answer in answers):
             raise ChatModelError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -54,7 +55,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 def rename_complete(partial: Path, path: Path) -> None:
     """Give a complete file its name, once its content is on the disk."""
-    with partial.open("rb") as file:
+    with partial.open("r+b") as file:  # Windows flushes only what is open for writing
         os.fsync(file.fileno())
     partial.replace(path)
 
@@ -139,6 +140,8 @@ def _read_holder(path: Path) -> dict[str, Any]:
 
 def _has_died(holder: dict[str, Any]) -> bool:
     if holder.get("host") != socket.gethostname() or not isinstance(holder.get("pid"), int):
+        return False
+    if sys.platform == "win32":  # signal 0 is Ctrl-C there
         return False
     try:
         os.kill(holder["pid"], 0)

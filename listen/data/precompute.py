@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -176,18 +177,22 @@ def _remove_partial_shards(folder: Path) -> None:
 def _encode_all(work: _Work, shard: _Shard, bar: tqdm) -> Iterator[tuple[str, EncodedRecording]]:
     extractor = work.processor.feature_extractor
     recordings = sorted(shard.items(), key=lambda item: sum(clip_seconds(clip) or 0.0 for clip in item[1]))
-
-    def collate(batch: list[_Recording]) -> tuple[list[tuple[str, str | None]], list[int], dict[str, torch.Tensor]]:
-        sources = [(key, audio_content(clips)) for key, clips in batch]  # before the audio, which may be replaced
-        waves = [read_clips(clips, extractor.sampling_rate, True, work.silence)[0] for _, clips in batch]
-        return sources, [*map(len, waves)], extractor.extract(waves)
-
+    collate = functools.partial(_collate, extractor, work.silence)
     loader = DataLoader(recordings, batch_size=work.batch_size, collate_fn=collate, num_workers=work.num_workers)
     for sources, lengths, features in loader:
         encoded = _encode_batch(work.model, extractor, lengths, features)
         for (key, content), recording in zip(sources, encoded, strict=True):
             yield key, replace(recording, content=content)
         bar.update(len(sources))
+
+
+def _collate(
+    extractor: Any, silence: float, batch: list[_Recording]
+) -> tuple[list[tuple[str, str | None]], list[int], dict[str, torch.Tensor]]:
+    """A function of the module, which workers that are spawned, not forked, can unpickle."""
+    sources = [(key, audio_content(clips)) for key, clips in batch]  # before the audio, which may be replaced
+    waves = [read_clips(clips, extractor.sampling_rate, True, silence)[0] for _, clips in batch]
+    return sources, [*map(len, waves)], extractor.extract(waves)
 
 
 @torch.no_grad()

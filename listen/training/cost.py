@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import resource
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -71,10 +71,15 @@ def parameter_counts(model: torch.nn.Module) -> dict[str, int]:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that torch allocated on a GPU, or the most memory of this process on a CPU."""
+    """Bytes: the most that torch allocated on a GPU, or the most memory of this process on a CPU; 0 on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    if sys.platform == "win32":
+        return 0
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
 def _now(args: TrainingArguments) -> float:

@@ -7,18 +7,10 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available, logging
 
+from ..generation_listen import cpu_has_bf16
 from .values import ArgumentError
 
 logger = logging.get_logger(__name__)
-
-# Names of `torch.cpu.get_capabilities`, of x86 and ARM.
-_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
-
-
-def cpu_has_bf16() -> bool:
-    """Whether the CPU has instructions for bf16. Without them, torch computes it in software, many times slower."""
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in _INSTRUCTIONS)
 
 
 def choose_bf16(value: bool | str, use_cpu: bool) -> bool:
@@ -48,4 +40,4 @@ def warn_of_slow_bf16(model: nn.Module, arguments: TrainingArguments) -> None:
     logger.warning(f"this CPU computes bf16 in software, many times slower than float32; set {setting}")
 
 
-__all__ = ["choose_bf16", "cpu_has_bf16", "warn_of_slow_bf16"]
+__all__ = ["choose_bf16", "warn_of_slow_bf16"]
