@@ -57,7 +57,7 @@ class ListenGenerationMixin(GenerationMixin):
         """
         if isinstance(kwargs.get("tokenizer"), ProcessorMixin):  # `transformers serve` gives it, stop strings need more
             kwargs["tokenizer"] = kwargs["tokenizer"].tokenizer
-        if self.dtype == torch.bfloat16 and self.device.type == "cpu" and not cpu_has_bf16():
+        if self.language_model.dtype == torch.bfloat16 and self.device.type == "cpu" and not cpu_has_bf16():
             logger.warning_once(
                 "this CPU computes bf16 in software, and reads audio and prompts several times slower than in float32; "
                 "load the model in float32: dtype='float32', or --dtype float32"
