@@ -52,7 +52,8 @@ def test_an_instruction_comes_whole_only_with_what_is_known(latent: ModuleType) 
     hidden = ["er", "sv", "acap", "first_sound", "voice"]
     instructions = [text for task in hidden for text in get_task(task).instructions_train]
     for _ in range(2000):
-        assert not any(instruction in _texts(writer.draw()) for instruction in instructions)
+        text = _texts(writer.draw())
+        assert not any(instruction in text for instruction in instructions)
 
 
 def test_without_a_header_all_but_the_known_tasks_are_unknown(latent: ModuleType) -> None:
