@@ -140,7 +140,7 @@ class Adapters(nn.ModuleDict):
             )
         return first
 
-    def pick(
+    def select(
         self,
         query: torch.Tensor,
         counts: torch.Tensor,
@@ -158,7 +158,7 @@ class Adapters(nn.ModuleDict):
             num_prompts: The count of every row, where it is known, see `ListenPromptPool.forward`.
 
         Returns:
-            `(counts.sum(), text width)`, the rows one after the other, and what was picked.
+            `(counts.sum(), text width)`, the rows one after the other, and what was selected.
 
         Raises:
             ValueError: a row with prompts has no adapter, its adapter has no pool, or the pool is too small.
@@ -188,7 +188,7 @@ class Adapters(nn.ModuleDict):
         self, query: torch.Tensor, counts: torch.Tensor, task_ids: torch.Tensor | None, names: list[str | None]
     ) -> tuple[torch.Tensor, PromptOutput]:
         k = int(counts.max())
-        picked = PromptOutput(
+        selected = PromptOutput(
             indices=torch.full((len(query), k), -1, dtype=torch.long, device=query.device),
             scores=query.new_zeros(len(query), k),
             key_loss=query.new_zeros(len(query)),
@@ -201,16 +201,16 @@ class Adapters(nn.ModuleDict):
             if not counts[rows].any():
                 continue
             tasks = task_ids[rows] if task_ids is not None else None
-            prompts, own = self.pick(query[rows], counts[rows], tasks, [name])
+            prompts, own = self.select(query[rows], counts[rows], tasks, [name])
             width = own.indices.shape[1]
-            picked.indices[rows, :width], picked.scores[rows, :width] = own.indices, own.scores
-            picked.key_loss = picked.key_loss.index_add(0, rows, own.key_loss)
-            picked.key_loss_weight[rows] = own.key_loss_weight
+            selected.indices[rows, :width], selected.scores[rows, :width] = own.indices, own.scores
+            selected.key_loss = selected.key_loss.index_add(0, rows, own.key_loss)
+            selected.key_loss_weight[rows] = own.key_loss_weight
             if own.layers is not None:
-                picked.layers = [*(picked.layers or []), *(replace(item, rows=rows) for item in own.layers)]
+                selected.layers = [*(selected.layers or []), *(replace(item, rows=rows) for item in own.layers)]
             for row, piece in zip(rows.tolist(), prompts.split(counts[rows].tolist()), strict=True):
                 pieces[row] = piece
-        return torch.cat(pieces), picked
+        return torch.cat(pieces), selected
 
 
 def chunk_rows(lengths: torch.Tensor, is_audio: torch.Tensor) -> torch.Tensor:

@@ -109,7 +109,7 @@ class ListenGenerationMixin(GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,  # named, since `generate` takes it only where it is
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As upstream; encoder frames and what picks the prompts reach the first forward pass alone.
+        """As upstream; encoder frames and what selects the prompts reach the first forward pass alone.
 
         An empty cache means the first pass too: an assistant's passes are never marked as first, but need the audio.
         """

@@ -24,7 +24,7 @@ _READ_IDS_ALONE = ("cpmant",)
 _BLIND_TO_MASKS = ("recurrent_gemma", "rwkv", "xlstm")
 _STRETCHED = ("linear", "dynamic", "yarn")
 PACKING_KWARGS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
-UNPACK = "give each sequence a row of its own, as prompts are picked for each row"
+UNPACK = "give each sequence a row of its own, as prompts are selected for each row"
 _ROWS_AT_ONCE = 4096  # 64 MiB at a width of 4096 in fp32
 
 
@@ -143,7 +143,7 @@ def _unpack_4bit(layer: nn.Module) -> None:
 
 
 def check_not_packed(position_ids: torch.Tensor, mask: torch.Tensor | None, is_prompt: torch.Tensor) -> None:
-    """Refuse rows that pack several sequences: one query would pick the prompts of all of them.
+    """Refuse rows that pack several sequences: one query would select the prompts of all of them.
 
     Args:
         position_ids: `(batch, sequence)`, or with axes in front.

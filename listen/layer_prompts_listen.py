@@ -1,6 +1,6 @@
-"""Prompts in the LLM's layers (`form="layers"` of the pool): hidden units of a parallel adapter, picked for each row.
+"""Prompts in the LLM's layers (`form="layers"` of the pool): hidden units of a parallel adapter, selected for each row.
 
-Layer l of the LLM maps x to y. For a row with picked prompts S of weights w, this module makes it
+Layer l of the LLM maps x to y. For a row with selected prompts S of weights w, this module makes it
 
     y + 4 * sum_{i in S} w_i * silu(x / rms(x) . r_il) * u_il
 
@@ -37,7 +37,7 @@ _PROMPT_MASK = (
 
 @dataclass
 class LayerPrompts:
-    """Prompts that rows of a batch picked from one pool.
+    """Prompts that rows of a batch selected from one pool.
 
     Attributes:
         pool: A `ListenPromptPool` of form `"layers"`.
@@ -80,7 +80,7 @@ def run_with_layer_prompts(
 
     Args:
         language_model: The LLM.
-        prompts: Those that this pass picked, or those of an earlier pass that its cache kept, see `kept_prompts`.
+        prompts: Those that this pass selected, or those of an earlier pass that its cache kept, see `kept_prompts`.
         past_key_values: The LLM's cache.
         **inputs: Further arguments of its forward.
 

@@ -1,8 +1,8 @@
 """LiSTEN (arXiv 2505.18517): a frozen causal LLM with audio input, by frozen encoders and a trained adapter.
 
 A forward pass, in the order of this file: the encoders turn audio into frames (`encode_audio`), the adapter's connector
-turns frames into audio embeddings, its prompt pool picks prompts for the input, both fill their placeholders (`embed`),
-and the LLM reads the result.
+turns frames into audio embeddings, its prompt pool selects prompts for the input, both fill their placeholders
+(`embed`), and the LLM reads the result.
 """
 
 from collections.abc import Collection
@@ -276,7 +276,7 @@ class ListenModel(ListenPreTrainedModel):
                 runs the LLM with them by `run_with_layer_prompts`.
 
         Returns:
-            `(batch, sequence, text width)` and the prompts that were picked, `None` where no row asks for any.
+            `(batch, sequence, text width)` and the prompts that were selected, `None` where no row asks for any.
 
         Raises:
             ValueError: placeholders and audio do not match, the mask does not fit the form of the prompts, prompts of
@@ -306,17 +306,17 @@ class ListenModel(ListenPreTrainedModel):
         masks = (is_audio, is_prompt, attention_mask, query_mask)
         query = pool_query(self.adapters, names, embeds, *masks, wait=num_prompts is None)  # (batch, text width)
         counts = is_prompt.sum(-1)  # (batch,)
-        prompts, picked = self.adapters.pick(query, counts, task_ids, names, num_prompts)  # (total, text width)
+        prompts, selected = self.adapters.select(query, counts, task_ids, names, num_prompts)  # (total, text width)
         masked = is_prompt & (attention_mask == 0) if attention_mask is not None else is_prompt & False
-        if num_prompts is not None and not picked.layers:
+        if num_prompts is not None and not selected.layers:
             check_later(~masked, "attention_mask is 0 at a prompt placeholder")
-        elif picked.layers or masked.any():
+        elif selected.layers or masked.any():
             # static caches have masks of four axes, but `generate` gives the flat one as `query_mask` too
             mask = query_mask if attention_mask is None else attention_mask
-            check_prompt_mask(picked.layers, is_prompt, mask, wait=num_prompts is None)
-        if picked.layers and not for_layers:
+            check_prompt_mask(selected.layers, is_prompt, mask, wait=num_prompts is None)
+        if selected.layers and not for_layers:
             raise ValueError("embeddings do not hold prompts of form='layers'; give the model input_ids")
-        return embeds.masked_scatter(is_prompt[..., None], prompts.to(embeds.dtype)), picked
+        return embeds.masked_scatter(is_prompt[..., None], prompts.to(embeds.dtype)), selected
 
     def select_prompts(
         self,
@@ -327,7 +327,7 @@ class ListenModel(ListenPreTrainedModel):
         adapter_names: list[str] | None = None,
         **audio: torch.Tensor | None,
     ) -> PromptOutput:
-        """The prompts that the pool picks for model inputs, without running the LLM.
+        """The prompts that the pool selects for model inputs, without running the LLM.
 
         Args:
             input_ids: As in `embed`, with prompt placeholders.
@@ -358,7 +358,7 @@ class ListenModel(ListenPreTrainedModel):
         text_only: bool,
         **choices: Any,
     ) -> tuple[dict[str, torch.Tensor | None], PromptOutput | None]:
-        """What the LLM reads in a forward pass, and the prompts that were picked; `choices` are those of `embed`."""
+        """What the LLM reads in a forward pass, and the prompts that were selected; `choices` are those of `embed`."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of them")
         if inputs_embeds is not None and encoded is not None:
@@ -434,18 +434,18 @@ class ListenModel(ListenPreTrainedModel):
         choices = {"query_mask": query_mask, "task_ids": task_ids, "adapter_names": adapter_names}
         given = (input_ids, inputs_embeds, attention_mask, position_ids, encoded, text_only)
         inputs, prompts = self._llm_inputs(*given, **choices, num_audio=num_audio, num_prompts=num_prompts)
-        picked, llm = prompts or PromptOutput(), self.language_model.base_model
-        if picked.layers or hasattr(past_key_values, "layer_prompts"):
-            llm = partial(run_with_layer_prompts, llm, picked.layers or kept_prompts(past_key_values))
+        selected, llm = prompts or PromptOutput(), self.language_model.base_model
+        if selected.layers or hasattr(past_key_values, "layer_prompts"):
+            llm = partial(run_with_layer_prompts, llm, selected.layers or kept_prompts(past_key_values))
         outputs = llm(**inputs, past_key_values=past_key_values, **llm_kwargs)
         return ListenModelOutput(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.get("past_key_values"),
             hidden_states=outputs.hidden_states,
             attentions=outputs.get("attentions"),
-            prompt_indices=picked.indices,
-            prompt_scores=picked.scores,
-            query=picked.query,
+            prompt_indices=selected.indices,
+            prompt_scores=selected.scores,
+            query=selected.query,
         )
 
 
@@ -544,9 +544,9 @@ class ListenForConditionalGeneration(ListenGenerationMixin, ListenModel):
         choices = {"query_mask": query_mask, "task_ids": task_ids, "adapter_names": adapter_names}
         given = (input_ids, inputs_embeds, attention_mask, position_ids, encoded, text_only)
         inputs, prompts = self._llm_inputs(*given, **choices, num_audio=num_audio, num_prompts=num_prompts)
-        picked, llm = prompts or PromptOutput(), self.language_model
-        if picked.layers or hasattr(past_key_values, "layer_prompts"):
-            llm = partial(run_with_layer_prompts, llm, picked.layers or kept_prompts(past_key_values))
+        selected, llm = prompts or PromptOutput(), self.language_model
+        if selected.layers or hasattr(past_key_values, "layer_prompts"):
+            llm = partial(run_with_layer_prompts, llm, selected.layers or kept_prompts(past_key_values))
         kept, read = logits_to_keep, inputs_embeds if input_ids is None else input_ids
         # an integer stays where layers that share keys read it, or where the device of the last layer is not known
         numbered = getattr(self.config.text_config.get_text_config(), "num_kv_shared_layers", 0)
@@ -567,9 +567,9 @@ class ListenForConditionalGeneration(ListenGenerationMixin, ListenModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.get("attentions"),
             router_logits=outputs.get("router_logits"),
-            prompt_indices=picked.indices,
-            prompt_scores=picked.scores,
-            query=picked.query,
+            prompt_indices=selected.indices,
+            prompt_scores=selected.scores,
+            query=selected.query,
         )
 
     def _losses(

@@ -1,4 +1,4 @@
-"""The prompt pool of LiSTEN (arXiv 2505.18517): trained key-value pairs from which each input picks its prompts."""
+"""The prompt pool of LiSTEN (arXiv 2505.18517): trained key-value pairs from which each input selects its prompts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -122,9 +122,9 @@ class AttentionSelection(SelectionStrategy):
 
 
 class ResidualSelection(SelectionStrategy):
-    """Greedy residual quantisation of the query: each pick is the unused key nearest to what is left of it.
+    """Greedy residual quantisation of the query: each choice is the unused key nearest to what is left of it.
 
-    `r_0 = q`, `r_{j+1} = r_j - k_i`; the key loss is `||q - sum of the picked keys||`, or, with
+    `r_0 = q`, `r_{j+1} = r_j - k_i`; the key loss is `||q - sum of the selected keys||`, or, with
     `key_loss_type="relative"`, its ratio to `||q||` with `q` detached.
     """
 
@@ -133,7 +133,7 @@ class ResidualSelection(SelectionStrategy):
         self.is_relative = config.key_loss_type == "relative"
 
     def forward(self, request: PromptRequest) -> PromptSelection:
-        """`scores` are minus the distance of each pick to the residual it was chosen for."""
+        """`scores` are minus the distance of each choice to the residual it was chosen for."""
         query, keys, valid = request.query, request.keys, request.valid
         if self.is_relative:
             query = query.detach()  # nothing else here passes a gradient to it
@@ -219,7 +219,7 @@ STRATEGIES: dict[str, type[SelectionStrategy]] = {
 
 
 class ListenPromptPool(nn.Module):
-    """P trained key-value pairs and the strategy that picks k of them for a query.
+    """P trained key-value pairs and the strategy that selects k of them for a query.
 
     A value is one embedding, or, with `form="layers"`, a pair of vectors `reads`, `writes` for each layer of the LLM.
     Keys exist only for strategies that compare them with a query, so that every parameter gets a gradient. The parts of
@@ -257,7 +257,7 @@ class ListenPromptPool(nn.Module):
         task_ids: torch.Tensor | None = None,
         num_prompts: int | None = None,
     ) -> tuple[torch.Tensor, PromptSelection]:
-        """Pick prompts for each query; in training, `center_query` moves the running mean towards that of the batch.
+        """Select prompts for each query; in training, `center_query` moves the running mean towards that of the batch.
 
         Args:
             query: `(batch, width)` mean of the embeddings before the response, see `query_source`.
@@ -387,7 +387,7 @@ def pool_query(
     query_mask: torch.Tensor | None,
     wait: bool = True,
 ) -> torch.Tensor:
-    """The mean of the text embeddings, and of the audio unless a row's pool leaves it out: what picks the prompts.
+    """The mean of the text embeddings, and of the audio unless a row's pool leaves it out: what selects the prompts.
 
     Args:
         adapters: Each with its `prompt_pool`.
@@ -417,7 +417,7 @@ def pool_query(
         mask = mask & attention_mask.bool()
     if query_mask is not None and query_mask.shape[1] > mask.shape[1]:
         raise ValueError(
-            f"the whole input of {query_mask.shape[1]} positions picks the prompts, but this pass reads "
+            f"the whole input of {query_mask.shape[1]} positions selects the prompts, but this pass reads "
             f"{mask.shape[1]} of them; generate without prefill_chunk_size"
         )
     if query_mask is not None:  # generation appends positions that the query must not see
@@ -425,7 +425,7 @@ def pool_query(
     weights = mask[..., None].float()  # (batch, sequence, 1)
     empty = is_prompt.any(-1) & ~mask.any(-1)  # (batch,)
     advice = (
-        "nothing to pick its prompts by: give audio or text, and labels of -100 before the answer, or the query_mask "
+        "nothing to select its prompts by: give audio or text, and labels of -100 before the answer, or the query_mask "
         "of apply_chat_template"
     )
     if not wait:

@@ -55,9 +55,9 @@ class ListenOutput(ModelOutput):
         router_logits: Those of an LLM with experts, if asked. Its balancing loss is left out: the routers are frozen.
         lm_loss: The next-token part of the loss.
         key_loss: The key part of the loss, before its weight.
-        prompt_indices: `(batch, k)` prompts picked, best first; -1 where a row asked for fewer.
+        prompt_indices: `(batch, k)` prompts selected, best first; -1 where a row asked for fewer.
         prompt_scores: `(batch, k)` their scores under the strategy.
-        query: `(batch, text width)` the query they were picked by, before the running mean is subtracted.
+        query: `(batch, text width)` the query they were selected by, before the running mean is subtracted.
     """
 
     loss: torch.Tensor | None = None
@@ -75,7 +75,7 @@ class ListenOutput(ModelOutput):
 
 @dataclass
 class ListenModelOutput(ModelOutput):
-    """Output of `ListenModel`: the LLM's decoder output beside the prompts that were picked.
+    """Output of `ListenModel`: the LLM's decoder output beside the prompts that were selected.
 
     Attributes:
         last_hidden_state: `(batch, sequence, text width)`.
@@ -98,7 +98,7 @@ class ListenModelOutput(ModelOutput):
 
 @dataclass
 class PromptOutput(ModelOutput):
-    """Prompts picked for a batch, see `ListenOutput` for the shapes.
+    """Prompts selected for a batch, see `ListenOutput` for the shapes.
 
     Attributes:
         indices: `(batch, k)`, -1 where a row asked for fewer.

@@ -340,12 +340,12 @@ class ListenPipeline(Pipeline):
 
     def _forward(self, input_tensors: Any, return_prompts: bool = False, **generate_kwargs: Any) -> dict[str, Any]:
         inputs = dict(input_tensors)
-        picked = None
+        selected = None
         if return_prompts:
             if generate_kwargs.get("adapter_names") is None:  # another thread may switch adapters before they answer
                 active = self.model.active_adapter or "__base__"
                 generate_kwargs["adapter_names"] = [active] * len(inputs["input_ids"])
-            inputs, picked = self._pick(inputs, generate_kwargs.get("adapter_names"))
+            inputs, selected = self._selected(inputs, generate_kwargs.get("adapter_names"))
         if self.assistant_model is not None:
             generate_kwargs.setdefault("assistant_model", self.assistant_model)
         if "stop_strings" in generate_kwargs:
@@ -353,9 +353,11 @@ class ListenPipeline(Pipeline):
         output = self.model.generate(**inputs, **self._prepare_generate_kwargs(generate_kwargs))
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         batch_size, length = inputs["input_ids"].shape
-        return {"answers": sequences[:, length:], "batch_size": batch_size, "picked": picked}
+        return {"answers": sequences[:, length:], "batch_size": batch_size, "selected": selected}
 
-    def _pick(self, inputs: dict[str, Any], adapter_names: list[str] | None) -> tuple[dict[str, Any], list[list[dict]]]:
+    def _selected(
+        self, inputs: dict[str, Any], adapter_names: list[str] | None
+    ) -> tuple[dict[str, Any], list[list[dict]]]:
         """The selected prompts of each row, and the inputs with encoder frames, so that audio is encoded once."""
         audio = {
             name: inputs.pop(name) for name in self.processor.feature_extractor.model_input_names if name in inputs
@@ -368,8 +370,8 @@ class ListenPipeline(Pipeline):
             return inputs, [[] for _ in inputs["input_ids"]]
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):  # a random pool selects the same prompts again
-            picked = self.model.select_prompts(**inputs, adapter_names=adapter_names)
-        rows = zip(picked.indices.tolist(), picked.scores.tolist(), strict=True)
+            selected = self.model.select_prompts(**inputs, adapter_names=adapter_names)
+        rows = zip(selected.indices.tolist(), selected.scores.tolist(), strict=True)
         return inputs, [
             [{"index": index, "score": score} for index, score in zip(*row, strict=True) if index >= 0] for row in rows
         ]
@@ -382,7 +384,7 @@ class ListenPipeline(Pipeline):
         answers = [{"generated_text": text.strip()} for text in texts]
         each = len(answers) // model_outputs["batch_size"]
         rows = [answers[start : start + each] for start in range(0, len(answers), each)]
-        for row, prompts in zip(rows, model_outputs["picked"] or [], strict=False):
+        for row, prompts in zip(rows, model_outputs["selected"] or [], strict=False):
             for answer in row:
                 answer["prompts"] = prompts
         return rows

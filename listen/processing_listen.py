@@ -441,7 +441,7 @@ class ListenProcessor(ProcessorMixin):
 
         Returns:
             The rendered conversation, or a list of them, or the result of `__call__`. For conversations that end with
-            an answer, `query_mask` `(batch, sequence)` is 0 from it on: what the prompts are picked by in training.
+            an answer, `query_mask` `(batch, sequence)` is 0 from it on: what the prompts are selected by in training.
 
         Raises:
             TypeError: a keyword that neither the template nor `__call__` accepts.

@@ -135,6 +135,6 @@ def test_placeholders_are_never_answered(shared_model: ListenForConditionalGener
 
 
 def test_fewer_prompts_at_inference_are_the_first_of_more(shared_model: ListenForConditionalGeneration) -> None:
-    picked = [shared_model.select_prompts(**make_inputs(shared_model, ROWS, num_prompts=k)).indices for k in (12, 5, 1)]
-    assert torch.equal(picked[0][:, :5], picked[1])
-    assert torch.equal(picked[0][:, :1], picked[2])
+    found = [shared_model.select_prompts(**make_inputs(shared_model, ROWS, num_prompts=k)).indices for k in (12, 5, 1)]
+    assert torch.equal(found[0][:, :5], found[1])
+    assert torch.equal(found[0][:, :1], found[2])

@@ -1,4 +1,4 @@
-"""Ids that the LLM has no embedding for, labels on placeholders, what picks the prompts, and masks of a wrong shape."""
+"""Ids that the LLM has no embedding for, labels on placeholders, what selects the prompts, and masks of a wrong shape."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_query_of_nothing_is_refused(shared_model: ListenForConditionalGenerat
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     first = inputs["attention_mask"].long().argmax(-1)
     labels[1, first[1] : first[1] + 6] = -100  # the second row has a part without labels
-    with pytest.raises(ValueError, match="row 0 has nothing to pick its prompts by: .*query_mask"):
+    with pytest.raises(ValueError, match="row 0 has nothing to select its prompts by: .*query_mask"):
         shared_model(**inputs, labels=labels)
 
 
@@ -116,7 +116,7 @@ def test_masks_of_a_wrong_shape_are_refused_by_name(
     inputs[name] = {"transposed": value.T, "longer": torch.cat([value, value], 1), "fewer rows": value[:1]}[change]
     message = rf"{name} has the shape .*, but needs \({shape[0]}, {shape[1]}\)"
     if name == "query_mask" and change == "longer":
-        message = "picks the prompts, but this pass reads"
+        message = "selects the prompts, but this pass reads"
     with pytest.raises(ValueError, match=message):
         shared_model(**inputs)
 

@@ -414,7 +414,7 @@ def test_a_cache_that_the_input_outgrows_is_made_anew() -> None:
     assert torch.equal(answers(model, heard, **longer), answers(model, heard, use_cache=False, **longer))
 
 
-def test_prompts_are_not_picked_by_a_part_of_the_input() -> None:
+def test_prompts_are_not_selected_by_a_part_of_the_input() -> None:
     model = other_model("gpt2")
     with pytest.raises(ValueError, match="8 positions.* 4 .*prefill_chunk_size"):
         answers(model, rows_of(model, range(1, 2)), prefill_chunk_size=4)

@@ -269,10 +269,10 @@ def test_dropped_keys_are_never_picked_though_all_scores_are_negative(strategy: 
         torch.manual_seed(seed)
         kept = [i for i, draw in enumerate(torch.rand(POOL).tolist()) if draw >= 0.3]
         torch.manual_seed(seed)
-        picked = pool(query, torch.tensor([3]))[1].indices[0].tolist()
-        assert set(picked) <= set(kept)
+        selected = pool(query, torch.tensor([3]))[1].indices[0].tolist()
+        assert set(selected) <= set(kept)
         if best in kept:
-            assert picked[0] == best
+            assert selected[0] == best
 
 
 def test_nothing_is_dropped_where_fewer_than_k_would_be_left(query: torch.Tensor) -> None:

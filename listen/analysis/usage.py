@@ -33,12 +33,12 @@ class PromptUsage:
         Args:
             task: only this task; by default all tasks with equal weight.
         """
-        picks = self.shares.mean(axis=0) if task is None else self.shares[self.tasks.index(task)]  # (pool,)
-        if picks.size < 2 or not picks.any():
+        usage = self.shares.mean(axis=0) if task is None else self.shares[self.tasks.index(task)]  # (pool,)
+        if usage.size < 2 or not usage.any():
             return 0.0
-        probabilities = picks[picks > 0] / picks.sum()
+        probabilities = usage[usage > 0] / usage.sum()
         # + 0.0 turns the -0.0 of a single prompt into 0.0
-        return float(-(probabilities * np.log(probabilities)).sum() / np.log(picks.size)) + 0.0
+        return float(-(probabilities * np.log(probabilities)).sum() / np.log(usage.size)) + 0.0
 
     def jaccard(self, min_share: float = 0.0) -> np.ndarray:
         """`(tasks, tasks)` overlap of the sets of prompts that two tasks use: size of the intersection over the union.
@@ -91,8 +91,8 @@ def prompt_usage(tasks: Sequence[str], prompt_indices: Sequence[Sequence[int]], 
     names = task_names(tasks)
     shares = np.zeros((len(names), pool_size))
     for task, indices in zip(tasks, prompt_indices, strict=True):
-        picked = [index for index in indices if index >= 0]
-        if picked and max(picked) >= pool_size:
-            raise ValueError(f"prompt {max(picked)} lies outside a pool of {pool_size}; pass the model's pool_size")
-        shares[names.index(task), picked] += 1
+        selected = [index for index in indices if index >= 0]
+        if selected and max(selected) >= pool_size:
+            raise ValueError(f"prompt {max(selected)} lies outside a pool of {pool_size}; pass the model's pool_size")
+        shares[names.index(task), selected] += 1
     return PromptUsage(names, shares / np.array([[tasks.count(name)] for name in names]))

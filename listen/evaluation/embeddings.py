@@ -29,7 +29,7 @@ def pooled_embeddings(
         model: a LiSTEN model; its active adapter encodes.
         processor: its processor.
         dataset: rows of `listen.data.manifest`; several clips of a row are pooled together.
-        **options: fields of `BatchOptions`; no prompts are picked, whatever `num_prompts` is.
+        **options: fields of `BatchOptions`; no prompts are selected, whatever `num_prompts` is.
 
     Returns:
         `(rows, text width)` float32.

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 QUERY_COSINE_LIMIT = 0.98
 KEY_COSINE_LIMIT = 0.95
-USED_LIMIT = 1.25  # prompts in use, as a multiple of the largest k; near 1 all inputs pick the same ones
+USED_LIMIT = 1.25  # prompts in use, as a multiple of the largest k; near 1 all inputs select the same ones
 LEAST_ROWS = 32  # with fewer rows, the prompts in use cannot be judged
 
 
@@ -83,7 +83,7 @@ class PoolMonitor:
 
     @property
     def key_loss_is_sum(self) -> bool:
-        """Whether a row's key loss is a sum over its picked prompts, as in the paper, and not a mean or one norm."""
+        """Whether a row's key loss is a sum over its selected prompts, as in the paper, and not a mean or one norm."""
         config = self.pool.config
         return config.strategy == "similarity" and config.key_loss_type in ("distance", "similarity")
 
@@ -102,8 +102,8 @@ class PoolMonitor:
             indices: `(batch, k)` selected prompts, -1 where a row has a smaller k.
             query: `(batch, width)`.
         """
-        picked = indices[indices >= 0].cpu()
-        self.counts += torch.bincount(picked, minlength=len(self.counts))
+        selected = indices[indices >= 0].cpu()
+        self.counts += torch.bincount(selected, minlength=len(self.counts))
         if self.pool.config.center_query:
             query = query - self.pool.query_mean
         self.query_sum += F.normalize(query.float(), dim=-1).sum(0).cpu()

@@ -51,7 +51,7 @@ class ListenTrainer(ResumableTrainer):
     """
 
     loss_parts = ("lm_loss", "key_loss")
-    """Parts of the loss, logged before it. `key_loss` is a mean over the picked prompts, before its weight."""
+    """Parts of the loss, logged before it. `key_loss` is a mean over the selected prompts, before its weight."""
 
     def __init__(
         self,
@@ -123,11 +123,11 @@ class ListenTrainer(ResumableTrainer):
         self._parts[name] += value.detach().float()
 
     def _key_terms(self, outputs: Any) -> torch.Tensor | float:
-        """Terms that a row's key loss is the sum of: prompts picked for it, or 1 where the loss is not such a sum."""
+        """Terms that a row's key loss is the sum of: prompts selected for it, or 1 where the loss is not such a sum."""
         if self._monitor is None or not self._monitor.key_loss_is_sum:
             return 1.0
-        picked = (outputs.prompt_indices >= 0).sum(-1)  # (batch,)
-        return picked.float().mean().clamp_min(1.0)
+        selected = (outputs.prompt_indices >= 0).sum(-1)  # (batch,)
+        return selected.float().mean().clamp_min(1.0)
 
     def _add_eval_batch(self, outputs: Any, labels: torch.Tensor, num_items: torch.Tensor | int | None) -> None:
         """Add the losses of a batch of the evaluation data, each as a sum over its labels."""
