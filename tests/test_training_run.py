@@ -372,6 +372,9 @@ def test_the_best_model_is_not_chosen_by_a_loss_that_holds_the_key_loss(
     settings = sections(backbones, manifest, tmp_path, **{**best, "save_steps": 1})
     chosen = build_arguments(settings).training
     assert chosen.metric_for_best_model == "lm_loss" and chosen.greater_is_better is False
+    for metric, greater in (("asr_wer", False), ("eval_sv_eer", False), ("er_accuracy", True), ("eval_lm_loss", False)):
+        settings["training"]["metric_for_best_model"] = metric
+        assert build_arguments(settings).training.greater_is_better is greater
     settings["training"]["metric_for_best_model"] = "eval_loss"
     with pytest.raises(ArgumentError, match="metric_for_best_model=eval_loss holds the key loss"):
         build_arguments(settings)
