@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from listen.evaluation.comparison import Cell, compare, compare_losses, holm, load_items, seed_interval
+from listen.evaluation.comparison import Cell, TaskItems, compare, compare_losses, holm, load_items, seed_interval
 from listen.evaluation.comparison_plots import plot_scores
 from listen.evaluation.comparison_report import _loss_lines
+from listen.evaluation.metrics import Verification
 
 LABELS = ("happy", "sad")
 
@@ -131,6 +133,14 @@ def test_only_seeds_that_both_have_are_compared(tmp_path: Path) -> None:
     cells = [cell(tmp_path, "a", seed, er=draw(0.5, seed)) for seed in (0, 1)]
     (found,) = compare([*cells, cell(tmp_path, "b", 1, er=draw(0.5, 1))])
     assert found.num_seeds == 1 and found.p == 1.0
+
+
+def test_undefined_scores_are_not_tested() -> None:
+    rows = np.array([[1.0, 1.0, math.nan], [0.0, 0.0, math.nan]] * 20)  # truth, answer, no score of yes against no
+    items = TaskItems("eer", Verification(), tuple((str(place), "", 0) for place in range(40)), rows)
+    known = replace(items, rows=np.nan_to_num(rows, nan=0.5))
+    (found,) = compare([Cell("a", 0, {"sv": items}), Cell("b", 0, {"sv": known})])
+    assert found.better is None and math.isnan(found.p) and math.isnan(found.p_holm)
 
 
 def test_all_pairs_and_tasks_are_tested_and_counted(tmp_path: Path) -> None:

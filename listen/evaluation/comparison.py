@@ -11,9 +11,9 @@ data order and their start. Its standard error has two parts:
   methods themselves is larger, that one is used.
 
 They are added in squares, and the quotient of difference and error is compared with a t distribution whose degrees of
-freedom follow Satterthwaite (1946). With one seed the second part is unknown: the test then speaks of these two models
-and not of the methods. All pairs of methods are tested on all tasks, and the p values are corrected for their number by
-Holm (1979).
+freedom follow Satterthwaite (1946). With one seed the second part is unknown: the test then
+speaks of these two models and not of the methods. All pairs of methods are tested on all tasks, and the p values are
+corrected for their number by Holm (1979). A score that is undefined is not tested.
 """
 
 from __future__ import annotations
@@ -336,7 +336,8 @@ def _pooled_spread(values: Mapping[tuple[str, int], float]) -> _Spread:
     """
     by_method: dict[str, dict[int, float]] = {}
     for (method, number), value in values.items():
-        by_method.setdefault(method, {})[number] = value
+        if not math.isnan(value):
+            by_method.setdefault(method, {})[number] = value
     varying = [scores for scores in by_method.values() if len(scores) > 1 and len(set(scores.values())) > 1]
     seeds = sorted(set.intersection(*(set(scores) for scores in varying))) if varying else []
     if len(varying) < 2 or len(seeds) < 2:
@@ -358,7 +359,9 @@ def _test(first: np.ndarray, second: np.ndarray, spread: _Spread, num_items: int
     """
     differences = first - second  # (seeds, 1 + resamples)
     num_seeds, point = len(differences), float(differences[:, 0].mean())
-    from_items = float(np.nanvar(differences[:, 1:].mean(axis=0), ddof=1))
+    resampled = differences[:, 1:].mean(axis=0)  # (resamples,)
+    resampled = resampled[~np.isnan(resampled)]
+    from_items = float(resampled.var(ddof=1)) if len(resampled) > 1 else math.nan
     from_seeds, seed_freedom = 0.0, num_seeds - 1
     if num_seeds > 1:
         from_seeds = max(float(differences[:, 0].var(ddof=1)), spread.variance) / num_seeds
@@ -366,7 +369,7 @@ def _test(first: np.ndarray, second: np.ndarray, spread: _Spread, num_items: int
     variance = from_items + from_seeds
     freedom = seed_freedom * (variance / from_seeds) ** 2 if from_seeds > 0 else math.inf
     error = math.sqrt(variance)
-    if error > 0:
+    if error > 0 or math.isnan(point):
         p = float(2 * stats.t.sf(abs(point) / error, freedom))
     else:  # every example differs by the same amount: the sign test of the examples
         p = 1.0 if point == 0 else 2 * 0.5**num_items
@@ -375,7 +378,7 @@ def _test(first: np.ndarray, second: np.ndarray, spread: _Spread, num_items: int
         "values": (float(first[:, 0].mean()), float(second[:, 0].mean())),
         "difference": point,
         "interval": (point - half, point + half),
-        "p": min(1.0, p),
+        "p": float(np.minimum(1.0, p)),
         "num_items": num_items,
         "num_seeds": num_seeds,
     }
