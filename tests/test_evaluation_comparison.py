@@ -135,6 +135,21 @@ def test_only_seeds_that_both_have_are_compared(tmp_path: Path) -> None:
     assert found.num_seeds == 1 and found.p == 1.0
 
 
+def test_a_pair_with_one_common_seed_gets_the_spread_of_the_others(tmp_path: Path) -> None:
+    """As in the table of a comparison whose cells are not all finished."""
+    rates = np.random.default_rng(0).uniform(0.2, 0.8, size=(4, 3))
+    cells = [
+        cell(tmp_path, f"m{method}", seed, er=draw(rates[method, seed], 10 * method + seed))
+        for method in range(4)
+        for seed in range(3)
+    ]
+    late = [cell(tmp_path, name, 0, er=draw(rate, 100)) for name, rate in (("late", 0.4), ("later", 0.6))]
+    (alone,) = compare(late)
+    found = next(one for one in compare([*cells, *late]) if one.first == "late")
+    assert found.num_seeds == 1 and found.difference == alone.difference
+    assert alone.better == "later" and found.p > 0.1
+
+
 def test_undefined_scores_are_not_tested() -> None:
     rows = np.array([[1.0, 1.0, math.nan], [0.0, 0.0, math.nan]] * 20)  # truth, answer, no score of yes against no
     items = TaskItems("eer", Verification(), tuple((str(place), "", 0) for place in range(40)), rows)

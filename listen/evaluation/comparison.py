@@ -8,10 +8,11 @@ data order and their start. Its standard error has two parts:
 - seeds: the spread of the difference between seeds, over the square root of their number. A few seeds give a poor
   estimate of it, so it is pooled over all methods of the table: the residual of a layout of methods by seeds, as in a
   randomised block design. Methods whose scores do not vary with the seed are left out, and where the spread of the two
-  methods themselves is larger, that one is used.
+  methods themselves is larger, that one is used. The degrees of freedom stay those of the pooled spread: methods are
+  taken to vary about alike, and a pair that varies five times as much as the others is told apart too easily.
 
 They are added in squares, and the quotient of difference and error is compared with a t distribution whose degrees of
-freedom follow Satterthwaite (1946). With one seed the second part is unknown: the test then
+freedom follow Satterthwaite (1946). Where the table has no spread over seeds, the second part is unknown: the test then
 speaks of these two models and not of the methods. All pairs of methods are tested on all tasks, and the p values are
 corrected for their number by Holm (1979). A score that is undefined is not tested.
 """
@@ -362,10 +363,9 @@ def _test(first: np.ndarray, second: np.ndarray, spread: _Spread, num_items: int
     resampled = differences[:, 1:].mean(axis=0)  # (resamples,)
     resampled = resampled[~np.isnan(resampled)]
     from_items = float(resampled.var(ddof=1)) if len(resampled) > 1 else math.nan
-    from_seeds, seed_freedom = 0.0, num_seeds - 1
-    if num_seeds > 1:
-        from_seeds = max(float(differences[:, 0].var(ddof=1)), spread.variance) / num_seeds
-        seed_freedom = max(seed_freedom, spread.freedom)
+    own = float(differences[:, 0].var(ddof=1)) if num_seeds > 1 else 0.0
+    from_seeds = max(own, spread.variance) / num_seeds
+    seed_freedom = max(num_seeds - 1, spread.freedom)
     variance = from_items + from_seeds
     freedom = seed_freedom * (variance / from_seeds) ** 2 if from_seeds > 0 else math.inf
     error = math.sqrt(variance)
