@@ -68,12 +68,14 @@ class Run:
             seed: the run's seed.
             data: what is known about the data, such as rows of each task.
         """
-        known, environment = _read_run(self.folder), describe_environment()
+        known, environment, data = _read_run(self.folder), describe_environment(), dict(data or {})
         if known.get("id") == self.id:
-            resumed = {**environment, "checkpoint": self.checkpoint, "changed": self.changed}
+            if known.get("data", data) != data:  # a resumed run counts on the batches of before
+                logger.warning(f"{self.folder} is resumed with other data: rows were {known['data']} and are {data}")
+            resumed = {**environment, "data": data, "checkpoint": self.checkpoint, "changed": self.changed}
             run = {**known, "resumed": [*known.get("resumed", []), resumed]}
         else:
-            run = {"id": self.id, **environment, "seed": seed, "data": dict(data or {})}
+            run = {"id": self.id, **environment, "seed": seed, "data": data}
         write_text(self.folder / CONFIG_FILE, yaml.safe_dump(_plain(arguments), sort_keys=False, allow_unicode=True))
         write_json(self.folder / RUN_FILE, _plain(run))
 
