@@ -9,6 +9,7 @@ import csv
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,11 +24,18 @@ from fixtures_training import small_corpus
 from safetensors.torch import load_file
 from transformers import TrainerCallback, set_seed
 
+from listen.commands.compare import write_table
 from listen.evaluation.comparison import load_cells
 from listen.evaluation.comparison_report import markdown_prompts, write_comparison
 from listen.training import ArgumentError, build_arguments, build_model, build_trainer
 from listen.training.build import build_config
-from listen.training.comparison import is_finished, prepare, read_comparison, run_cell, unequal_arguments
+from listen.training.comparison import (
+    is_finished,
+    prepare,
+    read_comparison,
+    run_cell,
+    unequal_arguments,
+)
 from listen.training.cost import peak_memory
 
 REPOSITORY = Path(__file__).parent.parent
@@ -164,6 +172,19 @@ def test_changed_arguments_are_refused_by_name(recipe: Path, finished: Path, tmp
     path = changed(recipe, tmp_path, methods={"pool": {"model": {"prompt_pool": {"pool_size": 13}}}})
     with pytest.raises(ArgumentError, match="model.prompt_pool.pool_size was 12 and is 13"):
         is_finished(read_comparison(path).cell("pool", 0), finished)
+
+
+def test_the_table_holds_finished_cells_of_the_recipe_alone(recipe: Path, finished: Path, tmp_path: Path) -> None:
+    """Not those of seeds that it no longer has, whose arguments may differ, nor one that is still evaluated."""
+    output = shutil.copytree(finished, tmp_path / "output")
+    shutil.rmtree(output / "connector-alone" / "seed-1")
+    (output / "pool" / "seed-0" / "cell.json").unlink()
+    write_table(read_comparison(changed(recipe, tmp_path, seeds=[1])), output)
+    text = (output / "comparison.md").read_text(encoding="utf-8")
+    assert "| pool | 1 |" in text and "connector alone | 1" not in text and "1 of 2 cells are finished" in text
+    assert "No cell of the reference 'connector alone' is finished; 'pool' stands in its place." in text
+    with pytest.raises(ArgumentError, match="holds no finished cell of this recipe"):
+        write_table(read_comparison(changed(recipe, tmp_path, seeds=[7])), output)
 
 
 def test_methods_extend_methods(recipe: Path, tmp_path: Path) -> None:
