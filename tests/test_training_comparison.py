@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +36,7 @@ from listen.training.comparison import (
     read_comparison,
     run_cell,
     unequal_arguments,
+    unequal_machines,
 )
 from listen.training.cost import peak_memory
 
@@ -185,6 +187,31 @@ def test_the_table_holds_finished_cells_of_the_recipe_alone(recipe: Path, finish
     assert "No cell of the reference 'connector alone' is finished; 'pool' stands in its place." in text
     with pytest.raises(ArgumentError, match="holds no finished cell of this recipe"):
         write_table(read_comparison(changed(recipe, tmp_path, seeds=[7])), output)
+
+
+def test_machines_that_differ_are_named(recipe: Path, finished: Path, tmp_path: Path) -> None:
+    output = shutil.copytree(finished, tmp_path / "output")
+    folders = [output / cell.folder for cell in read_comparison(recipe).cells]
+    assert unequal_machines(folders) == []
+    about = json.loads((folders[3] / "run.json").read_text())
+    (folders[3] / "run.json").write_text(
+        json.dumps({**about, "bf16": True, "resumed": [{**about, "devices": ["H100"]}]})
+    )
+    assert unequal_machines(folders) == [
+        "Not the same for all cells: bf16 is false, but [true, false] for pool/seed-1.",
+        'Not the same for all cells: devices is ["cpu"], but [["cpu"], ["H100"]] for pool/seed-1.',
+    ]
+
+
+def test_the_precision_of_this_machine_is_kept(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = changed(recipe, tmp_path, methods={"pool": METHODS["pool"]}, base={"training": {"bf16": "auto"}})
+    cell = read_comparison(path).cells[0]
+    for has_bf16, callbacks in ((True, [StopAfterFirstSave()]), (False, [])):
+        monkeypatch.setattr("listen.training.precision.cpu_has_bf16", lambda value=has_bf16: value)
+        with suppress(KeyboardInterrupt):
+            run_cell(cell, tmp_path, callbacks=callbacks)
+    about = json.loads((tmp_path / cell.folder / "run.json").read_text())
+    assert about["bf16"] is True and about["resumed"][0]["changed"] == {"training.bf16": [True, False]}
 
 
 def test_methods_extend_methods(recipe: Path, tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ from ..training.comparison import (
     read_comparison,
     run_cell,
     unequal_arguments,
+    unequal_machines,
 )
 from ..training.run_folder import describe_environment
 from ..training.values import ArgumentError
@@ -137,7 +138,8 @@ def write_table(comparison: Comparison, output: Path) -> None:
     if not known:
         raise ArgumentError(f"{output} holds no finished cell of this recipe; run it, or give its --output")
     known.sort(key=lambda cell: (_place(cell.method, order), cell.seed))
-    about, reference = notes(comparison, known), comparison.reference
+    folders = [output / cell.folder for cell in comparison.cells if is_finished(cell, output)]
+    about, reference = [*unequal_machines(folders), *notes(comparison, known)], comparison.reference
     if reference not in {cell.method for cell in known}:
         about.insert(0, f"No cell of the reference {reference!r} is finished; {known[0].method!r} stands in its place.")
         reference = known[0].method

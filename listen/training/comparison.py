@@ -44,6 +44,7 @@ from .datasets import build_eval_dataset, build_train_dataset
 from .parsing import RunArguments, build_arguments, merge_sections, read_config
 from .push import MODEL_FOLDER
 from .run import TrainResult, train
+from .run_folder import RUN_FILE
 from .values import ArgumentError, check_values, closest_name, field_names, refuse_unknown
 
 ARGUMENTS_FILE = "arguments.json"
@@ -257,6 +258,37 @@ def unequal_arguments(comparison: Comparison) -> list[str]:
             others = [f"{value} for {', '.join(map(repr, names))}" for value, names in groups.items() if value != usual]
             sentences.append(f"Not the same for all methods: `{name}` is {usual}, but {'; '.join(others)}.")
     return sentences
+
+
+def unequal_machines(folders: Sequence[Path]) -> list[str]:
+    """A sentence for each of precision, device, system and version that is not the same for all cells.
+
+    Args:
+        folders: of finished cells.
+    """
+    groups: dict[str, dict[str, list[str]]] = {}
+    for folder in folders:
+        for name, value in _machine_of(folder).items():
+            groups.setdefault(name, {}).setdefault(json.dumps(value), []).append("/".join(folder.parts[-2:]))
+    sentences = []
+    for name, places in groups.items():
+        usual = max(places, key=lambda value: len(places[value]))
+        others = [f"{value} for {', '.join(found)}" for value, found in places.items() if value != usual]
+        if others:
+            sentences.append(f"Not the same for all cells: {name} is {usual}, but {'; '.join(others)}.")
+    return sentences
+
+
+def _machine_of(folder: Path) -> dict[str, Any]:
+    """What a cell was trained with, all values in order if it went on elsewhere; nothing where that is not known."""
+    if not (folder / RUN_FILE).is_file():
+        return {}
+    run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    machine = {}
+    for name in ("bf16", "devices", "platform", "torch", "transformers"):
+        values = [part.get(name, part["versions"].get(name)) for part in (run, *run.get("resumed", []))]
+        machine[name] = values[0] if values.count(values[0]) == len(values) else values
+    return machine
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

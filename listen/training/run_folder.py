@@ -68,7 +68,8 @@ class Run:
             seed: the run's seed.
             data: what is known about the data, such as rows of each task.
         """
-        known, environment, data = _read_run(self.folder), describe_environment(), dict(data or {})
+        known, data = _read_run(self.folder), dict(data or {})
+        environment = {**describe_environment(), "bf16": (arguments.get("training") or {}).get("bf16", False)}
         if known.get("id") == self.id:
             if known.get("data", data) != data:  # a resumed run counts on the batches of before
                 logger.warning(f"{self.folder} is resumed with other data: rows were {known['data']} and are {data}")
@@ -109,6 +110,14 @@ def open_run(arguments: TrainingArguments, settings: Mapping[str, Any] | None = 
             run = Run(folder, _new_id())
         launched_processes().wait_for_everyone()  # no process may write before all have read
         yield run
+
+
+def chosen_settings(given: Mapping[str, Any], arguments: TrainingArguments) -> dict[str, Any]:
+    """The settings with `training.bf16: auto` as what it is on this machine: a run may be resumed on another one."""
+    training = given.get("training") or {}
+    if training.get("bf16") != "auto":
+        return dict(given)
+    return {**given, "training": {**training, "bf16": arguments.bf16}}
 
 
 def _new_id() -> str:
