@@ -22,7 +22,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,7 @@ class Cell:
         evaluation: how it is evaluated.
         start_from: method whose trained model of the same seed it starts from; its folder in the comparison's is
             `model.checkpoint`.
+        start: the run of that method with the same seed.
     """
 
     method: str
@@ -103,6 +104,7 @@ class Cell:
     sections: dict[str, dict[str, Any]]
     evaluation: EvaluationArguments
     start_from: str | None = None
+    start: Cell | None = None
 
     @property
     def folder(self) -> str:
@@ -113,6 +115,9 @@ class Cell:
         """All arguments that its result depends on, as plain data."""
         training = {k: v for k, v in self.sections["training"].items() if k not in _OWN_TO_CELLS}
         sections = {**self.sections, "training": training, "evaluation": asdict(self.evaluation)}
+        if self.start is not None:
+            start = self.start.identity()
+            sections["start"] = {name: start[name] for name in SECTIONS}
         return json.loads(json.dumps({"method": self.method, "seed": self.seed, **sections}, default=str))
 
 
@@ -177,6 +182,8 @@ def read_comparison(path: str | os.PathLike[str]) -> Comparison:
     if len(folders) < len(cells):
         raise ArgumentError(f"{path}: two methods need the same folder, or a seed occurs twice; change their names")
     _check_starts(cells)
+    runs = {(cell.method, cell.seed): cell for cell in cells}
+    cells = [replace(cell, start=runs.get((cell.start_from, cell.seed))) for cell in cells]
     reference = content.get("reference") or next(iter(methods))
     if reference not in methods:
         raise ArgumentError(f"{path}: reference={reference!r} is no method{closest_name(reference, list(methods))}")
@@ -308,7 +315,10 @@ def is_finished(cell: Cell, output: str | Path) -> bool:
     folder = Path(output) / cell.folder
     started = folder / ARGUMENTS_FILE
     if started.is_file():
-        old, new = flatten(json.loads(started.read_text(encoding="utf-8"))), flatten(cell.identity())
+        before, now = json.loads(started.read_text(encoding="utf-8")), cell.identity()
+        if "start" not in before:  # of earlier versions
+            now.pop("start", None)
+        old, new = flatten(before), flatten(now)
         changed = [
             f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
             for name in sorted({*old, *new})
@@ -381,7 +391,7 @@ def run_cell(
 
 
 def _check_start_is_finished(cell: Cell, output: Path) -> None:
-    if cell.start_from is not None and not (output / _folder(cell.start_from, cell.seed) / CELL_FILE).is_file():
+    if cell.start is not None and not is_finished(cell.start, output):
         raise ArgumentError(
             f"{cell.method!r} starts from {cell.start_from!r}, whose run with seed {cell.seed} is not finished in "
             f"{output}; run that cell first"
