@@ -242,6 +242,8 @@ def test_unequal_arguments_are_named(recipe: Path, tmp_path: Path) -> None:
         ({"methods": {"pool": {"training": {"seed": 4}}}}, "methods.pool.training.seed is set by the comparison"),
         ({"methods": {"pool": {"training": {"max_step": 4}}}}, "unknown argument training.max_step"),
         ({"evaluation": {"data": []}}, "evaluation.data names no source"),
+        ({"evaluation": {"data": ["a.jsonl"], "batch_size": 0}}, "evaluation.batch_size=0 must be at least 1"),
+        ({"evaluation": {"data": ["a.jsonl"], "further_num_prompts": [13]}}, "methods.pool: .* pool_size=12; give"),
         ({"methods": {"a": {"start_from": "b"}}}, r"'a' starts from 'b'; it can start from one of \[\]"),
         (
             {"methods": {"a": {}, "b": {"start_from": "a"}, "c": {"start_from": "b"}}},
@@ -252,6 +254,14 @@ def test_unequal_arguments_are_named(recipe: Path, tmp_path: Path) -> None:
 def test_recipes_that_cannot_be_are_refused(recipe: Path, tmp_path: Path, content: dict, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         read_comparison(changed(recipe, tmp_path, **content))
+
+
+def test_test_rows_that_are_missing_show_before_the_training(recipe: Path, tmp_path: Path) -> None:
+    evaluation = {**yaml.safe_load(recipe.read_text())["evaluation"], "tasks": ["sv"]}
+    cell = read_comparison(changed(recipe, tmp_path, evaluation=evaluation)).cell("pool", 0)
+    with pytest.raises(ValueError, match=r"the data has no rows of \['sv'\]"):
+        run_cell(cell, tmp_path)
+    assert not (tmp_path / cell.folder / "run.json").exists()
 
 
 def test_backbones_named_by_hub_id_are_read_from_a_folder(recipe: Path, finished: Path, tmp_path: Path) -> None:

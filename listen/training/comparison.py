@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,15 +31,16 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets
 from transformers import TrainerCallback
 
-from ..configuration_listen import BACKBONES
+from ..configuration_listen import BACKBONES, ListenPromptPoolConfig
 from ..data.features import FeatureStore
 from ..data.files import hold_folder, write_json
 from ..data.precompute import precompute_features
 from ..data.sources import DataSource, load_rows
 from ..evaluation import evaluate_model
 from ..evaluation.comparison import CELL_FILE, EVALUATION_FOLDER
-from .arguments import SECTIONS, parse_sources, task_names
-from .build import build_encoders
+from ..evaluation.evaluator import select_rows
+from .arguments import SECTIONS, ModelArguments, parse_sources, task_names
+from .build import adapter_settings, build_encoders
 from .cost import CostCallback, parameter_counts
 from .datasets import build_eval_dataset, build_train_dataset
 from .parsing import RunArguments, build_arguments, merge_sections, read_config
@@ -75,6 +77,20 @@ class EvaluationArguments:
     num_beams: int = 1
     num_resamples: int = 1000
     further_num_prompts: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Check the counts.
+
+        Raises:
+            ArgumentError: one is too small.
+        """
+        least = {"max_examples": 1, "batch_size": 1, "max_new_tokens": 1, "num_beams": 1, "num_resamples": 0}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise ArgumentError(f"evaluation.{name}={value} must be at least {bound}")
+        if any(k < 0 for k in self.further_num_prompts):
+            raise ArgumentError(f"evaluation.further_num_prompts={self.further_num_prompts} must be 0 or more")
 
     def sources(self) -> list[DataSource]:
         """What `data` names.
@@ -245,8 +261,20 @@ def _cells(
         mine["training"]["seed"] = seed
         if start_from is not None:
             mine["model"]["checkpoint"] = f"{_folder(start_from, seed)}/{MODEL_FOLDER}"
-        build_arguments(mine)  # an error of any method shows before the first run
+        model = build_arguments(mine).model  # an error of any method shows before the first run
+        _check_further(method, model, checked)
         yield Cell(method, seed, mine, checked, start_from)
+
+
+def _check_further(method: str, model: ModelArguments, evaluation: EvaluationArguments) -> None:
+    """Refuse more prompts than a new pool holds; the pool of a checkpoint is not known yet."""
+    pool = None if model.checkpoint else adapter_settings(model)["prompt_pool_config"]
+    size = ListenPromptPoolConfig(**pool).pool_size if pool is not None else math.inf
+    if any(k > size for k in evaluation.further_num_prompts):
+        raise ArgumentError(
+            f"methods.{method}: evaluation.further_num_prompts={evaluation.further_num_prompts} asks for more prompts "
+            f"than pool_size={size}; give the method an evaluation.further_num_prompts of its own"
+        )
 
 
 def unequal_arguments(comparison: Comparison) -> list[str]:
@@ -401,6 +429,8 @@ def _check_start_is_finished(cell: Cell, output: Path) -> None:
 def _run(cell: Cell, output: Path, models: str | Path | None, callbacks: Sequence[TrainerCallback]) -> None:
     folder = output / cell.folder
     run = _arguments(cell, models, output, output_dir=str(folder), resume=True)
+    settings = cell.evaluation  # rows that are missing show before the training
+    select_rows(_test_rows(cell), settings.tasks, settings.max_examples)
     cost = CostCallback(folder)
     result = train(run.model, run.data, run.training, raw=run.raw, callbacks=[cost, *callbacks])
     further = _evaluate(cell, run, result, folder)
