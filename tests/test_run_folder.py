@@ -225,6 +225,7 @@ def test_other_settings_of_a_resumed_run_are_named(
     assert "training.max_steps: 4 -> 6" in caplog.text and "training.learning_rate: 0.001 -> 0.003" in caplog.text
     about = json.loads((tmp_path / "run" / "run.json").read_text())
     assert about["resumed"][0]["changed"]["training.learning_rate"] == [0.001, 0.003] and about["finished"] == 6
+    assert "training.learning_rate stays as in the checkpoint" in caplog.text
 
 
 def test_other_data_of_a_resumed_run_is_named(settings: dict, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

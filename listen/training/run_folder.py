@@ -40,6 +40,8 @@ RUN_FILE = "run.json"
 _OPTIMIZER_FILES = ("*optimizer*", "global_step*")  # the Trainer's or FSDP's, and DeepSpeed's
 _PACKAGES = (DISTRIBUTION, "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "numpy")
 _NOT_COMPARED = {f"training.{name}" for name in ("output_dir", "resume", "resume_from_checkpoint", "disable_tqdm")}
+_OPTIMIZER_FIELDS = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+_OF_OPTIMIZER = {f"training.{name}" for name in (*_OPTIMIZER_FIELDS, "layerwise_lr_decay", "pool_lr_factor")}
 
 
 @dataclass
@@ -134,6 +136,11 @@ def _resumed_run(
     if changed and arguments.process_index == 0:
         listed = ", ".join(f"{name}: {old!r} -> {new!r}" for name, (old, new) in changed.items())
         logger.warning(f"{folder} is resumed with other settings than before: {listed}")
+        for name in _OF_OPTIMIZER & changed.keys() if checkpoint else ():
+            logger.warning(
+                f"{name} stays as in the checkpoint, which holds the optimiser; for another value, start a run with "
+                f"model.checkpoint={checkpoint}"
+            )
     return Run(folder, run_id, checkpoint, finished, changed)
 
 
