@@ -158,6 +158,13 @@ def test_undefined_scores_are_not_tested() -> None:
     assert found.better is None and math.isnan(found.p) and math.isnan(found.p_holm)
 
 
+def test_answers_may_hold_separators_of_lines(tmp_path: Path) -> None:
+    folder = write_evaluation(tmp_path / "a", {"er": [True, False]})
+    path = folder / "predictions.jsonl"
+    path.write_text(path.read_text().replace('"prediction": "', '"prediction": "\u2028'), encoding="utf-8")
+    assert load_items(folder)["er"].value() == 0.5
+
+
 def test_all_pairs_and_tasks_are_tested_and_counted(tmp_path: Path) -> None:
     cells = [
         cell(tmp_path, method, 0, er=draw(rate, 1), sv=draw(rate, 2))

@@ -150,9 +150,9 @@ def load_items(source: str | Path) -> dict[str, TaskItems]:
     if not predictions.is_file():
         raise FileNotFoundError(f"{predictions} is missing; a comparison needs the answers beside {path.name}")
     by_task: dict[str, list[dict[str, Any]]] = {}
-    for line in predictions.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        by_task.setdefault(record["task"], []).append(record)
+    with predictions.open(encoding="utf-8") as lines:  # str.splitlines would cut answers at U+2028
+        for record in map(json.loads, lines):
+            by_task.setdefault(record["task"], []).append(record)
     items = {task: _task_items(task, records) for task, records in by_task.items()}
     for task, found in items.items():
         _check_value(path, task, found, metrics.get(task, {}).get(found.name))
