@@ -36,6 +36,14 @@ def cpu_has_bf16() -> bool:
     return any(capabilities.get(name, False) for name in _BF16_INSTRUCTIONS)
 
 
+def warn_of_slow_weights() -> None:
+    """Say once, in training or in generation, that weights in bf16 are slow on this CPU."""
+    logger.warning_once(
+        "this CPU computes bf16 in software, and reads audio and prompts several times slower than in float32; load "
+        "the model in float32: dtype='float32', --dtype float32, or model.dtype=float32 in a recipe"
+    )
+
+
 class ListenGenerationMixin(GenerationMixin):
     """`generate` for a LiSTEN model: what differs from transformers because of audio, prompts and the LLM inside."""
 
@@ -58,10 +66,7 @@ class ListenGenerationMixin(GenerationMixin):
         if isinstance(kwargs.get("tokenizer"), ProcessorMixin):  # `transformers serve` gives it, stop strings need more
             kwargs["tokenizer"] = kwargs["tokenizer"].tokenizer
         if self.language_model.dtype == torch.bfloat16 and self.device.type == "cpu" and not cpu_has_bf16():
-            logger.warning_once(
-                "this CPU computes bf16 in software, and reads audio and prompts several times slower than in float32; "
-                "load the model in float32: dtype='float32', or --dtype float32"
-            )
+            warn_of_slow_weights()
         if instruction_ids is None:
             return super().generate(*args, **kwargs)
         kwargs.setdefault("max_new_tokens", self.generation_config.max_new_tokens or 256)  # as in the pipeline
@@ -333,4 +338,5 @@ __all__ = [
     "PlaceholderFreeCandidates",
     "cpu_has_bf16",
     "ordinary_ids",
+    "warn_of_slow_weights",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -219,3 +220,12 @@ def test_a_cell_of_a_comparison_starts_from_the_model_of_another(recipe: dict[st
     prefix = "adapters.default.prompt_pool."
     assert torch.equal(start[f"{prefix}values"], grown[f"{prefix}frozen_values"])
     assert len(grown[f"{prefix}values"]) == 3
+    content["methods"]["old"] = {"training": {"learning_rate": 0.5}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    changed = read_comparison(tmp_path / "recipe.yaml").cell("added", 1)
+    with pytest.raises(ArgumentError, match="added/seed-1 was started with .* start.training.learning_rate was .* 0.5"):
+        is_finished(changed, tmp_path)  # the model that it started from is not the recipe's
+    started = tmp_path / added.folder / "arguments.json"
+    earlier = {name: value for name, value in json.loads(started.read_text()).items() if name != "start"}
+    started.write_text(json.dumps(earlier))
+    assert is_finished(changed, tmp_path)  # earlier versions did not note it

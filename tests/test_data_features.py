@@ -16,6 +16,7 @@ import yaml
 from conftest import tiny_model
 from datasets import Dataset, Features
 from datasets.arrow_writer import ArrowWriter
+from filelock import Timeout
 from fixtures_backbones import model_section, save_backbones
 from fixtures_training import small_corpus, tiny_processor, write_clip, write_manifest
 
@@ -23,7 +24,7 @@ from listen.commands import precompute
 from listen.data import FeatureStore, FeatureStoreError, load_manifest, precompute_features
 from listen.data.audio import read_clips
 from listen.data.features import EncodedRecording, collate_features, recording_keys, store_info, write_shard
-from listen.data.files import rename_complete
+from listen.data.files import lease, rename_complete
 from listen.evaluation.generate import generate_predictions
 
 MODEL = tiny_model()
@@ -283,6 +284,18 @@ def test_a_shard_whose_partial_file_another_run_removed_is_encoded_again(
     store = compute(dataset, folder, shard_size=2)
     assert removed and len(store) == 4 and store.verify() == []
     assert contents(folder) == contents(compute(dataset, tmp_path / "straight", shard_size=2).folder)
+
+
+def test_a_run_started_soon_after_one_that_was_killed_does_not_wait_forever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The empty lock is not old yet; of all that find it later, one at a time goes on."""
+    monkeypatch.setattr("listen.data.files._LEASE_SECONDS", 0.5)
+    monkeypatch.setattr("listen.data.files._LOOK_SECONDS", 0.5, raising=False)
+    (tmp_path / "work.lock").touch()
+    with lease(tmp_path / "work.lock").acquire(timeout=20), pytest.raises(Timeout):
+        lease(tmp_path / "work.lock").acquire(timeout=0)
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_of_runs_killed_while_the_store_was_opened_are_removed(tmp_path: Path) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from listen.evaluation.comparison import Cell, compare, compare_losses, holm, load_items, seed_interval
+from listen.evaluation.comparison import Cell, TaskItems, compare, compare_losses, holm, load_items, seed_interval
 from listen.evaluation.comparison_plots import plot_scores
 from listen.evaluation.comparison_report import _loss_lines
+from listen.evaluation.metrics import Verification
 
 LABELS = ("happy", "sad")
 
@@ -131,6 +133,36 @@ def test_only_seeds_that_both_have_are_compared(tmp_path: Path) -> None:
     cells = [cell(tmp_path, "a", seed, er=draw(0.5, seed)) for seed in (0, 1)]
     (found,) = compare([*cells, cell(tmp_path, "b", 1, er=draw(0.5, 1))])
     assert found.num_seeds == 1 and found.p == 1.0
+
+
+def test_a_pair_with_one_common_seed_gets_the_spread_of_the_others(tmp_path: Path) -> None:
+    """As in the table of a comparison whose cells are not all finished."""
+    rates = np.random.default_rng(0).uniform(0.2, 0.8, size=(4, 3))
+    cells = [
+        cell(tmp_path, f"m{method}", seed, er=draw(rates[method, seed], 10 * method + seed))
+        for method in range(4)
+        for seed in range(3)
+    ]
+    late = [cell(tmp_path, name, 0, er=draw(rate, 100)) for name, rate in (("late", 0.4), ("later", 0.6))]
+    (alone,) = compare(late)
+    found = next(one for one in compare([*cells, *late]) if one.first == "late")
+    assert found.num_seeds == 1 and found.difference == alone.difference
+    assert alone.better == "later" and found.p > 0.1
+
+
+def test_undefined_scores_are_not_tested() -> None:
+    rows = np.array([[1.0, 1.0, math.nan], [0.0, 0.0, math.nan]] * 20)  # truth, answer, no score of yes against no
+    items = TaskItems("eer", Verification(), tuple((str(place), "", 0) for place in range(40)), rows)
+    known = replace(items, rows=np.nan_to_num(rows, nan=0.5))
+    (found,) = compare([Cell("a", 0, {"sv": items}), Cell("b", 0, {"sv": known})])
+    assert found.better is None and math.isnan(found.p) and math.isnan(found.p_holm)
+
+
+def test_answers_may_hold_separators_of_lines(tmp_path: Path) -> None:
+    folder = write_evaluation(tmp_path / "a", {"er": [True, False]})
+    path = folder / "predictions.jsonl"
+    path.write_text(path.read_text().replace('"prediction": "', '"prediction": "\u2028'), encoding="utf-8")
+    assert load_items(folder)["er"].value() == 0.5
 
 
 def test_all_pairs_and_tasks_are_tested_and_counted(tmp_path: Path) -> None:

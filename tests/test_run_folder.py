@@ -225,6 +225,19 @@ def test_other_settings_of_a_resumed_run_are_named(
     assert "training.max_steps: 4 -> 6" in caplog.text and "training.learning_rate: 0.001 -> 0.003" in caplog.text
     about = json.loads((tmp_path / "run" / "run.json").read_text())
     assert about["resumed"][0]["changed"]["training.learning_rate"] == [0.001, 0.003] and about["finished"] == 6
+    assert "training.learning_rate stays as in the checkpoint" in caplog.text
+
+
+def test_other_data_of_a_resumed_run_is_named(settings: dict, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = Path(settings["data"]["train"][0]).read_text().splitlines(keepends=True)
+    manifest = Path(settings["data"]["train"][0]).with_name("growing.jsonl")
+    settings = {**settings, "data": {"train": [str(manifest)]}}
+    for count in (4, 3):
+        manifest.write_text("".join(rows[:count]))
+        run(settings, resume=True, max_steps=8 - count)
+    assert f"{tmp_path / 'run'} is resumed with other data: rows were" in caplog.text
+    about = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert about["data"]["train"]["asr"] == 2 and about["resumed"][0]["data"]["train"]["asr"] == 1
 
 
 def test_a_damaged_description_is_named(settings: dict, tmp_path: Path) -> None:

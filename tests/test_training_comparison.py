@@ -9,8 +9,10 @@ import csv
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,11 +25,19 @@ from fixtures_training import small_corpus
 from safetensors.torch import load_file
 from transformers import TrainerCallback, set_seed
 
+from listen.commands.compare import write_table
 from listen.evaluation.comparison import load_cells
 from listen.evaluation.comparison_report import markdown_prompts, write_comparison
 from listen.training import ArgumentError, build_arguments, build_model, build_trainer
 from listen.training.build import build_config
-from listen.training.comparison import is_finished, prepare, read_comparison, run_cell, unequal_arguments
+from listen.training.comparison import (
+    is_finished,
+    prepare,
+    read_comparison,
+    run_cell,
+    unequal_arguments,
+    unequal_machines,
+)
 from listen.training.cost import peak_memory
 
 REPOSITORY = Path(__file__).parent.parent
@@ -166,6 +176,44 @@ def test_changed_arguments_are_refused_by_name(recipe: Path, finished: Path, tmp
         is_finished(read_comparison(path).cell("pool", 0), finished)
 
 
+def test_the_table_holds_finished_cells_of_the_recipe_alone(recipe: Path, finished: Path, tmp_path: Path) -> None:
+    """Not those of seeds that it no longer has, whose arguments may differ, nor one that is still evaluated."""
+    output = shutil.copytree(finished, tmp_path / "output")
+    shutil.rmtree(output / "connector-alone" / "seed-1")
+    (output / "pool" / "seed-0" / "cell.json").unlink()
+    write_table(read_comparison(changed(recipe, tmp_path, seeds=[1])), output)
+    text = (output / "comparison.md").read_text(encoding="utf-8")
+    assert "| pool | 1 |" in text and "connector alone | 1" not in text and "1 of 2 cells are finished" in text
+    assert "No cell of the reference 'connector alone' is finished; 'pool' stands in its place." in text
+    with pytest.raises(ArgumentError, match="holds no finished cell of this recipe"):
+        write_table(read_comparison(changed(recipe, tmp_path, seeds=[7])), output)
+
+
+def test_machines_that_differ_are_named(recipe: Path, finished: Path, tmp_path: Path) -> None:
+    output = shutil.copytree(finished, tmp_path / "output")
+    folders = [output / cell.folder for cell in read_comparison(recipe).cells]
+    assert unequal_machines(folders) == []
+    about = json.loads((folders[3] / "run.json").read_text())
+    (folders[3] / "run.json").write_text(
+        json.dumps({**about, "bf16": True, "resumed": [{**about, "devices": ["H100"]}]})
+    )
+    assert unequal_machines(folders) == [
+        "Not the same for all cells: bf16 is false, but [true, false] for pool/seed-1.",
+        'Not the same for all cells: devices is ["cpu"], but [["cpu"], ["H100"]] for pool/seed-1.',
+    ]
+
+
+def test_the_precision_of_this_machine_is_kept(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = changed(recipe, tmp_path, methods={"pool": METHODS["pool"]}, base={"training": {"bf16": "auto"}})
+    cell = read_comparison(path).cells[0]
+    for has_bf16, callbacks in ((True, [StopAfterFirstSave()]), (False, [])):
+        monkeypatch.setattr("listen.training.precision.cpu_has_bf16", lambda value=has_bf16: value)
+        with suppress(KeyboardInterrupt):
+            run_cell(cell, tmp_path, callbacks=callbacks)
+    about = json.loads((tmp_path / cell.folder / "run.json").read_text())
+    assert about["bf16"] is True and about["resumed"][0]["changed"] == {"training.bf16": [True, False]}
+
+
 def test_methods_extend_methods(recipe: Path, tmp_path: Path) -> None:
     methods = {**METHODS, "fixed k": {"extends": "pool", "model": {"prompt_pool": {"stochastic": False}}}}
     path = changed(recipe, tmp_path, methods=methods)
@@ -194,6 +242,8 @@ def test_unequal_arguments_are_named(recipe: Path, tmp_path: Path) -> None:
         ({"methods": {"pool": {"training": {"seed": 4}}}}, "methods.pool.training.seed is set by the comparison"),
         ({"methods": {"pool": {"training": {"max_step": 4}}}}, "unknown argument training.max_step"),
         ({"evaluation": {"data": []}}, "evaluation.data names no source"),
+        ({"evaluation": {"data": ["a.jsonl"], "batch_size": 0}}, "evaluation.batch_size=0 must be at least 1"),
+        ({"evaluation": {"data": ["a.jsonl"], "further_num_prompts": [13]}}, "methods.pool: .* pool_size=12; give"),
         ({"methods": {"a": {"start_from": "b"}}}, r"'a' starts from 'b'; it can start from one of \[\]"),
         (
             {"methods": {"a": {}, "b": {"start_from": "a"}, "c": {"start_from": "b"}}},
@@ -204,6 +254,14 @@ def test_unequal_arguments_are_named(recipe: Path, tmp_path: Path) -> None:
 def test_recipes_that_cannot_be_are_refused(recipe: Path, tmp_path: Path, content: dict, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         read_comparison(changed(recipe, tmp_path, **content))
+
+
+def test_test_rows_that_are_missing_show_before_the_training(recipe: Path, tmp_path: Path) -> None:
+    evaluation = {**yaml.safe_load(recipe.read_text())["evaluation"], "tasks": ["sv"]}
+    cell = read_comparison(changed(recipe, tmp_path, evaluation=evaluation)).cell("pool", 0)
+    with pytest.raises(ValueError, match=r"the data has no rows of \['sv'\]"):
+        run_cell(cell, tmp_path)
+    assert not (tmp_path / cell.folder / "run.json").exists()
 
 
 def test_backbones_named_by_hub_id_are_read_from_a_folder(recipe: Path, finished: Path, tmp_path: Path) -> None:

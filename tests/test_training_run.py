@@ -20,6 +20,7 @@ from fixtures_training import save_tiny_llm, small_corpus, write_manifest
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import ASTFeatureExtractor, TrainerState, Wav2Vec2FeatureExtractor
+from transformers.utils import logging
 
 from listen.commands import train as command
 from listen.data import FeatureStoreError, ListenCollator, precompute_features
@@ -107,9 +108,13 @@ def test_bf16_in_software_is_said(
     monkeypatch: pytest.MonkeyPatch, dtype: str, bf16: bool, fix: str, hardware: bool,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": hardware})
-    arguments = build_arguments(sections(backbones, manifest, tmp_path, {"dtype": dtype}, bf16=bf16))
-    build_trainer(*build_model(arguments.model), arguments.data, arguments.training)
-    assert ("computes bf16 in software" in caplog.text) is bool(fix and not hardware)
+    logging.warning_once.cache_clear()
+    settings = sections(backbones, manifest, tmp_path, {"dtype": dtype}, bf16=bf16, generation_eval_rows=1)
+    settings["data"]["eval"] = [str(manifest)]
+    arguments = build_arguments(settings)
+    trainer = build_trainer(*build_model(arguments.model), arguments.data, arguments.training)
+    trainer.generation_evaluator(trainer.model)  # says it no second time
+    assert caplog.text.count("computes bf16 in software") == bool(fix and not hardware)
     assert fix in caplog.text or hardware
 
 
@@ -372,6 +377,9 @@ def test_the_best_model_is_not_chosen_by_a_loss_that_holds_the_key_loss(
     settings = sections(backbones, manifest, tmp_path, **{**best, "save_steps": 1})
     chosen = build_arguments(settings).training
     assert chosen.metric_for_best_model == "lm_loss" and chosen.greater_is_better is False
+    for metric, greater in (("asr_wer", False), ("eval_sv_eer", False), ("er_accuracy", True), ("eval_lm_loss", False)):
+        settings["training"]["metric_for_best_model"] = metric
+        assert build_arguments(settings).training.greater_is_better is greater
     settings["training"]["metric_for_best_model"] = "eval_loss"
     with pytest.raises(ArgumentError, match="metric_for_best_model=eval_loss holds the key loss"):
         build_arguments(settings)

@@ -25,7 +25,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -43,6 +43,7 @@ from ..training.comparison import (
     read_comparison,
     run_cell,
     unequal_arguments,
+    unequal_machines,
 )
 from ..training.run_folder import describe_environment
 from ..training.values import ArgumentError
@@ -131,13 +132,25 @@ def run_comparison(arguments: argparse.Namespace) -> None:
 
 def write_table(comparison: Comparison, output: Path) -> None:
     """Write the results of the finished cells, in the order of the recipe."""
-    cells = load_cells(output)
+    planned = {(cell.method, cell.seed) for cell in comparison.cells}
     order = {method: place for place, method in enumerate(comparison.methods)}
-    known = [cell for cell in cells if cell.method.rpartition(", k = ")[0] in order or cell.method in order]
+    known = [cell for cell in load_cells(output) if (_method_of(cell.method, order), cell.seed) in planned]
+    if not known:
+        raise ArgumentError(f"{output} holds no finished cell of this recipe; run it, or give its --output")
     known.sort(key=lambda cell: (_place(cell.method, order), cell.seed))
-    write_comparison(known, output, comparison.reference, notes(comparison, known))
-    write_text(output / "prompts.md", markdown_prompts(output, comparison.methods))
+    folders = [output / cell.folder for cell in comparison.cells if is_finished(cell, output)]
+    about, reference = [*unequal_machines(folders), *notes(comparison, known)], comparison.reference
+    if reference not in {cell.method for cell in known}:
+        about.insert(0, f"No cell of the reference {reference!r} is finished; {known[0].method!r} stands in its place.")
+        reference = known[0].method
+    write_comparison(known, output, reference, about)
+    write_text(output / "prompts.md", markdown_prompts(output, comparison.methods, {seed for _, seed in planned}))
     print(f"table: {output / 'comparison.md'}")
+
+
+def _method_of(row: str, methods: Container[str]) -> str:
+    """The method of a row of the table, which may be that method at another k."""
+    return row if row in methods else row.rpartition(", k = ")[0]
 
 
 def _place(method: str, order: dict[str, int]) -> tuple[int, int]:

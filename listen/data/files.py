@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import sys
@@ -13,9 +14,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, SoftFileLease, Timeout
+from filelock import AcquireReturnProxy, FileLock, SoftFileLease, Timeout
 
 _LEASE_SECONDS = 60.0
+_LOOK_SECONDS = 5.0  # between two looks at a lease without an owner
 _RELEASE_SECONDS = 20.0  # data loader workers of a killed process keep its lock until they notice its end
 
 
@@ -94,11 +96,39 @@ def lease(path: str | os.PathLike[str]) -> SoftFileLease:
         path: the file; its folder is created.
     """
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with suppress(FileNotFoundError):  # an empty file has no owner: a run was killed between creating and writing it
+    return _Lease(path, lease_duration=_LEASE_SECONDS, poll_interval=0.2)
+
+
+class _Lease(SoftFileLease):
+    """Taken over, too, from a run that was killed between creating the file and writing its owner."""
+
+    def acquire(self, timeout: float | None = None, **options: Any) -> AcquireReturnProxy:
+        """As upstream."""
+        timeout = self.timeout if timeout is None else timeout
+        end = math.inf if timeout < 0 else time.monotonic() + timeout
+        while True:
+            _mark_abandoned(self.lock_file)
+            left = max(end - time.monotonic(), 0.0)
+            try:
+                return super().acquire(min(left, _LOOK_SECONDS), **options)
+            except Timeout:
+                if left <= _LOOK_SECONDS:
+                    raise
+
+
+def _mark_abandoned(path: str) -> None:
+    """Add an empty line to an old file without an owner: upstream waits for empty ones, but takes over damaged ones.
+
+    Of several runs, one takes it over; removing the file could remove the next owner's.
+    """
+    with suppress(FileNotFoundError):
         found = os.stat(path)
         if not found.st_size and time.time() - found.st_mtime > _LEASE_SECONDS:
-            os.unlink(path)
-    return SoftFileLease(path, lease_duration=_LEASE_SECONDS, poll_interval=0.2)
+            file = os.open(path, os.O_WRONLY | os.O_APPEND)  # an owner that is written meanwhile stays valid
+            try:
+                os.write(file, b"\n")
+            finally:
+                os.close(file)
 
 
 @contextmanager

@@ -8,12 +8,13 @@ data order and their start. Its standard error has two parts:
 - seeds: the spread of the difference between seeds, over the square root of their number. A few seeds give a poor
   estimate of it, so it is pooled over all methods of the table: the residual of a layout of methods by seeds, as in a
   randomised block design. Methods whose scores do not vary with the seed are left out, and where the spread of the two
-  methods themselves is larger, that one is used.
+  methods themselves is larger, that one is used. The degrees of freedom stay those of the pooled spread: methods are
+  taken to vary about alike, and a pair that varies five times as much as the others is told apart too easily.
 
 They are added in squares, and the quotient of difference and error is compared with a t distribution whose degrees of
-freedom follow Satterthwaite (1946). With one seed the second part is unknown: the test then speaks of these two models
-and not of the methods. All pairs of methods are tested on all tasks, and the p values are corrected for their number by
-Holm (1979).
+freedom follow Satterthwaite (1946). Where the table has no spread over seeds, the second part is unknown: the test then
+speaks of these two models and not of the methods. All pairs of methods are tested on all tasks, and the p values are
+corrected for their number by Holm (1979). A score that is undefined is not tested.
 """
 
 from __future__ import annotations
@@ -149,9 +150,9 @@ def load_items(source: str | Path) -> dict[str, TaskItems]:
     if not predictions.is_file():
         raise FileNotFoundError(f"{predictions} is missing; a comparison needs the answers beside {path.name}")
     by_task: dict[str, list[dict[str, Any]]] = {}
-    for line in predictions.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        by_task.setdefault(record["task"], []).append(record)
+    with predictions.open(encoding="utf-8") as lines:  # str.splitlines would cut answers at U+2028
+        for record in map(json.loads, lines):
+            by_task.setdefault(record["task"], []).append(record)
     items = {task: _task_items(task, records) for task, records in by_task.items()}
     for task, found in items.items():
         _check_value(path, task, found, metrics.get(task, {}).get(found.name))
@@ -336,7 +337,8 @@ def _pooled_spread(values: Mapping[tuple[str, int], float]) -> _Spread:
     """
     by_method: dict[str, dict[int, float]] = {}
     for (method, number), value in values.items():
-        by_method.setdefault(method, {})[number] = value
+        if not math.isnan(value):
+            by_method.setdefault(method, {})[number] = value
     varying = [scores for scores in by_method.values() if len(scores) > 1 and len(set(scores.values())) > 1]
     seeds = sorted(set.intersection(*(set(scores) for scores in varying))) if varying else []
     if len(varying) < 2 or len(seeds) < 2:
@@ -358,15 +360,16 @@ def _test(first: np.ndarray, second: np.ndarray, spread: _Spread, num_items: int
     """
     differences = first - second  # (seeds, 1 + resamples)
     num_seeds, point = len(differences), float(differences[:, 0].mean())
-    from_items = float(np.nanvar(differences[:, 1:].mean(axis=0), ddof=1))
-    from_seeds, seed_freedom = 0.0, num_seeds - 1
-    if num_seeds > 1:
-        from_seeds = max(float(differences[:, 0].var(ddof=1)), spread.variance) / num_seeds
-        seed_freedom = max(seed_freedom, spread.freedom)
+    resampled = differences[:, 1:].mean(axis=0)  # (resamples,)
+    resampled = resampled[~np.isnan(resampled)]
+    from_items = float(resampled.var(ddof=1)) if len(resampled) > 1 else math.nan
+    own = float(differences[:, 0].var(ddof=1)) if num_seeds > 1 else 0.0
+    from_seeds = max(own, spread.variance) / num_seeds
+    seed_freedom = max(num_seeds - 1, spread.freedom)
     variance = from_items + from_seeds
     freedom = seed_freedom * (variance / from_seeds) ** 2 if from_seeds > 0 else math.inf
     error = math.sqrt(variance)
-    if error > 0:
+    if error > 0 or math.isnan(point):
         p = float(2 * stats.t.sf(abs(point) / error, freedom))
     else:  # every example differs by the same amount: the sign test of the examples
         p = 1.0 if point == 0 else 2 * 0.5**num_items
@@ -375,7 +378,7 @@ def _test(first: np.ndarray, second: np.ndarray, spread: _Spread, num_items: int
         "values": (float(first[:, 0].mean()), float(second[:, 0].mean())),
         "difference": point,
         "interval": (point - half, point + half),
-        "p": min(1.0, p),
+        "p": float(np.minimum(1.0, p)),
         "num_items": num_items,
         "num_seeds": num_seeds,
     }

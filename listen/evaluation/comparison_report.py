@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,17 +136,19 @@ def markdown_comparison(
     return "\n".join([*lines, *(f"\n{note}" for note in notes)]) + "\n"
 
 
-def markdown_prompts(folder: str | Path, methods: Sequence[str]) -> str:
+def markdown_prompts(folder: str | Path, methods: Sequence[str], seeds: Container[int] | None = None) -> str:
     """Which tasks share prompts and queries, for every method with a pool, as means over its finished seeds.
 
     Args:
         folder: output folder of a comparison.
         methods: names of the methods, in order.
+        seeds: those to include; all by default.
     """
     found: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(Path(folder).glob(f"*/*/{EVALUATION_FOLDER}/pool/pool.json")):
-        cell = json.loads((path.parents[2] / CELL_FILE).read_text(encoding="utf-8"))
-        found.setdefault(cell["method"], []).append(json.loads(path.read_text(encoding="utf-8")))
+    for path in sorted(Path(folder).glob(f"*/*/{CELL_FILE}")):  # not of cells that are still evaluated
+        cell, pool = json.loads(path.read_text(encoding="utf-8")), path.parent / EVALUATION_FOLDER / "pool/pool.json"
+        if pool.is_file() and (seeds is None or cell["seed"] in seeds):
+            found.setdefault(cell["method"], []).append(json.loads(pool.read_text(encoding="utf-8")))
     lines = ["# Prompts and queries of the tasks"]
     for method in (name for name in methods if name in found):
         lines += ["", f"## {markdown(method)}"]

@@ -220,6 +220,8 @@ class ListenTrainingArguments(TrainingArguments):
                 "or a task's score such as asr_wer"
             )
         self.bf16 = choose_bf16(self.bf16, self.use_cpu)
+        if self.metric_for_best_model and self.greater_is_better is None:
+            self.greater_is_better = not _is_error(self.metric_for_best_model)  # upstream knows the loss alone
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there it only warns, at the start of each data loader
@@ -258,6 +260,13 @@ class ListenTrainingArguments(TrainingArguments):
     def sampling_seed(self) -> int:
         """Seed of subsets, mixing, order, wordings and k: `data_seed`, or `seed` if that is not set."""
         return self.seed if self.data_seed is None else self.data_seed
+
+
+def _is_error(metric: str) -> bool:
+    """Whether a metric of evaluation is better where it is lower, such as `lm_loss` or `eval_asr_wer`."""
+    from ..evaluation.scoring import LOWER_IS_BETTER  # imports metrics, which most runs do not need
+
+    return metric.endswith(("loss", *(f"_{name}" for name in LOWER_IS_BETTER)))
 
 
 def task_names(where: str, names: Sequence[str]) -> list[str]:

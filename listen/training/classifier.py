@@ -28,7 +28,7 @@ from .classifier_arguments import (
 from .datasets import load
 from .resumable import ResumableTrainer
 from .run import train_and_save
-from .run_folder import Run, open_run
+from .run_folder import Run, chosen_settings, open_run
 from .sharded import undivided
 from .values import ArgumentError
 
@@ -82,7 +82,8 @@ def train_classifier(
     """
     if training_arguments.num_threads is not None:
         torch.set_num_threads(training_arguments.num_threads)
-    with open_run(training_arguments, raw) as run:
+    settings = chosen_settings(raw or {}, training_arguments)
+    with open_run(training_arguments, settings) as run:
         set_seed(training_arguments.seed)  # before the new head is initialised
         train_rows, eval_rows = build_rows(data_arguments, training_arguments.seed)
         labels = [row_label(row, data_arguments.label_field) for row in train_rows]
@@ -91,7 +92,7 @@ def train_classifier(
         trainer = _build_trainer(model, extractor, train_rows, eval_rows, data_arguments, training_arguments)
         if trainer.is_world_process_zero():
             data = {"train": dict(Counter(labels)), "eval": len(eval_rows or ())}
-            run.write(raw or {}, training_arguments.seed, data)
+            run.write(settings, training_arguments.seed, data)
         return _run(trainer, extractor, run)
 
 

@@ -19,10 +19,11 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,20 +31,22 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets
 from transformers import TrainerCallback
 
-from ..configuration_listen import BACKBONES
+from ..configuration_listen import BACKBONES, ListenPromptPoolConfig
 from ..data.features import FeatureStore
 from ..data.files import hold_folder, write_json
 from ..data.precompute import precompute_features
 from ..data.sources import DataSource, load_rows
 from ..evaluation import evaluate_model
 from ..evaluation.comparison import CELL_FILE, EVALUATION_FOLDER
-from .arguments import SECTIONS, parse_sources, task_names
-from .build import build_encoders
+from ..evaluation.evaluator import select_rows
+from .arguments import SECTIONS, ModelArguments, parse_sources, task_names
+from .build import adapter_settings, build_encoders
 from .cost import CostCallback, parameter_counts
 from .datasets import build_eval_dataset, build_train_dataset
 from .parsing import RunArguments, build_arguments, merge_sections, read_config
 from .push import MODEL_FOLDER
 from .run import TrainResult, train
+from .run_folder import RUN_FILE
 from .values import ArgumentError, check_values, closest_name, field_names, refuse_unknown
 
 ARGUMENTS_FILE = "arguments.json"
@@ -75,6 +78,20 @@ class EvaluationArguments:
     num_resamples: int = 1000
     further_num_prompts: list[int] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        """Check the counts.
+
+        Raises:
+            ArgumentError: one is too small.
+        """
+        least = {"max_examples": 1, "batch_size": 1, "max_new_tokens": 1, "num_beams": 1, "num_resamples": 0}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise ArgumentError(f"evaluation.{name}={value} must be at least {bound}")
+        if any(k < 0 for k in self.further_num_prompts):
+            raise ArgumentError(f"evaluation.further_num_prompts={self.further_num_prompts} must be 0 or more")
+
     def sources(self) -> list[DataSource]:
         """What `data` names.
 
@@ -95,6 +112,7 @@ class Cell:
         evaluation: how it is evaluated.
         start_from: method whose trained model of the same seed it starts from; its folder in the comparison's is
             `model.checkpoint`.
+        start: the run of that method with the same seed.
     """
 
     method: str
@@ -102,6 +120,7 @@ class Cell:
     sections: dict[str, dict[str, Any]]
     evaluation: EvaluationArguments
     start_from: str | None = None
+    start: Cell | None = None
 
     @property
     def folder(self) -> str:
@@ -112,6 +131,9 @@ class Cell:
         """All arguments that its result depends on, as plain data."""
         training = {k: v for k, v in self.sections["training"].items() if k not in _OWN_TO_CELLS}
         sections = {**self.sections, "training": training, "evaluation": asdict(self.evaluation)}
+        if self.start is not None:
+            start = self.start.identity()
+            sections["start"] = {name: start[name] for name in SECTIONS}
         return json.loads(json.dumps({"method": self.method, "seed": self.seed, **sections}, default=str))
 
 
@@ -176,6 +198,8 @@ def read_comparison(path: str | os.PathLike[str]) -> Comparison:
     if len(folders) < len(cells):
         raise ArgumentError(f"{path}: two methods need the same folder, or a seed occurs twice; change their names")
     _check_starts(cells)
+    runs = {(cell.method, cell.seed): cell for cell in cells}
+    cells = [replace(cell, start=runs.get((cell.start_from, cell.seed))) for cell in cells]
     reference = content.get("reference") or next(iter(methods))
     if reference not in methods:
         raise ArgumentError(f"{path}: reference={reference!r} is no method{closest_name(reference, list(methods))}")
@@ -237,8 +261,20 @@ def _cells(
         mine["training"]["seed"] = seed
         if start_from is not None:
             mine["model"]["checkpoint"] = f"{_folder(start_from, seed)}/{MODEL_FOLDER}"
-        build_arguments(mine)  # an error of any method shows before the first run
+        model = build_arguments(mine).model  # an error of any method shows before the first run
+        _check_further(method, model, checked)
         yield Cell(method, seed, mine, checked, start_from)
+
+
+def _check_further(method: str, model: ModelArguments, evaluation: EvaluationArguments) -> None:
+    """Refuse more prompts than a new pool holds; the pool of a checkpoint is not known yet."""
+    pool = None if model.checkpoint else adapter_settings(model)["prompt_pool_config"]
+    size = ListenPromptPoolConfig(**pool).pool_size if pool is not None else math.inf
+    if any(k > size for k in evaluation.further_num_prompts):
+        raise ArgumentError(
+            f"methods.{method}: evaluation.further_num_prompts={evaluation.further_num_prompts} asks for more prompts "
+            f"than pool_size={size}; give the method an evaluation.further_num_prompts of its own"
+        )
 
 
 def unequal_arguments(comparison: Comparison) -> list[str]:
@@ -259,6 +295,37 @@ def unequal_arguments(comparison: Comparison) -> list[str]:
     return sentences
 
 
+def unequal_machines(folders: Sequence[Path]) -> list[str]:
+    """A sentence for each of precision, device, system and version that is not the same for all cells.
+
+    Args:
+        folders: of finished cells.
+    """
+    groups: dict[str, dict[str, list[str]]] = {}
+    for folder in folders:
+        for name, value in _machine_of(folder).items():
+            groups.setdefault(name, {}).setdefault(json.dumps(value), []).append("/".join(folder.parts[-2:]))
+    sentences = []
+    for name, places in groups.items():
+        usual = max(places, key=lambda value: len(places[value]))
+        others = [f"{value} for {', '.join(found)}" for value, found in places.items() if value != usual]
+        if others:
+            sentences.append(f"Not the same for all cells: {name} is {usual}, but {'; '.join(others)}.")
+    return sentences
+
+
+def _machine_of(folder: Path) -> dict[str, Any]:
+    """What a cell was trained with, all values in order if it went on elsewhere; nothing where that is not known."""
+    if not (folder / RUN_FILE).is_file():
+        return {}
+    run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    machine = {}
+    for name in ("bf16", "devices", "platform", "torch", "transformers"):
+        values = [part.get(name, part["versions"].get(name)) for part in (run, *run.get("resumed", []))]
+        machine[name] = values[0] if values.count(values[0]) == len(values) else values
+    return machine
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one mapping with dotted names."""
     found: dict[str, Any] = {}
@@ -276,7 +343,10 @@ def is_finished(cell: Cell, output: str | Path) -> bool:
     folder = Path(output) / cell.folder
     started = folder / ARGUMENTS_FILE
     if started.is_file():
-        old, new = flatten(json.loads(started.read_text(encoding="utf-8"))), flatten(cell.identity())
+        before, now = json.loads(started.read_text(encoding="utf-8")), cell.identity()
+        if "start" not in before:  # of earlier versions
+            now.pop("start", None)
+        old, new = flatten(before), flatten(now)
         changed = [
             f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
             for name in sorted({*old, *new})
@@ -349,7 +419,7 @@ def run_cell(
 
 
 def _check_start_is_finished(cell: Cell, output: Path) -> None:
-    if cell.start_from is not None and not (output / _folder(cell.start_from, cell.seed) / CELL_FILE).is_file():
+    if cell.start is not None and not is_finished(cell.start, output):
         raise ArgumentError(
             f"{cell.method!r} starts from {cell.start_from!r}, whose run with seed {cell.seed} is not finished in "
             f"{output}; run that cell first"
@@ -359,6 +429,8 @@ def _check_start_is_finished(cell: Cell, output: Path) -> None:
 def _run(cell: Cell, output: Path, models: str | Path | None, callbacks: Sequence[TrainerCallback]) -> None:
     folder = output / cell.folder
     run = _arguments(cell, models, output, output_dir=str(folder), resume=True)
+    settings = cell.evaluation  # rows that are missing show before the training
+    select_rows(_test_rows(cell), settings.tasks, settings.max_examples)
     cost = CostCallback(folder)
     result = train(run.model, run.data, run.training, raw=run.raw, callbacks=[cost, *callbacks])
     further = _evaluate(cell, run, result, folder)

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available, logging
 
-from ..generation_listen import cpu_has_bf16
+from ..generation_listen import cpu_has_bf16, warn_of_slow_weights
 from .values import ArgumentError
 
 logger = logging.get_logger(__name__)
@@ -32,12 +32,9 @@ def warn_of_slow_bf16(model: nn.Module, arguments: TrainingArguments) -> None:
     if arguments.device.type != "cpu" or cpu_has_bf16():
         return
     if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
-        setting = "model.dtype=float32"
+        warn_of_slow_weights()  # evaluation by generation would say it again
     elif arguments.bf16:
-        setting = "training.bf16=false"
-    else:
-        return
-    logger.warning(f"this CPU computes bf16 in software, many times slower than float32; set {setting}")
+        logger.warning("this CPU computes bf16 in software, many times slower than float32; set training.bf16=false")
 
 
 __all__ = ["choose_bf16", "warn_of_slow_bf16"]

@@ -31,13 +31,15 @@ from .distillation import DistillationTrainer
 from .progress import task_scores
 from .push import MODEL_FOLDER
 from .resumable import ResumableTrainer, read_run_state
-from .run_folder import Run, open_run
+from .run_folder import Run, chosen_settings, open_run
 from .trainer import GenerationEvaluator, ListenTrainer
 from .values import ArgumentError
 
 logger = logging.get_logger(__name__)
 
 _SCORES_FILE = "metrics.json"  # from which the model card takes its scores
+# settings that may differ once a run is finished: another machine may still evaluate it, with another `bf16: auto`
+_FREE_AT_END = ("training.max_steps", "training.num_train_epochs", "training.bf16")
 
 
 @dataclass
@@ -94,6 +96,7 @@ def train(
     if training_arguments.num_threads is not None:
         torch.set_num_threads(training_arguments.num_threads)
     arguments = raw or _as_sections(model_arguments, data_arguments, training_arguments)
+    arguments = chosen_settings(arguments, training_arguments)
     with open_run(training_arguments, arguments) as run:
         set_seed(training_arguments.seed)  # before the new adapter is initialised
         model, processor = build_model(model_arguments)
@@ -280,7 +283,7 @@ def _is_finished(trainer: ResumableTrainer, run: Run) -> bool:
                 f"{planned}; choose another training.output_dir, and continue training with model.checkpoint"
             )
         return False
-    changed = [name for name in run.changed if name not in ("training.max_steps", "training.num_train_epochs")]
+    changed = [name for name in run.changed if name not in _FREE_AT_END]
     if changed:
         raise ArgumentError(
             f"the run in {run.folder} is finished, with other settings: {', '.join(changed)} differ; choose another "

@@ -40,6 +40,8 @@ RUN_FILE = "run.json"
 _OPTIMIZER_FILES = ("*optimizer*", "global_step*")  # the Trainer's or FSDP's, and DeepSpeed's
 _PACKAGES = (DISTRIBUTION, "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "numpy")
 _NOT_COMPARED = {f"training.{name}" for name in ("output_dir", "resume", "resume_from_checkpoint", "disable_tqdm")}
+_OPTIMIZER_FIELDS = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+_OF_OPTIMIZER = {f"training.{name}" for name in (*_OPTIMIZER_FIELDS, "layerwise_lr_decay", "pool_lr_factor")}
 
 
 @dataclass
@@ -68,12 +70,15 @@ class Run:
             seed: the run's seed.
             data: what is known about the data, such as rows of each task.
         """
-        known, environment = _read_run(self.folder), describe_environment()
+        known, data = _read_run(self.folder), dict(data or {})
+        environment = {**describe_environment(), "bf16": (arguments.get("training") or {}).get("bf16", False)}
         if known.get("id") == self.id:
-            resumed = {**environment, "checkpoint": self.checkpoint, "changed": self.changed}
+            if known.get("data", data) != data:  # a resumed run counts on the batches of before
+                logger.warning(f"{self.folder} is resumed with other data: rows were {known['data']} and are {data}")
+            resumed = {**environment, "data": data, "checkpoint": self.checkpoint, "changed": self.changed}
             run = {**known, "resumed": [*known.get("resumed", []), resumed]}
         else:
-            run = {"id": self.id, **environment, "seed": seed, "data": dict(data or {})}
+            run = {"id": self.id, **environment, "seed": seed, "data": data}
         write_text(self.folder / CONFIG_FILE, yaml.safe_dump(_plain(arguments), sort_keys=False, allow_unicode=True))
         write_json(self.folder / RUN_FILE, _plain(run))
 
@@ -109,6 +114,14 @@ def open_run(arguments: TrainingArguments, settings: Mapping[str, Any] | None = 
         yield run
 
 
+def chosen_settings(given: Mapping[str, Any], arguments: TrainingArguments) -> dict[str, Any]:
+    """The settings with `training.bf16: auto` as what it is on this machine: a run may be resumed on another one."""
+    training = given.get("training") or {}
+    if training.get("bf16") != "auto":
+        return dict(given)
+    return {**given, "training": {**training, "bf16": arguments.bf16}}
+
+
 def _new_id() -> str:
     return uuid.uuid4().hex[:12]
 
@@ -123,6 +136,11 @@ def _resumed_run(
     if changed and arguments.process_index == 0:
         listed = ", ".join(f"{name}: {old!r} -> {new!r}" for name, (old, new) in changed.items())
         logger.warning(f"{folder} is resumed with other settings than before: {listed}")
+        for name in _OF_OPTIMIZER & changed.keys() if checkpoint else ():
+            logger.warning(
+                f"{name} stays as in the checkpoint, which holds the optimiser; for another value, start a run with "
+                f"model.checkpoint={checkpoint}"
+            )
     return Run(folder, run_id, checkpoint, finished, changed)
 
 
