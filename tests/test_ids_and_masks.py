@@ -1,4 +1,4 @@
-"""Ids that the LLM has no embedding for, labels on placeholders, what selects the prompts, and masks of a wrong shape."""
+"""Ids that the LLM has no embedding for, labels on placeholders, what selects the prompts, masks of a wrong shape."""
 
 from __future__ import annotations
 
