@@ -138,6 +138,13 @@ def test_data_sets_with_other_columns_classes_and_embedded_audio(tmp_path: Path)
     assert (samples == soundfile.read(clips[1])[0]).all()
 
 
+def test_embedded_audio_of_a_format_that_soundfile_lacks_is_kept_for_other_decoders(tmp_path: Path) -> None:
+    clip = {"path": "a.m4a", "bytes": b"\0\0\0\x18ftypM4A "}
+    generate_targets([Utterance("a", [clip], "hello")], tmp_path, kinds=["repeat"], progress=False)
+    (row,) = load_manifest(tmp_path / "repeat.jsonl")
+    assert row["audio"][0]["path"].endswith(".m4a") and Path(row["audio"][0]["path"]).read_bytes() == clip["bytes"]
+
+
 def test_sources_that_say_nothing_are_refused(tmp_path: Path) -> None:
     write_clip(tmp_path / "a.wav", 0.2)
     silent = write_manifest(tmp_path / "silent.jsonl", [{"audio": "a.wav", "caption": "rain"}])

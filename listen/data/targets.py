@@ -454,8 +454,11 @@ def _place(clip: Mapping[str, Any], folder: Path) -> str:
     """Path of a clip relative to the folder; clips without a path are written into it."""
     if clip["bytes"] is None:
         return clip["path"] if "://" in clip["path"] else os.path.relpath(clip["path"], folder.resolve())
-    ending = soundfile.info(BytesIO(clip["bytes"])).format.lower()
-    path = Path("audio") / f"{hashlib.sha256(clip['bytes']).hexdigest()[:24]}.{ending}"
+    try:
+        suffix = f".{soundfile.info(BytesIO(clip['bytes'])).format.lower()}"
+    except soundfile.LibsndfileError:  # m4a, say: other libraries decode it, by its content
+        suffix = Path(clip["path"] or "").suffix.lower()
+    path = Path("audio") / f"{hashlib.sha256(clip['bytes']).hexdigest()[:24]}{suffix}"
     if not (folder / path).is_file():
         (folder / "audio").mkdir(exist_ok=True)
         write_bytes(folder / path, clip["bytes"])
