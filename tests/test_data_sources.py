@@ -190,6 +190,13 @@ def test_columns_get_our_names_and_several_make_a_list(folder: Path) -> None:
         load_rows(DataSource(str(table), columns=columns))
 
 
+def test_a_pair_without_its_second_clip_is_refused(folder: Path) -> None:
+    pairs = [{"left": "clips/0.wav", "right": right, "response": "yes"} for right in ("clips/1.wav", "")]
+    columns = {"audio": ["left", "right"]}
+    with pytest.raises(ManifestError, match=r"pairs.csv:3: column 'right' of 'audio' is empty; name a file"):
+        load_rows(DataSource(str(write_table(folder / "pairs.csv", pairs)), task="sv", columns=columns))
+
+
 def test_folders_of_classes_name_the_answer(tmp_path: Path) -> None:
     for place in ("train/dog/0.wav", "train/dog/1.wav", "train/cat/0.wav", "test/cat/2.wav"):
         write_clip(tmp_path / place, 0.1)

@@ -308,7 +308,7 @@ def renamed(where: str, record: Any, columns: Columns, task: str | None) -> Any:
         task: task of the record where it names none.
 
     Raises:
-        ManifestError: a required column is missing.
+        ManifestError: a required column is missing, or one of several clips.
     """
     if not isinstance(record, Mapping):
         return record
@@ -321,6 +321,9 @@ def renamed(where: str, record: Any, columns: Columns, task: str | None) -> Any:
     found = {name: value for name, value in filled.items() if name not in taken and name not in _KNOWN}
     for name, asked in mapping.items():
         values = [filled[column] for column in asked if column in filled]
+        if name == "audio" and 0 < len(values) < len(asked):
+            empty = next(column for column in asked if column not in filled)
+            raise ManifestError(f"{where}: column {empty!r} of 'audio' is empty; name a file, or leave the row out")
         if values:
             found[name] = values if len(asked) > 1 else values[0]
     return {**found, "task": found.get("task") or task}
