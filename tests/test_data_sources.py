@@ -223,6 +223,12 @@ def test_no_recording_of_a_folder_is_left_out_in_silence(tmp_path: Path, caplog:
         (tmp_path / place).unlink()
 
 
+def test_a_folder_of_clips_beside_a_table_is_no_class(folder: Path) -> None:
+    write_table(folder / "train.csv", ROWS)
+    with pytest.raises(ManifestError, match="the answer to each would be 'clips', and train.csv is not read; name"):
+        load_rows(DataSource(str(folder), task="asr"))
+
+
 def test_two_tables_of_one_folder_are_refused(folder: Path) -> None:
     source_of("audiofolder", folder, ROWS)
     (folder / "metadata.jsonl").write_text("{}")

@@ -276,7 +276,11 @@ def _read_audio_folder(path: Path, split: str) -> Iterator[tuple[str, dict[str, 
         records = read_json_lines(tables[0]) if tables[0].suffix == ".jsonl" else _read_csv(tables[0])
         for where, record in records:
             yield where, _below(record, root)
-        return
+    else:
+        yield from _read_class_folders(root)
+
+
+def _read_class_folders(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     files = audio_files(root, "*/*")
     if not files:
         raise ManifestError(
@@ -288,6 +292,12 @@ def _read_audio_folder(path: Path, split: str) -> Iterator[tuple[str, dict[str, 
         raise ManifestError(
             f"{outside[0]}: {len(outside)} recordings lie beside or below the folders of the classes; move each into "
             "the folder of its class, or write a metadata.csv"
+        )
+    tables = [file for file in sorted(root.glob("*")) if file.suffix.lower() in _SUFFIXES]
+    if tables and len({file.parent for file in files}) == 1:
+        raise ManifestError(
+            f"{root}: all recordings lie in one folder, so the answer to each would be {files[0].parent.name!r}, and "
+            f"{tables[0].name} is not read; name that file as the path of the source"
         )
     others = [file for file in root.glob("*/*") if file.is_file() and file not in files and file.name[0] != "."]
     if others:
