@@ -315,6 +315,25 @@ def test_files_of_several_folders_do_not_read_the_audio_of_one(tmp_path: Path) -
     assert len(load_rows(DataSource("json", format="datasets", data_files=files[:1]))) == 1
 
 
+@pytest.mark.parametrize(
+    ("path", "files", "streaming"),
+    [
+        ("json", "{}/m*.jsonl", False),
+        ("json", ["{}/m.json[l]"], True),
+        ("json", "{}/clips/../*.jsonl", False),
+        ("{}", "m.jsonl", False),
+        ("{}", ["m*.jsonl"], True),
+    ],
+)
+def test_patterns_and_files_of_a_folder_read_the_audio_beside_them(
+    folder: Path, path: str, files: str | list[str], streaming: bool
+) -> None:
+    source_of("manifest", folder, ROWS)
+    named = [file.format(folder) for file in files] if isinstance(files, list) else files.format(folder)
+    source = DataSource(path.format(folder), format="datasets", data_files=named, streaming=streaming)
+    assert [row["audio"][0]["path"] for row in load_rows(source)] == [str(folder / row["audio"]) for row in ROWS]
+
+
 def test_a_missing_split_and_an_empty_file_are_named(tmp_path: Path) -> None:
     DatasetDict(train=Dataset.from_dict({"a": [1]})).save_to_disk(tmp_path / "saved")
     with pytest.raises(ManifestError, match=r"saved: there is no split 'test'; it has train"):

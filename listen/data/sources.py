@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from glob import has_magic
 from pathlib import Path
 from typing import Any
 
@@ -240,14 +241,18 @@ def folder_of(source: DataSource) -> Path:
     """The folder that relative audio paths start from: that of the file, or the one that holds all files."""
     if not isinstance(source.path, str):
         return Path.cwd()
-    files = source.data_files
-    if isinstance(files, list) and len({Path(file).parent for file in files}) > 1:  # not the folder of one for all
-        return Path(os.path.commonpath([Path(file).absolute().parent for file in files])).resolve()
-    first = files[0] if isinstance(files, list) and files else files
-    path = Path(first or source.path)
-    if source.format == "datasets" and not path.exists():
-        return Path.cwd()  # a Hub id
-    return (path if path.is_dir() else path.parent).resolve()
+    files = source.data_files or ""
+    files = files if isinstance(files, list) else [files]
+    # `datasets` looks for the files of a folder below it; elsewhere the path names a builder, or is a Hub id
+    folders = [_folder(Path(source.path, file)) or _folder(Path(file)) or Path.cwd() for file in files]
+    return Path(os.path.commonpath(folders)).resolve()
+
+
+def _folder(path: Path) -> Path | None:
+    """The folder of a file or of all files that fit a pattern, or the folder itself; `None` where there is nothing."""
+    while not path.exists() and has_magic(str(path)):
+        path = path.parent
+    return (path if path.is_dir() else path.parent).absolute() if path.exists() else None
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
