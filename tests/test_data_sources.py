@@ -256,6 +256,23 @@ def test_a_saved_data_set_is_read(folder: Path) -> None:
     assert load_rows(DataSource(**source_of("disk", folder, rows)))["id"][:] == ["a", "b"]
 
 
+@pytest.mark.parametrize("form", ["saved", "object"])
+def test_a_data_set_without_splits_is_not_taken_for_one_of_them(folder: Path, form: str) -> None:
+    rows = Dataset.from_list([{**row, "audio": str(folder / row["audio"])} for row in ROWS])
+    rows.save_to_disk(folder / "whole")
+    path = str(folder / "whole") if form == "saved" else rows
+    assert len(load_rows(DataSource(path))) == 2
+    for fields, message in (
+        ({"split": "test"}, "there is no split 'test'; the data set has no splits"),
+        ({"split": "train[:1]"}, "there is no split 'train"),
+        ({"name": "clean"}, "name='clean' has no meaning for a saved or open data set; leave it out"),
+        ({"data_files": "m.jsonl"}, "data_files='m.jsonl' has no meaning"),
+    ):
+        with pytest.raises(ManifestError, match=message.replace("[", r"\[")):
+            load_rows(DataSource(path, **fields))
+    assert load_rows(DataSource(DatasetDict(test=rows.select([1])), split="test"))["id"][:] == ["b"]
+
+
 def test_the_rows_of_a_data_set_are_written_to_the_cache_once(tmp_path: Path) -> None:
     """And anew for other columns or another task, as these make other rows."""
     rows = [{"audio": f"{name}.wav", "text": name, "other": name.upper()} for name in "ab"]

@@ -184,11 +184,7 @@ def open_dataset(
         ManifestError: an unknown split, or a file that cannot be read, by name; of a stream, while it is read.
     """
     if is_saved_dataset(Path(path)):
-        saved = load_from_disk(path)
-        if not isinstance(saved, Dataset):
-            if split not in saved:
-                raise ManifestError(f"{path}: there is no split {split!r}; it has {', '.join(saved)}")
-            saved = saved[split]
+        saved = one_split(load_from_disk(path), path, split, name=name, revision=revision, data_files=data_files)
         return saved.to_iterable_dataset() if streaming else saved
     try:
         opened = load_dataset(path, name, split=split, revision=revision, data_files=data_files, streaming=streaming)
@@ -200,6 +196,24 @@ def open_dataset(
         files = getattr(opened, "_ex_iterable", None)  # a part of `datasets` without a public name
         if hasattr(files, "generate_tables_fn"):  # of all builders that read files of rows
             files.generate_tables_fn = partial(_tables, files.generate_tables_fn)
+    return opened
+
+
+def one_split(opened: Any, origin: str, split: str, **unread: Any) -> Any:
+    """A split of a data set, or of a mapping with one for each split, that is open already and ignores `unread`.
+
+    Raises:
+        ManifestError: it has no such split, or a value of `unread` is given.
+    """
+    for name, value in unread.items():
+        if value:
+            raise ManifestError(f"{origin}: {name}={value!r} has no meaning for a saved or open data set; leave it out")
+    if isinstance(opened, Mapping):
+        if split not in opened:
+            raise ManifestError(f"{origin}: there is no split {split!r}; it has {', '.join(opened)}")
+        return opened[split]
+    if split not in ("train", str(opened.split)):
+        raise ManifestError(f"{origin}: there is no split {split!r}; the data set has no splits, leave it out")
     return opened
 
 

@@ -25,6 +25,7 @@ from .manifest import (
     ManifestError,
     from_datasets,
     is_saved_dataset,
+    one_split,
     open_dataset,
     read_json_lines,
     read_salmonn,
@@ -226,14 +227,16 @@ def _load_dataset(source: DataSource, check_files: bool) -> Dataset | IterableDa
 
 def _open(source: DataSource) -> tuple[Dataset | IterableDataset, str]:
     """The data set and its name for errors."""
+    names = ("name", "split", "revision", "data_files")
+    options = {name: getattr(source, name) for name in names}
     if not isinstance(source.path, str):
-        stream = source.streaming and isinstance(source.path, Dataset)
-        return source.path.to_iterable_dataset() if stream else source.path, "dataset"
+        opened = one_split(source.path, source.label, **options)
+        stream = source.streaming and isinstance(opened, Dataset)
+        return opened.to_iterable_dataset() if stream else opened, "dataset"
     if source.format == "parquet":
         opened = open_dataset("parquet", data_files=source.path, streaming=source.streaming)
         return opened, source.path
-    names = ("name", "split", "revision", "data_files", "streaming")
-    opened = open_dataset(source.path, **{name: getattr(source, name) for name in names})
+    opened = open_dataset(source.path, streaming=source.streaming, **options)
     return opened, f"{source.path}:{source.split}"
 
 
