@@ -358,6 +358,9 @@ def test_a_missing_split_and_an_empty_file_are_named(tmp_path: Path) -> None:
     (tmp_path / "m.json").write_text("")
     with pytest.raises(ManifestError, match=r"m\.json.*: no rows"):
         open_dataset("json", data_files=str(tmp_path / "m.json"))
+    Dataset.from_dict({"audio": []}).to_parquet(tmp_path / "m.parquet")
+    with pytest.raises(ManifestError, match=r"m\.parquet: no rows$"):
+        open_dataset("parquet", data_files=str(tmp_path / "m.parquet"))
 
 
 def test_a_source_says_what_it_cannot_read(tmp_path: Path) -> None:

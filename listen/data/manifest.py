@@ -191,7 +191,8 @@ def open_dataset(
     # they do not say what was wrong, or not in which file; an empty JSON file ends the search for its columns
     except (DatasetGenerationError, ValueError, StopIteration) as error:
         place = _file_of(error) or data_files or path
-        raise ManifestError(f"{place}: {error.__cause__ or str(error) or 'no rows'}") from error
+        reason = "no rows" if "corresponds to no data" in str(error) else error.__cause__ or str(error) or "no rows"
+        raise ManifestError(f"{place}: {reason}") from error
     if isinstance(opened, IterableDataset):
         files = getattr(opened, "_ex_iterable", None)  # a part of `datasets` without a public name
         if hasattr(files, "generate_tables_fn"):  # of all builders that read files of rows
