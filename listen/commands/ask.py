@@ -66,6 +66,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_intermixed_args()
     if arguments.batch_size < 1:
         parser.error(f"--batch-size {arguments.batch_size} must be at least 1")
+    if arguments.batch_size > 1 and not arguments.jsonl:
+        parser.error("--batch-size needs --jsonl, which asks about each file on its own")
     if arguments.seconds is not None and (not arguments.microphone or not 0 < arguments.seconds < float("inf")):
         parser.error(f"--seconds {arguments.seconds:g} must be above 0, and needs --microphone")
     if not arguments.inputs and not arguments.microphone:

@@ -68,7 +68,22 @@ def parse_arguments() -> argparse.Namespace:
         help="generate an answer for every utterance, also for equal words and emotions",
     )
     parser.add_argument("--keep-unfinished", action="store_true", help="keep truncated answers")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    _refuse_unread(parser, arguments)
+    return arguments
+
+
+def _refuse_unread(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Refuse options that nothing reads beside the others."""
+    local, remote = ("revision", "dtype", "attn_implementation"), ("concurrency", "max_retries", "timeout")
+    for name in local if arguments.endpoint else remote:
+        if getattr(arguments, name) != parser.get_default(name):
+            place = "an LLM in this process" if arguments.endpoint else "requests to an --endpoint"
+            parser.error(f"--{name.replace('_', '-')} is an option of {place}; leave it out here")
+    if arguments.options and "ser" not in arguments.kinds:
+        parser.error("--options are those of the kind ser, which --kinds leaves out")
+    if "max_new_tokens" in pairs(arguments.decoding):
+        parser.error("give the length of an answer by --max-new-tokens, not by --decoding")
 
 
 def pairs(words: list[str]) -> dict[str, str]:
