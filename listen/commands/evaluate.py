@@ -44,7 +44,7 @@ from ..training import ArgumentError, DataArguments, build_eval_dataset
 from ..training.arguments import parse_sources, task_names
 from ..training.parsing import read_config
 from ..training.values import check_values, field_names, refuse_unknown
-from .help import ArgumentFormatter
+from .help import DTYPES, ArgumentFormatter
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -63,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num-beams", type=int, default=1, help="1 for greedy answers")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="max new tokens of an answer")
     parser.add_argument("--num-workers", type=int, default=0, help="processes that load audio ahead")
-    parser.add_argument("--dtype", default="auto", help="of the backbones: auto, float32, bfloat16")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the backbones")
     parser.add_argument("--spelling-from", help="Whisper checkpoint whose table of British spellings the WER uses")
     parser.add_argument("--features", help="encoder features by `listen precompute`, in place of encoding")
     parser.add_argument("--cascade", help="classifier whose label is written before the speech, as in <happy>")

@@ -26,7 +26,7 @@ from ..data.processes import launched_processes
 from ..data.sources import FORMATS
 from ..data.targets import KINDS, TargetSummary, generate_targets
 from ..data.utterances import read_utterances
-from .help import ArgumentFormatter
+from .help import DTYPES, ArgumentFormatter
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -46,7 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--options", nargs="+", help="classes that rows of ser name; the paper's 15 by default")
     parser.add_argument("--llm", help="folder or Hub id of the LLM, or its name at the endpoint")
     parser.add_argument("--revision", help="commit or tag of the LLM")
-    parser.add_argument("--dtype", default="auto", help="of the LLM: auto, float32, bfloat16")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the LLM")
     parser.add_argument("--attn-implementation", help="eager, sdpa, flash_attention_2")
     parser.add_argument("--endpoint", help="OpenAI-compatible endpoint, up to /v1; the key comes from OPENAI_API_KEY")
     parser.add_argument("--concurrency", type=int, default=16, help="requests to the endpoint at a time")
