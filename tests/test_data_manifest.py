@@ -77,6 +77,10 @@ def test_rows_of_the_schema_are_read_as_they_are(folder: Path) -> None:
         ('{"audio": "audio/0.wav", "task": "asr", "response": 3}', r"m.jsonl:2: 'response' must be text"),
         ('{"audio": "audio/0.wav", "task": "asr", "response": "x", "join": "mix"}', r"m.jsonl:2: join='mix'"),
         ('{"audio": 3, "task": "asr", "response": "x"}', r"m.jsonl:2: a clip must be a path"),
+        (
+            r"m.jsonl:2: 'start' does not cut the",
+        ),
+        ('{"audio": "audio/0.wav", "task": "ser", "response": "x", "options": "x, y"}', "m.jsonl:2: 'options' must be"),
         ('{"audio": " ", "task": "asr", "response": "x"}', r"m.jsonl:2: 'audio' holds an empty path, ' '"),
         (
             '{"audio": "audio/0.wav", "task": "sqa", "response": "x", "question": " "}',

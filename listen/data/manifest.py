@@ -43,7 +43,7 @@ from ..audio_listen import is_one_clip
 from ..sources_listen import RATES, Source, open_source
 from .files import json_text
 from .tasks import UnknownTaskError, extra_fields, get_task, list_tasks
-from .text_files import ManifestError, described, read_json, read_json_lines
+from .text_files import ManifestError, described, is_unicode, read_json, read_json_lines
 
 logger = logging.get_logger(__name__)
 
@@ -367,7 +367,8 @@ def to_row(where: str, record: Mapping[str, Any], folder: Path, check_files: boo
         raise ManifestError(f"{where}: join={record['join']!r} is unknown; leave it out or use 'concatenate'")
     row = {name: _text(where, name, record.get(name)) for name in ("id", "question", "instruction", "join")}
     row["id"] = row["id"] or os.path.basename(where)  # the same in every folder
-    row["task"] = _task(where, record["task"], has_question=bool(row["question"] or row["instruction"]))
+    has_question = bool(row["question"] or row["instruction"])
+    row["task"] = _task(where, record["task"], has_question, record.get("options"))
     row["response"] = _responses(where, record["response"])
     row["audio"] = [_clip(where, clip, folder, check_files) for clip in _clips(record["audio"])]
     if not row["audio"]:
@@ -403,17 +404,9 @@ def _check_unicode(where: str, row: Mapping[str, Any]) -> None:
     """Refuse halves of characters, as of names of files in another encoding, which no table can store."""
     texts = {**row, "audio": [clip["path"] for clip in row["audio"]]}
     for name, value in texts.items():
-        broken = [text for text in _as_list(value) if text is not None and not text.isascii() and not _is_unicode(text)]
+        broken = [text for text in _as_list(value) if text is not None and not text.isascii() and not is_unicode(text)]
         if broken:
             raise ManifestError(f"{where}: {name!r} is not valid Unicode: {broken[0]!a:.80}; mend or rename it")
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def to_dataset(records: Iterable[tuple[str, Any]], folder: Path, check_files: bool = True) -> Dataset:
@@ -511,13 +504,15 @@ def _text(where: str, name: str, value: Any) -> str | None:
     return str(value)
 
 
-def _task(where: str, name: Any, has_question: bool) -> str:
+def _task(where: str, name: Any, has_question: bool, options: Any) -> str:
     try:
         task = get_task(str(name))
     except UnknownTaskError as error:
         raise ManifestError(f"{where}: {error}") from error
     if task.needs_question and not has_question:
         raise ManifestError(f"{where}: task {name!r} needs a 'question'")
+    if "{options}" in task.instruction_test and not isinstance(options, (list, tuple, type(None))):
+        raise ManifestError(f"{where}: 'options' must be a list, a text for each class, found {described(options)}")
     return task.name
 
 
