@@ -65,6 +65,7 @@ JOINS = (None, "concatenate")
 Columns = Mapping[str, str | list[str]]
 """Our column -> column of a source, or several columns that make a list."""
 _NAMED_FILES = 3  # further missing files that an error names
+_PARTS = ("offset", "start", "end")  # by which other formats name a part of a file
 _LONGEST_PATH = 1024  # a longer text is the clip itself in base64
 
 SALMONN_TASKS = {
@@ -369,6 +370,8 @@ def to_row(where: str, record: Mapping[str, Any], folder: Path, check_files: boo
     row["id"] = row["id"] or os.path.basename(where)  # the same in every folder
     has_question = bool(row["question"] or row["instruction"])
     row["task"] = _task(where, record["task"], has_question, record.get("options"))
+    if str(record.get("offset") or "").strip("0."):  # of NeMo's manifests
+        logger.warning_once("the field 'offset' does not cut clips, which are read whole; cut the files by it")
     row["response"] = _responses(where, record["response"])
     row["audio"] = [_clip(where, clip, folder, check_files) for clip in _clips(record["audio"])]
     if not row["audio"]:
@@ -525,6 +528,9 @@ def _responses(where: str, value: Any) -> list[str]:
 
 def _clip(where: str, clip: Any, folder: Path, check_files: bool) -> dict[str, Any]:
     """A clip as path or bytes; what is neither is opened, and samples are encoded as WAV."""
+    part = next((name for name in _PARTS if clip.get(name) is not None), None) if isinstance(clip, Mapping) else None
+    if part:
+        raise ManifestError(f"{where}: {part!r} does not cut the clip, clips are read whole; cut the file")
     if isinstance(clip, Mapping) and all(clip.get(name) is None for name in ("array", "raw")):
         if clip.get("bytes") is not None:
             return {"path": clip.get("path"), "bytes": bytes(clip["bytes"])}
