@@ -85,6 +85,11 @@ def test_help_names_types_and_defaults_and_no_key_of_the_environment() -> None:
         (["check-data", "none.yaml"], "error: No such file or recipe 'none.yaml'"),
         (["eval", "--model", "none"], "error: no data to evaluate on"),
         (["serve", "--model", "none", "--engine", "vllm"], "error: --engine vllm and --engine-url go together"),
+        (
+            ["demo", "--url", "http://a/v1", "--dtype", "float32"],
+            "error: --adapter, --dtype and --max-audio-seconds",
+        ),
+        (["demo", "--adapter", "a=b", "--adapter", "a=c"], "error: --adapter a=b a=c: two adapters have one name"),
     ],
 )
 def test_an_error_of_use_is_one_line(words: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,6 +98,32 @@ def test_an_error_of_use_is_one_line(words: list[str], message: str, monkeypatch
     with pytest.raises(SystemExit) as ended:
         listen_command.main(words)
     assert str(ended.value.code).startswith(message) and "\n" not in str(ended.value.code)
+
+
+_TARGETS = ["targets", "--data", "a.jsonl", "--output", "none", "--llm", "none"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["ask", "a.wav", "Who?", "--dtype", "bf16"], "choose from auto, float32, bfloat16, float16"),
+        (["ask", "a.wav", "Who?", "--batch-size", "4"], "--batch-size needs --jsonl"),
+        (
+            [*_TARGETS, "--endpoint", "http://a/v1", "--revision", "v1"],
+            "--revision is an option of an LLM in this process",
+        ),
+        ([*_TARGETS, "--timeout", "5"], "--timeout is an option of requests to an --endpoint"),
+        ([*_TARGETS, "--kinds", "repeat", "--options", "sad"], "--options are those of the kind ser"),
+        ([*_TARGETS, "--decoding", "max_new_tokens=5"], "by --max-new-tokens, not by --decoding"),
+    ],
+)
+def test_what_nothing_would_read_is_refused(
+    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["listen"])
+    with pytest.raises(SystemExit, match="2"):
+        listen_command.main(words)
+    assert message in capsys.readouterr().err.replace("'", "")
 
 
 @pytest.mark.parametrize(("module", "caught"), [("wandb.errors", SystemExit), ("listen.training", RuntimeError)])

@@ -183,6 +183,7 @@ def test_task_ids_follow_the_pool(rows: list[dict]) -> None:
         ({"response": ["a <|prompt|>"]}, r"row 'train.jsonl:1': the response holds '<\|prompt\|>', a placeholder"),
         ({"audio": [{"path": "none.wav", "bytes": None}]}, "row 'train.jsonl:1'"),
         ({"audio": [{"path": None, "bytes": b"no audio"}]}, "row 'train.jsonl:1'"),
+        ({"task": "ser", "extra": '{"options": "a, b"}'}, "row 'train.jsonl:1': options='a, b' must be a list"),
     ],
 )
 def test_a_bad_row_is_named(rows: list[dict], change: dict, message: str) -> None:

@@ -77,6 +77,11 @@ def test_rows_of_the_schema_are_read_as_they_are(folder: Path) -> None:
         ('{"audio": "audio/0.wav", "task": "asr", "response": 3}', r"m.jsonl:2: 'response' must be text"),
         ('{"audio": "audio/0.wav", "task": "asr", "response": "x", "join": "mix"}', r"m.jsonl:2: join='mix'"),
         ('{"audio": 3, "task": "asr", "response": "x"}', r"m.jsonl:2: a clip must be a path"),
+        (
+            '{"audio": {"path": "a", "start": 1}, "task": "asr", "response": "x"}',
+            r"m.jsonl:2: 'start' does not cut the",
+        ),
+        ('{"audio": "audio/0.wav", "task": "ser", "response": "x", "options": "x, y"}', "m.jsonl:2: 'options' must be"),
         ('{"audio": " ", "task": "asr", "response": "x"}', r"m.jsonl:2: 'audio' holds an empty path, ' '"),
         (
             '{"audio": "audio/0.wav", "task": "sqa", "response": "x", "question": " "}',
@@ -115,6 +120,14 @@ def test_labels_and_fields_that_cannot_be_kept_are_named(caplog: pytest.LogCaptu
     assert "the field 'day' is left out: date cannot be kept as JSON" in caplog.text
     with pytest.raises(ManifestError, match="dataset: row 1: field 'response' is missing or empty"):
         from_datasets(source, task="er")
+
+
+def test_a_manifest_of_parts_of_files_is_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    row = {"audio": "audio/0.wav", "task": "asr", "response": "x", "duration": 0.1}
+    load_manifest(write_manifest(folder / "m.jsonl", [{**row, "offset": 0.0}, {**row, "offset": "0.0"}]))
+    assert "offset" not in caplog.text
+    load_manifest(write_manifest(folder / "m.jsonl", [row, {**row, "offset": 0.1}]))
+    assert "the field 'offset' does not cut clips, which are read whole; cut the files by it" in caplog.text
 
 
 def test_missing_files_can_be_left_for_later(folder: Path) -> None:

@@ -190,6 +190,13 @@ def test_columns_get_our_names_and_several_make_a_list(folder: Path) -> None:
         load_rows(DataSource(str(table), columns=columns))
 
 
+def test_a_pair_without_its_second_clip_is_refused(folder: Path) -> None:
+    pairs = [{"left": "clips/0.wav", "right": right, "response": "yes"} for right in ("clips/1.wav", "")]
+    columns = {"audio": ["left", "right"]}
+    with pytest.raises(ManifestError, match=r"pairs.csv:3: column 'right' of 'audio' is empty; name a file"):
+        load_rows(DataSource(str(write_table(folder / "pairs.csv", pairs)), task="sv", columns=columns))
+
+
 def test_folders_of_classes_name_the_answer(tmp_path: Path) -> None:
     for place in ("train/dog/0.wav", "train/dog/1.wav", "train/cat/0.wav", "test/cat/2.wav"):
         write_clip(tmp_path / place, 0.1)
@@ -214,6 +221,12 @@ def test_no_recording_of_a_folder_is_left_out_in_silence(tmp_path: Path, caplog:
         ):
             load_rows(DataSource(str(tmp_path), task="acap"))
         (tmp_path / place).unlink()
+
+
+def test_a_folder_of_clips_beside_a_table_is_no_class(folder: Path) -> None:
+    write_table(folder / "train.csv", ROWS)
+    with pytest.raises(ManifestError, match="the answer to each would be 'clips', and train.csv is not read; name"):
+        load_rows(DataSource(str(folder), task="asr"))
 
 
 def test_two_tables_of_one_folder_are_refused(folder: Path) -> None:
@@ -241,6 +254,23 @@ def test_bytes_need_no_file(folder: Path) -> None:
 def test_a_saved_data_set_is_read(folder: Path) -> None:
     rows = [{**row, "audio": str(folder / row["audio"])} for row in ROWS]
     assert load_rows(DataSource(**source_of("disk", folder, rows)))["id"][:] == ["a", "b"]
+
+
+@pytest.mark.parametrize("form", ["saved", "object"])
+def test_a_data_set_without_splits_is_not_taken_for_one_of_them(folder: Path, form: str) -> None:
+    rows = Dataset.from_list([{**row, "audio": str(folder / row["audio"])} for row in ROWS])
+    rows.save_to_disk(folder / "whole")
+    path = str(folder / "whole") if form == "saved" else rows
+    assert len(load_rows(DataSource(path))) == 2
+    for fields, message in (
+        ({"split": "test"}, "there is no split 'test'; the data set has no splits"),
+        ({"split": "train[:1]"}, "there is no split 'train"),
+        ({"name": "clean"}, "name='clean' has no meaning for a saved or open data set; leave it out"),
+        ({"data_files": "m.jsonl"}, "data_files='m.jsonl' has no meaning"),
+    ):
+        with pytest.raises(ManifestError, match=message.replace("[", r"\[")):
+            load_rows(DataSource(path, **fields))
+    assert load_rows(DataSource(DatasetDict(test=rows.select([1])), split="test"))["id"][:] == ["b"]
 
 
 def test_the_rows_of_a_data_set_are_written_to_the_cache_once(tmp_path: Path) -> None:
@@ -302,6 +332,25 @@ def test_files_of_several_folders_do_not_read_the_audio_of_one(tmp_path: Path) -
     assert len(load_rows(DataSource("json", format="datasets", data_files=files[:1]))) == 1
 
 
+@pytest.mark.parametrize(
+    ("path", "files", "streaming"),
+    [
+        ("json", "{}/m*.jsonl", False),
+        ("json", ["{}/m.json[l]"], True),
+        ("json", "{}/clips/../*.jsonl", False),
+        ("{}", "m.jsonl", False),
+        ("{}", ["m*.jsonl"], True),
+    ],
+)
+def test_patterns_and_files_of_a_folder_read_the_audio_beside_them(
+    folder: Path, path: str, files: str | list[str], streaming: bool
+) -> None:
+    source_of("manifest", folder, ROWS)
+    named = [file.format(folder) for file in files] if isinstance(files, list) else files.format(folder)
+    source = DataSource(path.format(folder), format="datasets", data_files=named, streaming=streaming)
+    assert [row["audio"][0]["path"] for row in load_rows(source)] == [str(folder / row["audio"]) for row in ROWS]
+
+
 def test_a_missing_split_and_an_empty_file_are_named(tmp_path: Path) -> None:
     DatasetDict(train=Dataset.from_dict({"a": [1]})).save_to_disk(tmp_path / "saved")
     with pytest.raises(ManifestError, match=r"saved: there is no split 'test'; it has train"):
@@ -309,6 +358,9 @@ def test_a_missing_split_and_an_empty_file_are_named(tmp_path: Path) -> None:
     (tmp_path / "m.json").write_text("")
     with pytest.raises(ManifestError, match=r"m\.json.*: no rows"):
         open_dataset("json", data_files=str(tmp_path / "m.json"))
+    Dataset.from_dict({"audio": []}).to_parquet(tmp_path / "m.parquet")
+    with pytest.raises(ManifestError, match=r"m\.parquet: no rows$"):
+        open_dataset("parquet", data_files=str(tmp_path / "m.parquet"))
 
 
 def test_a_source_says_what_it_cannot_read(tmp_path: Path) -> None:

@@ -88,6 +88,7 @@ def test_options_are_the_tasks_own_unless_a_row_brings_others() -> None:
     assert task.instruction(options=["happy", "sad"]).endswith("following options: happy, sad: {input}")
     with pytest.raises(ValueError, match="options='happy, sad'.*list"):
         task.instruction(options="happy, sad")
+    assert get_task("asr").instruction(options="a column of that name") == get_task("asr").instruction()
 
 
 @pytest.mark.parametrize(

@@ -51,9 +51,25 @@ def test_what_cannot_be_read_is_said(script: ModuleType, tmp_path: Path, monkeyp
         read(script, monkeypatch)
     with pytest.raises(ArgumentError, match="unknown argument --data: formt"):
         read(script, monkeypatch, "--data", "{path: a, formt: csv}")
+    with pytest.raises(ArgumentError, match="{path: a: expected a path, or a source such as"):
+        read(script, monkeypatch, "--data", "{path: a")
+    with pytest.raises(ArgumentError, match=r"long_audio=cut cannot cut data.features, which are of whole clips"):
+        read(script, monkeypatch, "--data", "a.csv", "--features", "store", "--max-audio-seconds", "5")
     monkeypatch.setattr(sys, "argv", ["evaluate_tasks.py", "--model", "none", "--data", str(tmp_path / "no.csv")])
     with pytest.raises(SystemExit, match="error: .*no.csv"):
         script.main()
+
+
+def test_each_source_of_a_list_is_read_and_a_word_is_a_path(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = read(
+        script, monkeypatch, "--data", "[a.jsonl, {path: b.csv, task: asr}]", "2026", "--max-audio-seconds", "0"
+    )
+    assert [source.path for source in data.eval] == ["a.jsonl", "b.csv", "2026"]
+    assert (
+        data.long_audio == "cut" and data.max_audio_seconds == 0
+    )  # refused where clips are cut, not taken for no limit
 
 
 def test_joined_clips_are_answered_as_one_recording(

@@ -7,10 +7,13 @@ import base64
 import os
 import shlex
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -282,6 +285,32 @@ def test_a_server_that_is_not_there_is_named(engine_of: Callable[..., VllmEngine
                 await asking
 
     run(engine, work)
+
+
+def test_what_is_no_vllm_server_is_not_the_clients_fault(engine_of: Callable[..., VllmEngine], tmp_path: Path) -> None:
+    (tmp_path / "v1").mkdir()
+    (tmp_path / "v1" / "models").write_text("<html>")
+    pages = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path))
+    threading.Thread(target=pages.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{pages.server_port}"
+    engine = engine_of(address)
+    with pytest.raises(EngineUnavailableError, match=f"{address} is no vLLM server; check --engine-url"):
+        run(engine, lambda: whole(engine.stream(asked("default", CLIPS[0], QUESTIONS[0]))))
+    pages.shutdown()
+
+
+def test_a_failure_that_clients_are_not_told_is_logged(
+    engine_of: Callable[..., VllmEngine], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(requests: list[Request]) -> None:
+        raise RuntimeError("out of memory")
+
+    engine = engine_of("http://127.0.0.1:1")
+    monkeypatch.setattr(engine, "_embed", fail)
+    monkeypatch.setattr(engine, "_served", ("llm", None))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(engine, lambda: whole(engine.stream(asked("default", CLIPS[0], QUESTIONS[0]))))
+    assert "RuntimeError: out of memory" in caplog.text
 
 
 def test_a_faulty_request_fails_alone(

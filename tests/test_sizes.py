@@ -76,6 +76,13 @@ def test_composite_llms_and_experts_are_counted(family: str) -> None:
     assert sizes.modules["language_model"].parameters == sum(p.numel() for p in llm.parameters())
 
 
+def test_a_misspelt_field_of_a_recipe_is_named(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: {preset: listen-llama3-8b, promt_pool: {pool_size: 5}}\n")
+    with pytest.raises(SystemExit, match=r"unknown argument model.promt_pool; did you mean prompt_pool\?"):
+        cost.main([str(recipe)])
+
+
 def test_experts_are_measured_in_bfloat16_alone() -> None:
     with pytest.raises(ValueError, match=r"measured in bfloat16, not torch.float32; pass dtype=torch.bfloat16"):
         measure_sizes(tiny_config(text_config=family_text_config("mixtral")), audio_seconds=0.5, text_tokens=5)

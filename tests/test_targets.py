@@ -138,7 +138,14 @@ def test_data_sets_with_other_columns_classes_and_embedded_audio(tmp_path: Path)
     assert (samples == soundfile.read(clips[1])[0]).all()
 
 
-def test_sources_that_say_nothing_are_refused(tmp_path: Path) -> None:
+def test_embedded_audio_of_a_format_that_soundfile_lacks_is_kept_for_other_decoders(tmp_path: Path) -> None:
+    clip = {"path": "a.m4a", "bytes": b"\0\0\0\x18ftypM4A "}
+    generate_targets([Utterance("a", [clip], "hello")], tmp_path, kinds=["repeat"], progress=False)
+    (row,) = load_manifest(tmp_path / "repeat.jsonl")
+    assert row["audio"][0]["path"].endswith(".m4a") and Path(row["audio"][0]["path"]).read_bytes() == clip["bytes"]
+
+
+def test_sources_that_say_nothing_are_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_clip(tmp_path / "a.wav", 0.2)
     silent = write_manifest(tmp_path / "silent.jsonl", [{"audio": "a.wav", "caption": "rain"}])
     with pytest.raises(ManifestError, match="transcript.*columns="):
@@ -148,6 +155,8 @@ def test_sources_that_say_nothing_are_refused(tmp_path: Path) -> None:
         read_utterances(silent, columns={"words": "caption"})
     with pytest.raises(ManifestError, match="no row has the field 'capton'"):
         read_utterances(silent, columns={"transcript": "caption", "id": "capton"})
+    assert read_utterances(silent, columns={"transcript": "caption"}, emotion_names={"raining": "sad"})
+    assert "no recording has the emotion 'raining' that emotion_names names" in caplog.text
     with pytest.raises(ManifestError, match="there is no audio file"):
         read_utterances(write_manifest(tmp_path / "gone.jsonl", [{"audio": "b.wav", "text": "hello"}]))
 

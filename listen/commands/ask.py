@@ -31,7 +31,7 @@ from ..data.extras import extra
 from ..data.files import json_text
 from ..data.tasks import get_task, list_tasks
 from ..tasks_listen import TASK_ALIASES
-from .help import ArgumentFormatter
+from .help import DTYPES, ArgumentFormatter
 
 TINY = Path(__file__).resolve().parents[2] / "model_cards" / "listen-tiny"
 _CLIP_ERRORS = (ValueError, OSError, RuntimeError)  # of a file, or of a clip that exceeds context or memory
@@ -54,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     add_model_argument(parser)
     parser.add_argument("--task", help="name of a task in place of a question: asr, er, sv, en2zh, acap ...")
     parser.add_argument("--num-prompts", type=int, help="prompts to select from the pool (default: the model's)")
-    parser.add_argument("--dtype", default="auto", help="of the backbones: auto, float32, bfloat16")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the backbones")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="max new tokens of the answer")
     parser.add_argument("--max-audio-seconds", type=float, help="truncate longer files (default: no limit)")
     parser.add_argument("--number-clips", action="store_true", help="write `Clip 1:`, `Clip 2:` ... before the files")
@@ -66,6 +66,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_intermixed_args()
     if arguments.batch_size < 1:
         parser.error(f"--batch-size {arguments.batch_size} must be at least 1")
+    if arguments.batch_size > 1 and not arguments.jsonl:
+        parser.error("--batch-size needs --jsonl, which asks about each file on its own")
     if arguments.seconds is not None and (not arguments.microphone or not 0 < arguments.seconds < float("inf")):
         parser.error(f"--seconds {arguments.seconds:g} must be above 0, and needs --microphone")
     if not arguments.inputs and not arguments.microphone:

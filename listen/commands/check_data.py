@@ -43,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
 def sources_of(word: str) -> Iterator[tuple[str, DataSource]]:
     """The sources that a word of the command line names, each with its part: train, eval or none."""
     if not (word.endswith((".yaml", ".yml")) or (RECIPES / f"{word}.yaml").is_file()):
-        yield from (("", source) for source in parse_sources(word, _source_of(word)))
+        yield from (("", source) for source in parse_sources(word, source_of_word(word)))
         return
     section: dict[str, Any] = read_config(word).get("data") or {}
     refuse_unknown(section, [*field_names(DataArguments), *field_names(ClassifierDataArguments)], "data.")
@@ -51,7 +51,7 @@ def sources_of(word: str) -> Iterator[tuple[str, DataSource]]:
         yield from ((part, source) for source in parse_sources(f"data.{part}", section.get(part) or []))
 
 
-def _source_of(word: str) -> Any:
+def source_of_word(word: str) -> Any:
     """A mapping or a list as in a recipe; any other word is a path, whatever YAML would make of it."""
     try:
         value = yaml.safe_load(word)

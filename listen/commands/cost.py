@@ -29,6 +29,7 @@ from ..presets_listen import PRESETS
 from ..training import ModelArguments, build_config, read_config
 from ..training.build import adapter_settings
 from ..training.parsing import RECIPES
+from ..training.values import check_values, field_names, refuse_unknown
 from .help import ArgumentFormatter
 
 
@@ -53,7 +54,9 @@ def read_model(source: str) -> tuple[PreTrainedConfig, dict[str, Any] | None]:
 
 
 def _read_recipe(path: str) -> tuple[PreTrainedConfig, dict[str, Any] | None]:
-    arguments = ModelArguments(**read_config(path).get("model", {}))
+    section = read_config(path).get("model") or {}
+    refuse_unknown(section, field_names(ModelArguments), "model.")
+    arguments = ModelArguments(**check_values("model.", ModelArguments, section))
     if arguments.checkpoint:
         return ListenConfig.from_pretrained(arguments.checkpoint), arguments.lora
     sources = [getattr(arguments, name) for name in BACKBONES if getattr(arguments, name)]

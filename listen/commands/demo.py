@@ -12,7 +12,7 @@ import argparse
 import os
 
 from .ask import TINY, add_model_argument
-from .help import ArgumentFormatter
+from .help import DTYPES, ArgumentFormatter
 
 KEY_VARIABLE = "LISTEN_API_KEY"
 
@@ -31,6 +31,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="NAME=MODEL",
         help="offer the adapter of another checkpoint too; may be repeated",
     )
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the backbones")
     parser.add_argument("--tasks", nargs="+", help="tasks to offer (default: all of the model)")
     parser.add_argument("--max-audio-seconds", type=float, help="truncate longer clips (default: no limit)")
     parser.add_argument("--host", help="address to serve on (default: this machine alone)")
@@ -45,14 +46,18 @@ def main() -> None:
     unnamed = [entry for entry in arguments.adapter if not all(entry.partition("="))]
     if unnamed:
         raise ValueError(f"--adapter {unnamed[0]} must be NAME=MODEL")
-    if arguments.url and (arguments.adapter or arguments.max_audio_seconds):
-        raise ValueError("--adapter and --max-audio-seconds are options of the server: give them to `listen serve`")
+    if arguments.url and (arguments.adapter or arguments.max_audio_seconds or arguments.dtype != "auto"):
+        raise ValueError(
+            "--adapter, --dtype and --max-audio-seconds are options of the server: give them to `listen serve`"
+        )
+    adapters = dict(entry.split("=", 1) for entry in arguments.adapter)
+    if len(adapters) < len(arguments.adapter):
+        raise ValueError(f"--adapter {' '.join(arguments.adapter)}: two adapters have one name; rename one")
     from ..demo import LocalAnswers, ServedAnswers, build_page, launch  # gradio takes seconds, which --help need not
 
     if arguments.url:
         answers = ServedAnswers(arguments.url, arguments.key)
     else:
-        adapters = dict(entry.split("=", 1) for entry in arguments.adapter)
-        answers = LocalAnswers(arguments.model, adapters, arguments.max_audio_seconds)
+        answers = LocalAnswers(arguments.model, adapters, arguments.max_audio_seconds, arguments.dtype)
     page = build_page(answers, arguments.tasks)
     launch(page, server_name=arguments.host, server_port=arguments.port, share=arguments.share)

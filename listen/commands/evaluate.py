@@ -22,7 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 from transformers.utils import cached_file
@@ -44,7 +43,8 @@ from ..training import ArgumentError, DataArguments, build_eval_dataset
 from ..training.arguments import parse_sources, task_names
 from ..training.parsing import read_config
 from ..training.values import check_values, field_names, refuse_unknown
-from .help import ArgumentFormatter
+from .check_data import source_of_word
+from .help import DTYPES, ArgumentFormatter
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -63,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num-beams", type=int, default=1, help="1 for greedy answers")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="max new tokens of an answer")
     parser.add_argument("--num-workers", type=int, default=0, help="processes that load audio ahead")
-    parser.add_argument("--dtype", default="auto", help="of the backbones: auto, float32, bfloat16")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the backbones")
     parser.add_argument("--spelling-from", help="Whisper checkpoint whose table of British spellings the WER uses")
     parser.add_argument("--features", help="encoder features by `listen precompute`, in place of encoding")
     parser.add_argument("--cascade", help="classifier whose label is written before the speech, as in <happy>")
@@ -78,10 +78,13 @@ def data_arguments(arguments: argparse.Namespace) -> DataArguments:
     refuse_unknown(section, field_names(DataArguments), "data.")
     kept = {name: value for name, value in section.items() if name not in ("train", "max_eval_rows")}
     if arguments.data:
-        kept["eval"] = [parse_sources("--data", yaml.safe_load(word))[0] for word in arguments.data]
+        words = [source_of_word(word) for word in arguments.data]
+        kept["eval"] = [source for word in words for source in parse_sources("--data", word)]
     for name in ("join_tasks", "join_silence_seconds", "features"):
         if getattr(arguments, name) is not None:
             kept[name] = getattr(arguments, name)
+    if arguments.max_audio_seconds is not None:
+        kept |= {"long_audio": "cut", "max_audio_seconds": arguments.max_audio_seconds}
     data = DataArguments(**check_values("data.", DataArguments, kept))
     if not data.eval:
         raise ArgumentError("no data to evaluate on; name it with --data, or a recipe with data.eval as --config")
@@ -117,8 +120,8 @@ def main() -> None:
     model = ListenForConditionalGeneration.from_pretrained(arguments.model, dtype=arguments.dtype).to(state.device)
     processor = ListenProcessor.from_pretrained(arguments.model)
     longest = data.max_audio_seconds if data.long_audio == "cut" else None
-    if arguments.max_audio_seconds is not None or longest is not None:
-        processor.max_audio_seconds = arguments.max_audio_seconds or longest
+    if longest is not None:
+        processor.max_audio_seconds = longest
     options: dict[str, Any] = {
         "batch_size": arguments.batch_size,
         "num_workers": arguments.num_workers,

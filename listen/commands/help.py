@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""Dtypes of the backbones; `auto` is that of each checkpoint."""
+
 
 class ArgumentFormatter(argparse.RawDescriptionHelpFormatter):
     """Shows each argument with its type and, unless its help speaks of it, its default."""
@@ -20,4 +23,4 @@ class ArgumentFormatter(argparse.RawDescriptionHelpFormatter):
         return f"{text} ({', '.join(facts)})" if facts else text
 
 
-__all__ = ["ArgumentFormatter"]
+__all__ = ["DTYPES", "ArgumentFormatter"]

@@ -20,7 +20,7 @@ from ..serving.encoders import EncoderSide, drop_layers
 from ..serving.engine import Engine
 from ..serving.in_process import TransformersEngine
 from ..serving.vllm import VllmEngine, VllmServer
-from .help import ArgumentFormatter
+from .help import DTYPES, ArgumentFormatter
 
 with extra("serve"):
     import uvicorn
@@ -38,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--engine-url", help="address of the vLLM server, which runs the bare LLM")
     parser.add_argument("--engine-key", default=os.environ.get(ENGINE_KEY), help=f"its key; default: {ENGINE_KEY}")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
-    parser.add_argument("--dtype", default="float32", help="float32, bfloat16, float16")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the backbones")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all interfaces")
     parser.add_argument("--port", type=int, default=8000, help="port")
     parser.add_argument("--api-key", default=os.environ.get(KEY_VARIABLE), help=f"default: the variable {KEY_VARIABLE}")

@@ -26,7 +26,7 @@ from ..data.processes import launched_processes
 from ..data.sources import FORMATS
 from ..data.targets import KINDS, TargetSummary, generate_targets
 from ..data.utterances import read_utterances
-from .help import ArgumentFormatter
+from .help import DTYPES, ArgumentFormatter
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -46,7 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--options", nargs="+", help="classes that rows of ser name; the paper's 15 by default")
     parser.add_argument("--llm", help="folder or Hub id of the LLM, or its name at the endpoint")
     parser.add_argument("--revision", help="commit or tag of the LLM")
-    parser.add_argument("--dtype", default="auto", help="of the LLM: auto, float32, bfloat16")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the LLM")
     parser.add_argument("--attn-implementation", help="eager, sdpa, flash_attention_2")
     parser.add_argument("--endpoint", help="OpenAI-compatible endpoint, up to /v1; the key comes from OPENAI_API_KEY")
     parser.add_argument("--concurrency", type=int, default=16, help="requests to the endpoint at a time")
@@ -68,7 +68,22 @@ def parse_arguments() -> argparse.Namespace:
         help="generate an answer for every utterance, also for equal words and emotions",
     )
     parser.add_argument("--keep-unfinished", action="store_true", help="keep truncated answers")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    _refuse_unread(parser, arguments)
+    return arguments
+
+
+def _refuse_unread(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Refuse options that nothing reads beside the others."""
+    local, remote = ("revision", "dtype", "attn_implementation"), ("concurrency", "max_retries", "timeout")
+    for name in local if arguments.endpoint else remote:
+        if getattr(arguments, name) != parser.get_default(name):
+            place = "an LLM in this process" if arguments.endpoint else "requests to an --endpoint"
+            parser.error(f"--{name.replace('_', '-')} is an option of {place}; leave it out here")
+    if arguments.options and "ser" not in arguments.kinds:
+        parser.error("--options are those of the kind ser, which --kinds leaves out")
+    if "max_new_tokens" in pairs(arguments.decoding):
+        parser.error("give the length of an answer by --max-new-tokens, not by --decoding")
 
 
 def pairs(words: list[str]) -> dict[str, str]:

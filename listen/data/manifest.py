@@ -43,7 +43,7 @@ from ..audio_listen import is_one_clip
 from ..sources_listen import RATES, Source, open_source
 from .files import json_text
 from .tasks import UnknownTaskError, extra_fields, get_task, list_tasks
-from .text_files import ManifestError, described, read_json, read_json_lines
+from .text_files import ManifestError, described, is_unicode, read_json, read_json_lines
 
 logger = logging.get_logger(__name__)
 
@@ -65,6 +65,7 @@ JOINS = (None, "concatenate")
 Columns = Mapping[str, str | list[str]]
 """Our column -> column of a source, or several columns that make a list."""
 _NAMED_FILES = 3  # further missing files that an error names
+_PARTS = ("offset", "start", "end")  # by which other formats name a part of a file
 _LONGEST_PATH = 1024  # a longer text is the clip itself in base64
 
 SALMONN_TASKS = {
@@ -184,22 +185,37 @@ def open_dataset(
         ManifestError: an unknown split, or a file that cannot be read, by name; of a stream, while it is read.
     """
     if is_saved_dataset(Path(path)):
-        saved = load_from_disk(path)
-        if not isinstance(saved, Dataset):
-            if split not in saved:
-                raise ManifestError(f"{path}: there is no split {split!r}; it has {', '.join(saved)}")
-            saved = saved[split]
+        saved = one_split(load_from_disk(path), path, split, name=name, revision=revision, data_files=data_files)
         return saved.to_iterable_dataset() if streaming else saved
     try:
         opened = load_dataset(path, name, split=split, revision=revision, data_files=data_files, streaming=streaming)
     # they do not say what was wrong, or not in which file; an empty JSON file ends the search for its columns
     except (DatasetGenerationError, ValueError, StopIteration) as error:
         place = _file_of(error) or data_files or path
-        raise ManifestError(f"{place}: {error.__cause__ or str(error) or 'no rows'}") from error
+        reason = "no rows" if "corresponds to no data" in str(error) else error.__cause__ or str(error) or "no rows"
+        raise ManifestError(f"{place}: {reason}") from error
     if isinstance(opened, IterableDataset):
         files = getattr(opened, "_ex_iterable", None)  # a part of `datasets` without a public name
         if hasattr(files, "generate_tables_fn"):  # of all builders that read files of rows
             files.generate_tables_fn = partial(_tables, files.generate_tables_fn)
+    return opened
+
+
+def one_split(opened: Any, origin: str, split: str, **unread: Any) -> Any:
+    """A split of a data set, or of a mapping with one for each split, that is open already and ignores `unread`.
+
+    Raises:
+        ManifestError: it has no such split, or a value of `unread` is given.
+    """
+    for name, value in unread.items():
+        if value:
+            raise ManifestError(f"{origin}: {name}={value!r} has no meaning for a saved or open data set; leave it out")
+    if isinstance(opened, Mapping):
+        if split not in opened:
+            raise ManifestError(f"{origin}: there is no split {split!r}; it has {', '.join(opened)}")
+        return opened[split]
+    if split not in ("train", str(opened.split)):
+        raise ManifestError(f"{origin}: there is no split {split!r}; the data set has no splits, leave it out")
     return opened
 
 
@@ -308,7 +324,7 @@ def renamed(where: str, record: Any, columns: Columns, task: str | None) -> Any:
         task: task of the record where it names none.
 
     Raises:
-        ManifestError: a required column is missing.
+        ManifestError: a required column is missing, or one of several clips.
     """
     if not isinstance(record, Mapping):
         return record
@@ -321,6 +337,9 @@ def renamed(where: str, record: Any, columns: Columns, task: str | None) -> Any:
     found = {name: value for name, value in filled.items() if name not in taken and name not in _KNOWN}
     for name, asked in mapping.items():
         values = [filled[column] for column in asked if column in filled]
+        if name == "audio" and 0 < len(values) < len(asked):
+            empty = next(column for column in asked if column not in filled)
+            raise ManifestError(f"{where}: column {empty!r} of 'audio' is empty; name a file, or leave the row out")
         if values:
             found[name] = values if len(asked) > 1 else values[0]
     return {**found, "task": found.get("task") or task}
@@ -349,7 +368,10 @@ def to_row(where: str, record: Mapping[str, Any], folder: Path, check_files: boo
         raise ManifestError(f"{where}: join={record['join']!r} is unknown; leave it out or use 'concatenate'")
     row = {name: _text(where, name, record.get(name)) for name in ("id", "question", "instruction", "join")}
     row["id"] = row["id"] or os.path.basename(where)  # the same in every folder
-    row["task"] = _task(where, record["task"], has_question=bool(row["question"] or row["instruction"]))
+    has_question = bool(row["question"] or row["instruction"])
+    row["task"] = _task(where, record["task"], has_question, record.get("options"))
+    if str(record.get("offset") or "").strip("0."):  # of NeMo's manifests
+        logger.warning_once("the field 'offset' does not cut clips, which are read whole; cut the files by it")
     row["response"] = _responses(where, record["response"])
     row["audio"] = [_clip(where, clip, folder, check_files) for clip in _clips(record["audio"])]
     if not row["audio"]:
@@ -385,17 +407,9 @@ def _check_unicode(where: str, row: Mapping[str, Any]) -> None:
     """Refuse halves of characters, as of names of files in another encoding, which no table can store."""
     texts = {**row, "audio": [clip["path"] for clip in row["audio"]]}
     for name, value in texts.items():
-        broken = [text for text in _as_list(value) if text is not None and not text.isascii() and not _is_unicode(text)]
+        broken = [text for text in _as_list(value) if text is not None and not text.isascii() and not is_unicode(text)]
         if broken:
             raise ManifestError(f"{where}: {name!r} is not valid Unicode: {broken[0]!a:.80}; mend or rename it")
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def to_dataset(records: Iterable[tuple[str, Any]], folder: Path, check_files: bool = True) -> Dataset:
@@ -493,13 +507,15 @@ def _text(where: str, name: str, value: Any) -> str | None:
     return str(value)
 
 
-def _task(where: str, name: Any, has_question: bool) -> str:
+def _task(where: str, name: Any, has_question: bool, options: Any) -> str:
     try:
         task = get_task(str(name))
     except UnknownTaskError as error:
         raise ManifestError(f"{where}: {error}") from error
     if task.needs_question and not has_question:
         raise ManifestError(f"{where}: task {name!r} needs a 'question'")
+    if "{options}" in task.instruction_test and not isinstance(options, (list, tuple, type(None))):
+        raise ManifestError(f"{where}: 'options' must be a list, a text for each class, found {described(options)}")
     return task.name
 
 
@@ -512,6 +528,9 @@ def _responses(where: str, value: Any) -> list[str]:
 
 def _clip(where: str, clip: Any, folder: Path, check_files: bool) -> dict[str, Any]:
     """A clip as path or bytes; what is neither is opened, and samples are encoded as WAV."""
+    part = next((name for name in _PARTS if clip.get(name) is not None), None) if isinstance(clip, Mapping) else None
+    if part:
+        raise ManifestError(f"{where}: {part!r} does not cut the clip, clips are read whole; cut the file")
     if isinstance(clip, Mapping) and all(clip.get(name) is None for name in ("array", "raw")):
         if clip.get("bytes") is not None:
             return {"path": clip.get("path"), "bytes": bytes(clip["bytes"])}

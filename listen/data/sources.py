@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from glob import has_magic
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from .manifest import (
     ManifestError,
     from_datasets,
     is_saved_dataset,
+    one_split,
     open_dataset,
     read_json_lines,
     read_salmonn,
@@ -225,14 +227,16 @@ def _load_dataset(source: DataSource, check_files: bool) -> Dataset | IterableDa
 
 def _open(source: DataSource) -> tuple[Dataset | IterableDataset, str]:
     """The data set and its name for errors."""
+    names = ("name", "split", "revision", "data_files")
+    options = {name: getattr(source, name) for name in names}
     if not isinstance(source.path, str):
-        stream = source.streaming and isinstance(source.path, Dataset)
-        return source.path.to_iterable_dataset() if stream else source.path, "dataset"
+        opened = one_split(source.path, source.label, **options)
+        stream = source.streaming and isinstance(opened, Dataset)
+        return opened.to_iterable_dataset() if stream else opened, "dataset"
     if source.format == "parquet":
         opened = open_dataset("parquet", data_files=source.path, streaming=source.streaming)
         return opened, source.path
-    names = ("name", "split", "revision", "data_files", "streaming")
-    opened = open_dataset(source.path, **{name: getattr(source, name) for name in names})
+    opened = open_dataset(source.path, streaming=source.streaming, **options)
     return opened, f"{source.path}:{source.split}"
 
 
@@ -240,14 +244,18 @@ def folder_of(source: DataSource) -> Path:
     """The folder that relative audio paths start from: that of the file, or the one that holds all files."""
     if not isinstance(source.path, str):
         return Path.cwd()
-    files = source.data_files
-    if isinstance(files, list) and len({Path(file).parent for file in files}) > 1:  # not the folder of one for all
-        return Path(os.path.commonpath([Path(file).absolute().parent for file in files])).resolve()
-    first = files[0] if isinstance(files, list) and files else files
-    path = Path(first or source.path)
-    if source.format == "datasets" and not path.exists():
-        return Path.cwd()  # a Hub id
-    return (path if path.is_dir() else path.parent).resolve()
+    files = source.data_files or ""
+    files = files if isinstance(files, list) else [files]
+    # `datasets` looks for the files of a folder below it; elsewhere the path names a builder, or is a Hub id
+    folders = [_folder(Path(source.path, file)) or _folder(Path(file)) or Path.cwd() for file in files]
+    return Path(os.path.commonpath(folders)).resolve()
+
+
+def _folder(path: Path) -> Path | None:
+    """The folder of a file or of all files that fit a pattern, or the folder itself; `None` where there is nothing."""
+    while not path.exists() and has_magic(str(path)):
+        path = path.parent
+    return (path if path.is_dir() else path.parent).absolute() if path.exists() else None
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
@@ -276,7 +284,11 @@ def _read_audio_folder(path: Path, split: str) -> Iterator[tuple[str, dict[str, 
         records = read_json_lines(tables[0]) if tables[0].suffix == ".jsonl" else _read_csv(tables[0])
         for where, record in records:
             yield where, _below(record, root)
-        return
+    else:
+        yield from _read_class_folders(root)
+
+
+def _read_class_folders(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     files = audio_files(root, "*/*")
     if not files:
         raise ManifestError(
@@ -288,6 +300,12 @@ def _read_audio_folder(path: Path, split: str) -> Iterator[tuple[str, dict[str, 
         raise ManifestError(
             f"{outside[0]}: {len(outside)} recordings lie beside or below the folders of the classes; move each into "
             "the folder of its class, or write a metadata.csv"
+        )
+    tables = [file for file in sorted(root.glob("*")) if file.suffix.lower() in _SUFFIXES]
+    if tables and len({file.parent for file in files}) == 1:
+        raise ManifestError(
+            f"{root}: all recordings lie in one folder, so the answer to each would be {files[0].parent.name!r}, and "
+            f"{tables[0].name} is not read; name that file as the path of the source"
         )
     others = [file for file in root.glob("*/*") if file.is_file() and file not in files and file.name[0] != "."]
     if others:

@@ -37,6 +37,7 @@ from .files import hold_folder, json_text, write_bytes, write_json, write_json_l
 from .manifest import load_manifest
 from .processes import launched_processes
 from .tasks import get_task, tagged_text
+from .text_files import is_unicode
 from .utterances import Utterance
 
 logger = logging.get_logger(__name__)
@@ -184,7 +185,7 @@ def _check(
     tagged = [kind for kind in kinds if KINDS[kind].tagged]
     allowed = set(options or get_task("ser").labels)
     for utterance in utterances:
-        if not _is_unicode(utterance.transcript) or not _is_unicode(utterance.emotion or ""):
+        if not is_unicode(utterance.transcript) or not is_unicode(utterance.emotion or ""):
             raise TargetError(
                 f"utterance {utterance.id!a}: the transcript {utterance.transcript!a:.80} or emotion is not valid "
                 "Unicode (a lone surrogate); correct it or leave the utterance out"
@@ -199,14 +200,6 @@ def _check(
                 f"utterance {utterance.id!r}: the emotion {utterance.emotion!r} is not among the options "
                 f"{', '.join(sorted(allowed))}; pass other options, or rename the emotion"
             )
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 # ---------------------------------------------------------------------- the folder
@@ -353,7 +346,7 @@ def _answers(llm: ChatModel, calls: Sequence[tuple[Sequence[_Request], int]]) ->
     else:
         found = (_answers_or_errors(llm, *batch) for batch in batches)
     for answers in found:
-        known = [a.text is None or (isinstance(a.text, str) and _is_unicode(a.text)) for a in answers]
+        known = [a.text is None or (isinstance(a.text, str) and is_unicode(a.text)) for a in answers]
         odd = Answer(None, error="the answer is not valid Unicode text")
         yield [answer if is_text else odd for answer, is_text in zip(answers, known, strict=True)]
 
@@ -454,8 +447,11 @@ def _place(clip: Mapping[str, Any], folder: Path) -> str:
     """Path of a clip relative to the folder; clips without a path are written into it."""
     if clip["bytes"] is None:
         return clip["path"] if "://" in clip["path"] else os.path.relpath(clip["path"], folder.resolve())
-    ending = soundfile.info(BytesIO(clip["bytes"])).format.lower()
-    path = Path("audio") / f"{hashlib.sha256(clip['bytes']).hexdigest()[:24]}.{ending}"
+    try:
+        suffix = f".{soundfile.info(BytesIO(clip['bytes'])).format.lower()}"
+    except soundfile.LibsndfileError:  # m4a, say: other libraries decode it, by its content
+        suffix = Path(clip["path"] or "").suffix.lower()
+    path = Path("audio") / f"{hashlib.sha256(clip['bytes']).hexdigest()[:24]}{suffix}"
     if not (folder / path).is_file():
         (folder / "audio").mkdir(exist_ok=True)
         write_bytes(folder / path, clip["bytes"])

@@ -110,10 +110,11 @@ class Task:
         Raises:
             ValueError: the task needs a question and the row has none, or `options` is one text.
         """
-        if isinstance(options, str):
-            raise ValueError(f"options={options!r} must be a list with one text for each class")
         wording = self.instruction_test if rng is None else rng.choice(self.instructions_train)
-        wording = wording.replace(_OPTIONS_FIELD, ", ".join(options or self.labels))
+        if _OPTIONS_FIELD in wording:
+            if isinstance(options, str):
+                raise ValueError(f"options={options!r} must be a list with one text for each class")
+            wording = wording.replace(_OPTIONS_FIELD, ", ".join(map(str, options or self.labels)))
         if not self.needs_question:
             return wording
         if not question:
@@ -198,7 +199,10 @@ def row_instruction(row: Mapping[str, Any], rng: random.Random | None = None) ->
     """
     if row.get("instruction"):
         return row["instruction"]
-    return get_task(row["task"]).instruction(row.get("question"), rng, extra_fields(row).get("options"))
+    try:
+        return get_task(row["task"]).instruction(row.get("question"), rng, extra_fields(row).get("options"))
+    except ValueError as error:
+        raise ValueError(f"row {row.get('id')!r}: {error}") from error
 
 
 def extra_fields(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -154,6 +154,15 @@ def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a file can hold a text: not with half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def described(value: Any) -> str:
     """Type and start of a value, for errors."""
     return f"{type(value).__name__} {value!r:.80}"

@@ -111,6 +111,9 @@ def read_utterances(
             f"{path}: left out {len(recordings) - len(spoken)} of {len(recordings)} recordings without a transcript"
         )
     names = emotion_names or {}
+    unused = sorted(set(names) - {found["emotion"] for found in spoken})
+    if unused:
+        logger.warning(f"{path}: no recording has the emotion {unused[0]!r} that emotion_names names")
     return [Utterance(**{**found, "emotion": names.get(found["emotion"], found["emotion"])}) for found in spoken]
 
 

@@ -83,6 +83,7 @@ class LocalAnswers:
         model: Folder or Hub id.
         adapters: Folders or Hub ids of further adapters, by name.
         max_audio_seconds: Longer clips are truncated to it; no limit by default.
+        dtype: Of the backbones; that of each checkpoint by default.
 
     Raises:
         ValueError: an adapter does not fit the model.
@@ -90,9 +91,13 @@ class LocalAnswers:
     """
 
     def __init__(
-        self, model: str, adapters: Mapping[str, str] | None = None, max_audio_seconds: float | None = None
+        self,
+        model: str,
+        adapters: Mapping[str, str] | None = None,
+        max_audio_seconds: float | None = None,
+        dtype: str = "auto",
     ) -> None:
-        self._model = ListenForConditionalGeneration.from_pretrained(model)
+        self._model = ListenForConditionalGeneration.from_pretrained(model, dtype=dtype)
         for name, source in (adapters or {}).items():
             self._model.load_adapter(source, name)
         self._processor = ListenProcessor.from_pretrained(model)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.utils import httpx
+from transformers.utils import logging
 from transformers.utils.chat_template_utils import Chat
 
 from ..language_models_listen import context_limit
@@ -25,6 +26,8 @@ from ..pipeline_listen import ListenPipeline
 from .encoders import InputEmbeddings, drop_layers
 from .engine import Delta, EngineUnavailableError, QueueFullError, Request, Sampling, TokenLogprob
 from .queued import QueuedEngine
+
+logger = logging.get_logger(__name__)
 
 MAX_TOKENS = 256
 """New tokens at most where a request to an adapter does not say, as in the pipeline."""
@@ -92,6 +95,11 @@ class VllmEngine(QueuedEngine):
             async with self._answer(path, {**body, "model": model, **STREAMED}) as events:
                 async for delta in _deltas(events):
                     yield delta
+        except (ValueError, QueueFullError, EngineUnavailableError):  # the server passes these on
+            raise
+        except Exception:
+            logger.exception("a request failed")
+            raise
         finally:
             self._running -= 1
 
@@ -124,8 +132,11 @@ class VllmEngine(QueuedEngine):
                 raise self._unreachable(error) from error
             if not response.is_success:
                 raise _refusal(response.status_code, response.text)
-            first = response.json()["data"][0]
-            self._served = first["id"], first.get("max_model_len")
+            try:
+                first = response.json()["data"][0]
+                self._served = first["id"], first.get("max_model_len")
+            except (ValueError, LookupError, TypeError, AttributeError) as error:  # a ValueError is the client's fault
+                raise EngineUnavailableError(f"{self.server.url} is no vLLM server; check --engine-url") from error
         return self._served
 
     @asynccontextmanager
@@ -274,7 +285,10 @@ async def _events(response: Any) -> AsyncIterator[dict[str, Any]]:
         if data == "[DONE]":
             return
         if data:
-            event = json.loads(data)
+            try:
+                event = json.loads(data)
+            except ValueError as error:  # which would be the client's fault
+                raise EngineUnavailableError(f"the vLLM server sent {data[:80]!r}, which is no JSON") from error
             if "error" in event:
                 raise _refusal(event["error"].get("code") or 500, data)
             yield event

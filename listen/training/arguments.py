@@ -140,6 +140,8 @@ class DataArguments:
             raise ArgumentError(f"data.long_audio={self.long_audio!r} is unknown; choose leave_out or cut")
         if self.long_audio == "cut" and self.max_audio_seconds is None:
             raise ArgumentError("data.long_audio=cut needs data.max_audio_seconds, the length to cut to")
+        if self.long_audio == "cut" and self.features is not None:
+            raise ArgumentError("data.long_audio=cut cannot cut data.features, which are of whole clips; leave one out")
         if self.max_eval_rows is not None and self.max_eval_rows < 1:
             raise ArgumentError(
                 f"data.max_eval_rows={self.max_eval_rows} must be at least 1; leave out data.eval instead"
