@@ -27,20 +27,29 @@ _PREFILL_ONLY = (*_ENCODED, "query_mask", "task_ids", "adapter_names")
 # for stop strings and assistants, whom `generate` passes them on to; counts of a batch before it is expanded
 _NOT_FORWARDED = ("tokenizer", "assistant_tokenizer", "num_audio", "num_prompts")
 # names of `torch.cpu.get_capabilities`, of x86 and ARM
-_BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+_INSTRUCTIONS = {
+    torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
+}
 
 
 def cpu_has_bf16() -> bool:
     """Whether the CPU has instructions for bf16. Without them, torch computes it in software, many times slower."""
+    return cpu_computes(torch.bfloat16)
+
+
+def cpu_computes(dtype: torch.dtype) -> bool:
+    """Whether the CPU has instructions for weights of this dtype; without, bf16 and fp16 are computed in software."""
     capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in _BF16_INSTRUCTIONS)
+    return dtype not in _INSTRUCTIONS or any(capabilities.get(name, False) for name in _INSTRUCTIONS[dtype])
 
 
-def warn_of_slow_weights() -> None:
-    """Say once, in training or in generation, that weights in bf16 are slow on this CPU."""
+def warn_of_slow_weights(dtype: torch.dtype = torch.bfloat16) -> None:
+    """Say once, in training or in generation, that weights in bf16 or fp16 are slow on this CPU."""
     logger.warning_once(
-        "this CPU computes bf16 in software, and reads audio and prompts several times slower than in float32; load "
-        "the model in float32: dtype='float32', --dtype float32, or model.dtype=float32 in a recipe"
+        f"this CPU computes {'fp16' if dtype == torch.float16 else 'bf16'} in software, and reads audio and prompts "
+        "several times slower than in float32; load the model in float32: dtype='float32', --dtype float32, or "
+        "model.dtype=float32 in a recipe"
     )
 
 
@@ -65,8 +74,8 @@ class ListenGenerationMixin(GenerationMixin):
         """
         if isinstance(kwargs.get("tokenizer"), ProcessorMixin):  # `transformers serve` gives it, stop strings need more
             kwargs["tokenizer"] = kwargs["tokenizer"].tokenizer
-        if self.language_model.dtype == torch.bfloat16 and self.device.type == "cpu" and not cpu_has_bf16():
-            warn_of_slow_weights()
+        if self.device.type == "cpu" and not cpu_computes(self.language_model.dtype):
+            warn_of_slow_weights(self.language_model.dtype)
         if instruction_ids is None:
             return super().generate(*args, **kwargs)
         kwargs.setdefault("max_new_tokens", self.generation_config.max_new_tokens or 256)  # as in the pipeline
@@ -336,6 +345,7 @@ __all__ = [
     "ListenGenerationMixin",
     "PlaceholderBlindProcessors",
     "PlaceholderFreeCandidates",
+    "cpu_computes",
     "cpu_has_bf16",
     "ordinary_ids",
     "warn_of_slow_weights",

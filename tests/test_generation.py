@@ -48,17 +48,19 @@ def test_the_cache_changes_no_answer(shared_model: ListenForConditionalGeneratio
     assert torch.equal(answers(shared_model, inputs), answers(shared_model, inputs, **MODES[mode]))
 
 
-@pytest.mark.parametrize(("dtype", "hardware"), [("bfloat16", False), ("bfloat16", True), ("float32", False)])
-def test_bf16_in_software_is_said_once(
-    dtype: str, hardware: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("hardware", [None, "avx512_bf16", "avx512_fp16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_half_precision_in_software_is_said_once(
+    dtype: str, hardware: str | None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": hardware})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, hardware: True})
     logging.warning_once.cache_clear()
     model = tiny_model().to(getattr(torch, dtype))
     for _ in range(2):
         model.generate(**make_inputs(model, [[]]), max_new_tokens=1)
-    warned = dtype == "bfloat16" and not hardware
-    assert caplog.text.count("computes bf16 in software") == warned and ("--dtype float32" in caplog.text) is warned
+    name = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype)
+    warned = name is not None and hardware != f"avx512_{name}"
+    assert caplog.text.count(f"computes {name} in software") == warned and ("--dtype float32" in caplog.text) is warned
 
 
 def test_several_return_sequences_keep_their_clips(shared_model: ListenForConditionalGeneration) -> None:
