@@ -218,9 +218,22 @@ class ListenGenerationMixin(GenerationMixin):
         return PlaceholderBlindProcessors(processors, placeholders, padding)
 
     def _get_candidate_generator(self, *, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
-        """As upstream, but prompt look-up does not copy placeholders, and an assistant uses its own active adapter."""
-        if model_kwargs.get("adapter_names") == [self.active_adapter]:
+        """As upstream, but prompt look-up does not copy placeholders, and an assistant uses its own active adapter.
+
+        Raises:
+            ValueError: the assistant's prompts have another form than this model's.
+        """
+        assistant, names = kwargs.get("assistant_model"), model_kwargs.get("adapter_names")
+        if names == [self.active_adapter]:
             model_kwargs = {name: value for name, value in model_kwargs.items() if name != "adapter_names"}
+        if isinstance(assistant, ListenGenerationMixin) and self.placeholder_masks(kwargs["input_ids"])[1].any():
+            mine, theirs = _prompt_form(self, names), _prompt_form(assistant, model_kwargs.get("adapter_names"))
+            if mine is not None and mine != theirs:
+                found = "no prompt pool" if theirs is None else f"prompts of form={theirs!r}"
+                raise ValueError(
+                    f"the input has prompts of form={mine!r}, but the adapter of assistant_model has {found}; give an "
+                    "assistant with the same form of prompts, or process the input with num_prompts=0"
+                )
         generator = super()._get_candidate_generator(model_kwargs=model_kwargs, **kwargs)
         if isinstance(generator, EarlyExitCandidateGenerator):
             return EarlyExitCandidates(generator)
@@ -233,6 +246,13 @@ class ListenGenerationMixin(GenerationMixin):
     def _placeholder_ids(self) -> list[int]:
         ids = self.config.audio_token_id, self.config.prompt_token_id
         return [token_id for token_id in ids if token_id is not None]
+
+
+def _prompt_form(model: ListenGenerationMixin, names: list[str] | None) -> str | None:
+    """Form of the prompts of the adapter of the only row, the active one by default; `None` without a pool."""
+    name = names[0] if names else model.active_adapter
+    pool = model.adapters[name].prompt_pool if name in model.adapters else None
+    return pool.config.form if pool is not None else None
 
 
 class PlaceholderBlindProcessors(LogitsProcessorList):

@@ -109,6 +109,20 @@ def test_an_assistant_changes_no_answer(shared_model: ListenForConditionalGenera
     assert torch.equal(answers(shared_model, inputs), answers(shared_model, inputs, assistant_model=assistant))
 
 
+@pytest.mark.parametrize(
+    ("pool", "found"),
+    [({"pool_size": 12, "num_prompts": 4, "form": "layers"}, "prompts of form='layers'"), (None, "no prompt pool")],
+)
+def test_an_assistant_with_another_form_of_prompts_is_named(
+    shared_model: ListenForConditionalGeneration, pool: dict | None, found: str
+) -> None:
+    assistant = tiny_model(seed=1, prompt_pool_config=pool)
+    with pytest.raises(ValueError, match=f"form='input', but the adapter of assistant_model has {found}"):
+        answers(shared_model, make_inputs(shared_model, ROWS[:1]), assistant_model=assistant)
+    plain = make_inputs(shared_model, ROWS[:1], num_prompts=0)
+    assert torch.equal(answers(shared_model, plain, assistant_model=assistant), answers(shared_model, plain))
+
+
 def test_streaming_gives_the_same_text(shared_model: ListenForConditionalGeneration) -> None:
     class Ids:
         """A tokenizer that spells ids."""
