@@ -78,7 +78,9 @@ class ListenGenerationMixin(GenerationMixin):
             warn_of_slow_weights(self.language_model.dtype)
         if instruction_ids is None:
             return super().generate(*args, **kwargs)
-        kwargs.setdefault("max_new_tokens", self.generation_config.max_new_tokens or 256)  # as in the pipeline
+        given = kwargs.get("generation_config")
+        if "max_length" not in kwargs and not (given and (given.max_new_tokens or given.max_length)):
+            kwargs.setdefault("max_new_tokens", self.generation_config.max_new_tokens or 256)  # as in the pipeline
         output = super().generate(*args, input_ids=instruction_ids, attention_mask=instruction_mask, **kwargs)
         length = instruction_ids.shape[1]
         if isinstance(output, torch.Tensor):

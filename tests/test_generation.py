@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import AUDIO_ID, PROMPT_ID, VOCABULARY, clip, make_inputs, tiny_model
-from transformers import TextIteratorStreamer
+from transformers import GenerationConfig, TextIteratorStreamer
 from transformers.utils import logging
 
 from listen.modeling_listen import ListenForConditionalGeneration
@@ -121,6 +121,16 @@ def test_an_assistant_with_another_form_of_prompts_is_named(
         answers(shared_model, make_inputs(shared_model, ROWS[:1]), assistant_model=assistant)
     plain = make_inputs(shared_model, ROWS[:1], num_prompts=0)
     assert torch.equal(answers(shared_model, plain, assistant_model=assistant), answers(shared_model, plain))
+
+
+@pytest.mark.parametrize("length", ["max_new_tokens", "max_length"])
+def test_a_generation_config_limits_transcriptions(shared_model: ListenForConditionalGeneration, length: str) -> None:
+    inputs = make_inputs(shared_model, ROWS[:1])
+    ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
+    most = NEW if length == "max_new_tokens" else ids.shape[1] + NEW
+    config = GenerationConfig(**{length: most}, do_sample=False, eos_token_id=None)
+    found = shared_model.generate(**inputs, instruction_ids=ids, instruction_mask=mask, generation_config=config)
+    assert found.shape == (1, NEW)
 
 
 def test_streaming_gives_the_same_text(shared_model: ListenForConditionalGeneration) -> None:
