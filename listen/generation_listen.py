@@ -153,9 +153,17 @@ class ListenGenerationMixin(GenerationMixin):
 
         The encoders run once, before the expansion. The query and the adapters are fixed here: candidates of assisted
         decoding, generated tokens and padding are not part of the query, and another thread may switch adapters.
+
+        Raises:
+            ValueError: a row is to have no adapter, but would have the LoRA of the others.
         """
         if input_ids is not None and model_kwargs.get("adapter_names") is None:
             model_kwargs["adapter_names"] = [self.active_adapter or BASE_ADAPTER] * len(input_ids)
+        if BASE_ADAPTER in (model_kwargs.get("adapter_names") or ()) and self.active_adapter and self._lora_layers():
+            raise ValueError(
+                f"adapter_names holds {BASE_ADAPTER!r}, but the LoRA on the LLM works on every row of a batch; give "
+                "these rows a batch of their own, within model.disable_adapter()"
+            )
         if input_ids is not None and model_kwargs.get("query_mask") is None:
             mask = model_kwargs.get("attention_mask")
             model_kwargs["query_mask"] = mask.clone() if mask is not None else torch.ones_like(input_ids)
