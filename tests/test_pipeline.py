@@ -264,6 +264,9 @@ def test_arguments_of_the_pipeline_are_defaults_of_its_calls(listen: ListenPipel
         ([{"role": "user", "content": "a"}], {"task": "asr"}, ValueError, "write the wording of task='asr' into them"),
         (wave(1), {"text": "a", "sampling_rate": RATE, "num_prompts": 13}, ValueError, "num_prompts=13"),
         (wave(1), {"text": "a", "num_prompt": 1}, TypeError, "'num_prompt' is unknown; did you mean 'num_prompts'"),
+        (wave(1), {"text": "a", "num_prompt": 0}, TypeError, "'num_prompt' is unknown; did you mean 'num_prompts'"),
+        (wave(1), {"text": "a", "skip_special_token": False}, TypeError, "did you mean 'skip_special_tokens'"),
+        (wave(1), {"text": "a", "raw": wave(1)}, TypeError, "'raw' is unknown"),
         (wave(1), {"text": "a", "max_new_token": 1}, TypeError, "did you mean 'max_new_tokens'"),
         (wave(1), {"text": "a", "quite_unknown": 1}, TypeError, "'quite_unknown' is unknown; known: text, task"),
         (
