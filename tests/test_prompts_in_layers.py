@@ -339,7 +339,7 @@ def test_placeholders_that_the_llm_would_read_are_refused_with_known_counts() ->
 
 
 def test_replicas_that_share_hooks_take_prompts_once() -> None:
-    """`nn.DataParallel` makes replicas of each layer in each pass; they share hooks, and nothing that is set on them."""
+    """`nn.DataParallel` makes replicas of each layer in each pass, which share their hooks and no later attributes."""
     model = layer_model().eval()
     inputs, layer = inputs_of(model, ROWS, COUNTS), model.language_model.model.layers[0]
     first = model(**inputs).logits
