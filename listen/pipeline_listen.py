@@ -177,9 +177,8 @@ class ListenPipeline(Pipeline):
         """
         if not is_one_clip(inputs) and not _is_chat(inputs):
             raise ValueError(f"stream answers one input, got a list of {len(inputs)}; call the pipeline with the list")
-        streamer = TextIteratorStreamer(
-            self.processor, skip_prompt=True, skip_special_tokens=kwargs.get("skip_special_tokens", True)
-        )
+        shown = {**self._postprocess_params, **kwargs}.get("skip_special_tokens", True)
+        streamer = TextIteratorStreamer(self.processor, skip_prompt=True, skip_special_tokens=shown)
         closed, result = Event(), Future()
         kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or []), lambda *_, **__: closed.is_set()]
 

@@ -314,6 +314,13 @@ def test_a_streamed_answer_grows_to_the_answer_of_a_call(listen: ListenPipeline,
         assert growing and all(last["generated_text"].startswith(part["generated_text"]) for part in growing)
 
 
+def test_a_stream_has_the_defaults_of_its_pipeline(listen: ListenPipeline, wav_files: list[str]) -> None:
+    parts = {"model": listen.model, "processor": listen.processor, "device": "cpu"}
+    whole = ListenPipeline(**parts, skip_special_tokens=False, forced_eos_token_id=2)
+    *growing, last = whole.stream(wav_files[0], QUESTION, max_new_tokens=3, do_sample=False)
+    assert growing[-1] == last and last["generated_text"].endswith(listen.processor.tokenizer.eos_token)
+
+
 def test_errors_of_streaming_are_those_of_a_call(listen: ListenPipeline, wav_files: list[str]) -> None:
     with pytest.raises(FileNotFoundError, match="no audio file at 'none.wav'"):
         next(listen.stream("none.wav", QUESTION))
