@@ -394,6 +394,8 @@ class AdapterMixin(LoraMixin):
         on_llm = getattr(self.language_model, "peft_config", {})
         if adapter_name not in self.adapters and adapter_name not in on_llm:
             raise ValueError(f"adapter {adapter_name!r} is unknown; loaded: {', '.join([*self.adapters, *on_llm])}")
+        if self._active_adapter is None:  # `disable_adapters` took the LoRA away too
+            self.enable_adapters()
         if adapter_name in self.adapters:
             self.active_adapter = adapter_name
         if adapter_name in on_llm:
@@ -436,7 +438,7 @@ class AdapterMixin(LoraMixin):
         For the current thread only: others may use the adapters at the same time.
         """
         for layer in self._lora_layers():
-            layer._disable_adapters = self._of_thread  # PEFT asks for its truth in each call
+            layer._disable_adapters = layer._disable_adapters is True or self._of_thread  # PEFT asks for its truth
         with self._of_thread.disabled():
             yield
 
@@ -449,8 +451,8 @@ class AdapterMixin(LoraMixin):
 
     def enable_adapters(self) -> None:
         """Make the adapter active that was so before `disable_adapters`, and the LoRA."""
-        if self._active_adapter is None:
-            self._active_adapter = getattr(self, "_enabled_adapter", "default")
+        before = getattr(self, "_enabled_adapter", "default")  # it may have been deleted since
+        self._active_adapter = self._active_adapter or (before if before in self.adapters else "default")
         if self._lora_layers():
             self.language_model.enable_adapters()
             self.freeze()

@@ -27,20 +27,29 @@ _PREFILL_ONLY = (*_ENCODED, "query_mask", "task_ids", "adapter_names")
 # for stop strings and assistants, whom `generate` passes them on to; counts of a batch before it is expanded
 _NOT_FORWARDED = ("tokenizer", "assistant_tokenizer", "num_audio", "num_prompts")
 # names of `torch.cpu.get_capabilities`, of x86 and ARM
-_BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+_INSTRUCTIONS = {
+    torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
+}
 
 
 def cpu_has_bf16() -> bool:
     """Whether the CPU has instructions for bf16. Without them, torch computes it in software, many times slower."""
+    return cpu_computes(torch.bfloat16)
+
+
+def cpu_computes(dtype: torch.dtype) -> bool:
+    """Whether the CPU has instructions for weights of this dtype; without, bf16 and fp16 are computed in software."""
     capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in _BF16_INSTRUCTIONS)
+    return dtype not in _INSTRUCTIONS or any(capabilities.get(name, False) for name in _INSTRUCTIONS[dtype])
 
 
-def warn_of_slow_weights() -> None:
-    """Say once, in training or in generation, that weights in bf16 are slow on this CPU."""
+def warn_of_slow_weights(dtype: torch.dtype = torch.bfloat16) -> None:
+    """Say once, in training or in generation, that weights in bf16 or fp16 are slow on this CPU."""
     logger.warning_once(
-        "this CPU computes bf16 in software, and reads audio and prompts several times slower than in float32; load "
-        "the model in float32: dtype='float32', --dtype float32, or model.dtype=float32 in a recipe"
+        f"this CPU computes {'fp16' if dtype == torch.float16 else 'bf16'} in software, and reads audio and prompts "
+        "several times slower than in float32; load the model in float32: dtype='float32', --dtype float32, or "
+        "model.dtype=float32 in a recipe"
     )
 
 
@@ -65,11 +74,13 @@ class ListenGenerationMixin(GenerationMixin):
         """
         if isinstance(kwargs.get("tokenizer"), ProcessorMixin):  # `transformers serve` gives it, stop strings need more
             kwargs["tokenizer"] = kwargs["tokenizer"].tokenizer
-        if self.language_model.dtype == torch.bfloat16 and self.device.type == "cpu" and not cpu_has_bf16():
-            warn_of_slow_weights()
+        if self.device.type == "cpu" and not cpu_computes(self.language_model.dtype):
+            warn_of_slow_weights(self.language_model.dtype)
         if instruction_ids is None:
             return super().generate(*args, **kwargs)
-        kwargs.setdefault("max_new_tokens", self.generation_config.max_new_tokens or 256)  # as in the pipeline
+        given = kwargs.get("generation_config")
+        if "max_length" not in kwargs and not (given and (given.max_new_tokens or given.max_length)):
+            kwargs.setdefault("max_new_tokens", self.generation_config.max_new_tokens or 256)  # as in the pipeline
         output = super().generate(*args, input_ids=instruction_ids, attention_mask=instruction_mask, **kwargs)
         length = instruction_ids.shape[1]
         if isinstance(output, torch.Tensor):
@@ -142,9 +153,17 @@ class ListenGenerationMixin(GenerationMixin):
 
         The encoders run once, before the expansion. The query and the adapters are fixed here: candidates of assisted
         decoding, generated tokens and padding are not part of the query, and another thread may switch adapters.
+
+        Raises:
+            ValueError: a row is to have no adapter, but would have the LoRA of the others.
         """
         if input_ids is not None and model_kwargs.get("adapter_names") is None:
             model_kwargs["adapter_names"] = [self.active_adapter or BASE_ADAPTER] * len(input_ids)
+        if BASE_ADAPTER in (model_kwargs.get("adapter_names") or ()) and self.active_adapter and self._lora_layers():
+            raise ValueError(
+                f"adapter_names holds {BASE_ADAPTER!r}, but the LoRA on the LLM works on every row of a batch; give "
+                "these rows a batch of their own, within model.disable_adapter()"
+            )
         if input_ids is not None and model_kwargs.get("query_mask") is None:
             mask = model_kwargs.get("attention_mask")
             model_kwargs["query_mask"] = mask.clone() if mask is not None else torch.ones_like(input_ids)
@@ -209,9 +228,22 @@ class ListenGenerationMixin(GenerationMixin):
         return PlaceholderBlindProcessors(processors, placeholders, padding)
 
     def _get_candidate_generator(self, *, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
-        """As upstream, but prompt look-up does not copy placeholders, and an assistant uses its own active adapter."""
-        if model_kwargs.get("adapter_names") == [self.active_adapter]:
+        """As upstream, but prompt look-up does not copy placeholders, and an assistant uses its own active adapter.
+
+        Raises:
+            ValueError: the assistant's prompts have another form than this model's.
+        """
+        assistant, names = kwargs.get("assistant_model"), model_kwargs.get("adapter_names")
+        if names == [self.active_adapter]:
             model_kwargs = {name: value for name, value in model_kwargs.items() if name != "adapter_names"}
+        if isinstance(assistant, ListenGenerationMixin) and self.placeholder_masks(kwargs["input_ids"])[1].any():
+            mine, theirs = _prompt_form(self, names), _prompt_form(assistant, model_kwargs.get("adapter_names"))
+            if mine is not None and mine != theirs:
+                found = "no prompt pool" if theirs is None else f"prompts of form={theirs!r}"
+                raise ValueError(
+                    f"the input has prompts of form={mine!r}, but the adapter of assistant_model has {found}; give an "
+                    "assistant with the same form of prompts, or process the input with num_prompts=0"
+                )
         generator = super()._get_candidate_generator(model_kwargs=model_kwargs, **kwargs)
         if isinstance(generator, EarlyExitCandidateGenerator):
             return EarlyExitCandidates(generator)
@@ -224,6 +256,13 @@ class ListenGenerationMixin(GenerationMixin):
     def _placeholder_ids(self) -> list[int]:
         ids = self.config.audio_token_id, self.config.prompt_token_id
         return [token_id for token_id in ids if token_id is not None]
+
+
+def _prompt_form(model: ListenGenerationMixin, names: list[str] | None) -> str | None:
+    """Form of the prompts of the adapter of the only row, the active one by default; `None` without a pool."""
+    name = names[0] if names else model.active_adapter
+    pool = model.adapters[name].prompt_pool if name in model.adapters else None
+    return pool.config.form if pool is not None else None
 
 
 class PlaceholderBlindProcessors(LogitsProcessorList):
@@ -336,6 +375,7 @@ __all__ = [
     "ListenGenerationMixin",
     "PlaceholderBlindProcessors",
     "PlaceholderFreeCandidates",
+    "cpu_computes",
     "cpu_has_bf16",
     "ordinary_ids",
     "warn_of_slow_weights",

@@ -174,9 +174,9 @@ def _hook_layers(language_model: PreTrainedModel) -> None:
                 "are found, so prompts cannot be in its layers; use form='input'"
             )
         for number, layer in enumerate(layers):
-            if hasattr(layer, "takes_prompts"):  # by another thread, meanwhile
-                continue
-            layer.register_forward_hook(functools.partial(_add_prompts, number), with_kwargs=True)
+            # by another thread, meanwhile; replicas of `nn.DataParallel` share their hooks, but not later attributes
+            if not any(getattr(hook, "func", None) is _add_prompts for hook in layer._forward_hooks.values()):
+                layer.register_forward_hook(functools.partial(_add_prompts, number), with_kwargs=True)
             layer.takes_prompts = True
 
 

@@ -177,9 +177,8 @@ class ListenPipeline(Pipeline):
         """
         if not is_one_clip(inputs) and not _is_chat(inputs):
             raise ValueError(f"stream answers one input, got a list of {len(inputs)}; call the pipeline with the list")
-        streamer = TextIteratorStreamer(
-            self.processor, skip_prompt=True, skip_special_tokens=kwargs.get("skip_special_tokens", True)
-        )
+        shown = {**self._postprocess_params, **kwargs}.get("skip_special_tokens", True)
+        streamer = TextIteratorStreamer(self.processor, skip_prompt=True, skip_special_tokens=shown)
         closed, result = Event(), Future()
         kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or []), lambda *_, **__: closed.is_set()]
 
@@ -213,8 +212,11 @@ class ListenPipeline(Pipeline):
             raise ValueError(f"{', '.join(sorted(twice))}: given twice, as a keyword and in generate_kwargs")
         kwargs |= generate
         for name in kwargs.keys() - {*_PREPROCESS, *_FORWARD, *_POSTPROCESS, *_GENERATE}:
-            if kwargs[name]:  # absent or switched off, it asks for nothing
-                raise TypeError(f"keyword {name!r} is unknown{_suggestion(name, (*_KEYWORDS, *_GENERATE))}")
+            known, value = (*_KEYWORDS, *_GENERATE), kwargs[name]
+            is_off = isinstance(value, (bool, int, float, str, list, tuple, dict)) and not value
+            if value is None or (is_off and not difflib.get_close_matches(name, known, n=1, cutoff=0.8)):
+                continue  # it asks for nothing, unlike num_prompt=0
+            raise TypeError(f"keyword {name!r} is unknown{_suggestion(name, known)}")
         _check_counts(kwargs, _COUNTS)
         for name in kwargs.keys() & _FLAGS:
             if not isinstance(kwargs[name], (bool, type(None))):

@@ -213,6 +213,7 @@ class ListenProcessor(ProcessorMixin):
         options = _flattened(kwargs)
         sampling_rate = options.pop("sampling_rate", sampling_rate)
         return_tensors = options.pop("return_tensors", return_tensors)
+        num_prompts, task = options.pop("num_prompts", num_prompts), options.pop("task", task)
         if audio is not None and num_samples is not None:
             raise ValueError("give audio or num_samples, the lengths of clips loaded before, not both")
         limit = options.get("max_audio_seconds")
@@ -471,7 +472,8 @@ class ListenProcessor(ProcessorMixin):
         if not tokenize:
             return texts if is_batch else texts[0]
         marked = {"assistant_masks": spans} if return_assistant_tokens_mask else {}
-        if options.get("num_prompts", self.num_prompts) and self.tokenizer.is_fast and not any(flags.values()):
+        k, return_tensors = options.get("num_prompts"), options.pop("return_tensors", return_tensors)
+        if (self.num_prompts if k is None else k) and self.tokenizer.is_fast and not any(flags.values()):
             starts = [answer_start(messages, text, render) for messages, text in zip(plain, texts, strict=True)]
             if any(start < len(text) for start, text in zip(starts, texts, strict=True)):
                 marked["query_mask"] = [[[start, len(text)]] for start, text in zip(starts, texts, strict=True)]

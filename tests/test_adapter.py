@@ -339,6 +339,37 @@ def test_lora_changes_the_llm_and_disabling_it_restores_it(backbones: Path) -> N
     assert all("lora_" in name or name.startswith("adapters.") for name in learned)
 
 
+def test_the_lora_is_off_and_on_with_the_adapters(backbones: Path) -> None:
+    model, plain = lora(backbones), fresh(backbones)
+    ids = torch.tensor([[1, 5, 9, 33]])
+    on, off = model(ids).logits, plain(ids).logits
+    model.disable_adapters()
+    with model.disable_adapter():
+        assert torch.equal(model(ids).logits, off)
+    assert torch.equal(model(ids).logits, off)
+    model.set_adapter("default")
+    assert torch.equal(model(ids).logits, on)
+
+
+def test_a_deleted_adapter_is_not_enabled_again(backbones: Path) -> None:
+    model = fresh(backbones)
+    model.add_adapter(adapter_name="second")
+    model.set_adapter("second")
+    model.disable_adapters()
+    model.delete_adapter("second")
+    model.enable_adapters()
+    assert model.active_adapter == "default"
+
+
+def test_base_rows_among_rows_with_a_lora_are_refused(backbones: Path) -> None:
+    model, ids = lora(backbones), torch.tensor([[1, 5, 9, 33]] * 2)
+    with pytest.raises(ValueError, match="'__base__', but the LoRA on the LLM works on every row"):
+        model.generate(ids, adapter_names=["__base__", "default"], max_new_tokens=2)
+    with model.disable_adapter():
+        expected = fresh(backbones).generate(ids, max_new_tokens=2, do_sample=False)
+        assert torch.equal(model.generate(ids, adapter_names=["__base__"] * 2, max_new_tokens=2), expected)
+
+
 def test_lora_is_part_of_the_adapter_checkpoint(backbones: Path, tmp_path: Path) -> None:
     model = lora(backbones)
     model.save_pretrained(tmp_path)

@@ -12,10 +12,11 @@ import torch
 from fixtures_backbones import save_backbones
 from fixtures_training import CHAT_TEMPLATE, character_tokenizer, save_tiny_llm, write_clip, write_manifest
 from test_training_run import run, sections
+from transformers.utils import logging
 
 from listen.feature_extraction_listen import ListenFeatureExtractor
 from listen.training import ArgumentError, build_arguments, build_model, build_trainer
-from listen.training.ctc import CtcTrainer, TokenDistances, ctc_loss, space_token
+from listen.training.ctc import CtcTrainer, TokenDistances, ctc_loss, space_token, warn_of_short_rows
 
 WITHOUT_POOL = {"prompt_pool": {"pool_size": 0}}
 WORDS = ["hi", "oh no"]
@@ -74,6 +75,16 @@ def test_a_row_that_is_too_short_for_its_words_adds_nothing() -> None:
     torch.testing.assert_close(loss, ctc_loss(log_probabilities[1:], [2], [torch.tensor([1])]))
     loss.backward()
     assert log_probabilities.grad[0].abs().max() == 0 < log_probabilities.grad[1:].abs().max()
+
+
+def test_rows_that_are_too_short_are_said_once_where_most_are(caplog: pytest.LogCaptureFixture) -> None:
+    logging.warning_once.cache_clear()
+    long, short = torch.tensor([1, 2, 1]), torch.tensor([1])
+    warn_of_short_rows([2, 2], [long, short])
+    assert not caplog.text
+    for _ in range(2):
+        warn_of_short_rows([2, 2, 2], [long, short, long])
+    assert caplog.text.count("fewer audio embeddings than their words have tokens") == 1
 
 
 @pytest.mark.parametrize("size", [0.01, 1.0, 100.0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import AUDIO_ID, PROMPT_ID, VOCABULARY, clip, make_inputs, tiny_model
-from transformers import TextIteratorStreamer
+from transformers import GenerationConfig, TextIteratorStreamer
 from transformers.utils import logging
 
 from listen.modeling_listen import ListenForConditionalGeneration
@@ -48,17 +48,19 @@ def test_the_cache_changes_no_answer(shared_model: ListenForConditionalGeneratio
     assert torch.equal(answers(shared_model, inputs), answers(shared_model, inputs, **MODES[mode]))
 
 
-@pytest.mark.parametrize(("dtype", "hardware"), [("bfloat16", False), ("bfloat16", True), ("float32", False)])
-def test_bf16_in_software_is_said_once(
-    dtype: str, hardware: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("hardware", [None, "avx512_bf16", "avx512_fp16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_half_precision_in_software_is_said_once(
+    dtype: str, hardware: str | None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": hardware})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, hardware: True})
     logging.warning_once.cache_clear()
     model = tiny_model().to(getattr(torch, dtype))
     for _ in range(2):
         model.generate(**make_inputs(model, [[]]), max_new_tokens=1)
-    warned = dtype == "bfloat16" and not hardware
-    assert caplog.text.count("computes bf16 in software") == warned and ("--dtype float32" in caplog.text) is warned
+    name = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype)
+    warned = name is not None and hardware != f"avx512_{name}"
+    assert caplog.text.count(f"computes {name} in software") == warned and ("--dtype float32" in caplog.text) is warned
 
 
 def test_several_return_sequences_keep_their_clips(shared_model: ListenForConditionalGeneration) -> None:
@@ -105,6 +107,30 @@ def test_an_assistant_changes_no_answer(shared_model: ListenForConditionalGenera
     assistant = tiny_model(seed=1)
     inputs = make_inputs(shared_model, ROWS[:1])
     assert torch.equal(answers(shared_model, inputs), answers(shared_model, inputs, assistant_model=assistant))
+
+
+@pytest.mark.parametrize(
+    ("pool", "found"),
+    [({"pool_size": 12, "num_prompts": 4, "form": "layers"}, "prompts of form='layers'"), (None, "no prompt pool")],
+)
+def test_an_assistant_with_another_form_of_prompts_is_named(
+    shared_model: ListenForConditionalGeneration, pool: dict | None, found: str
+) -> None:
+    assistant = tiny_model(seed=1, prompt_pool_config=pool)
+    with pytest.raises(ValueError, match=f"form='input', but the adapter of assistant_model has {found}"):
+        answers(shared_model, make_inputs(shared_model, ROWS[:1]), assistant_model=assistant)
+    plain = make_inputs(shared_model, ROWS[:1], num_prompts=0)
+    assert torch.equal(answers(shared_model, plain, assistant_model=assistant), answers(shared_model, plain))
+
+
+@pytest.mark.parametrize("length", ["max_new_tokens", "max_length"])
+def test_a_generation_config_limits_transcriptions(shared_model: ListenForConditionalGeneration, length: str) -> None:
+    inputs = make_inputs(shared_model, ROWS[:1])
+    ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
+    most = NEW if length == "max_new_tokens" else ids.shape[1] + NEW
+    config = GenerationConfig(**{length: most}, do_sample=False, eos_token_id=None)
+    found = shared_model.generate(**inputs, instruction_ids=ids, instruction_mask=mask, generation_config=config)
+    assert found.shape == (1, NEW)
 
 
 def test_streaming_gives_the_same_text(shared_model: ListenForConditionalGeneration) -> None:

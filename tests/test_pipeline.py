@@ -264,6 +264,9 @@ def test_arguments_of_the_pipeline_are_defaults_of_its_calls(listen: ListenPipel
         ([{"role": "user", "content": "a"}], {"task": "asr"}, ValueError, "write the wording of task='asr' into them"),
         (wave(1), {"text": "a", "sampling_rate": RATE, "num_prompts": 13}, ValueError, "num_prompts=13"),
         (wave(1), {"text": "a", "num_prompt": 1}, TypeError, "'num_prompt' is unknown; did you mean 'num_prompts'"),
+        (wave(1), {"text": "a", "num_prompt": 0}, TypeError, "'num_prompt' is unknown; did you mean 'num_prompts'"),
+        (wave(1), {"text": "a", "skip_special_token": False}, TypeError, "did you mean 'skip_special_tokens'"),
+        (wave(1), {"text": "a", "raw": wave(1)}, TypeError, "'raw' is unknown"),
         (wave(1), {"text": "a", "max_new_token": 1}, TypeError, "did you mean 'max_new_tokens'"),
         (wave(1), {"text": "a", "quite_unknown": 1}, TypeError, "'quite_unknown' is unknown; known: text, task"),
         (
@@ -309,6 +312,13 @@ def test_a_streamed_answer_grows_to_the_answer_of_a_call(listen: ListenPipeline,
         *growing, last = listen.stream(question, **options)
         assert [last] == listen(question, **options)
         assert growing and all(last["generated_text"].startswith(part["generated_text"]) for part in growing)
+
+
+def test_a_stream_has_the_defaults_of_its_pipeline(listen: ListenPipeline, wav_files: list[str]) -> None:
+    parts = {"model": listen.model, "processor": listen.processor, "device": "cpu"}
+    whole = ListenPipeline(**parts, skip_special_tokens=False, forced_eos_token_id=2)
+    *growing, last = whole.stream(wav_files[0], QUESTION, max_new_tokens=3, do_sample=False)
+    assert growing[-1] == last and last["generated_text"].endswith(listen.processor.tokenizer.eos_token)
 
 
 def test_errors_of_streaming_are_those_of_a_call(listen: ListenPipeline, wav_files: list[str]) -> None:

@@ -274,6 +274,19 @@ def test_wrong_input_raises(processor: ListenProcessor, kwargs: dict, error: typ
         processor(**{"sampling_rate": RATE, **kwargs})
 
 
+def test_prompts_and_task_may_be_in_a_group_of_keywords() -> None:
+    processor = build_processor(num_prompts=3, pool_size=8, tasks=["asr", "er"])
+    found = processor("a", text_kwargs={"num_prompts": 1, "task": "er"})
+    assert found.input_ids[0].tolist() == processor("a", num_prompts=1).input_ids[0].tolist()
+    assert found.task_ids.tolist() == [1]
+
+
+def test_no_number_of_prompts_is_the_default_for_the_query_too(processor: ListenProcessor) -> None:
+    chat = [*user("What?"), {"role": "assistant", "content": "this"}]
+    expected, found = (processor.apply_chat_template(chat, tokenize=True, **k) for k in ({}, {"num_prompts": None}))
+    assert torch.equal(found.query_mask, expected.query_mask)
+
+
 def test_a_reserved_token_written_by_hand_is_refused() -> None:
     processor = build_processor("reserved")
     for symbol in RESERVED[2:]:
@@ -404,6 +417,8 @@ def test_variables_reach_the_template_and_keywords_the_processor() -> None:
         processor_kwargs={"num_prompts": 5},
     )
     assert inputs.input_ids[0, :5].tolist() == [processor.prompt_token_id] * 5
+    as_arrays = processor.apply_chat_template(user("a"), tokenize=True, processor_kwargs={"return_tensors": "np"})
+    assert isinstance(as_arrays.input_ids, np.ndarray)
 
 
 @pytest.mark.parametrize(

@@ -336,3 +336,13 @@ def test_placeholders_that_the_llm_would_read_are_refused_with_known_counts() ->
     count = int((inputs["input_ids"] == AUDIO_ID).sum())
     with pytest.raises(RuntimeError, match="attention_mask must be 0 at the placeholders"):
         model(**inputs, num_audio=count, num_prompts=3)
+
+
+def test_replicas_that_share_hooks_take_prompts_once() -> None:
+    """`nn.DataParallel` makes replicas of each layer in each pass, which share their hooks and no later attributes."""
+    model = layer_model().eval()
+    inputs, layer = inputs_of(model, ROWS, COUNTS), model.language_model.model.layers[0]
+    first = model(**inputs).logits
+    for each in model.language_model.model.layers:
+        del each.takes_prompts  # as on a replica that was made before the first pass
+    assert torch.equal(model(**inputs).logits, first) and len(layer._forward_hooks) == 1

@@ -15,12 +15,15 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..data.collator import ListenCollator
 from ..generation_listen import AUDIO_INPUTS
 from .datasets import count_tasks
 from .trainer import ListenTrainer
 from .values import ArgumentError
+
+logger = logging.get_logger(__name__)
 
 WORD_TASKS = ("asr", "repeat")  # their answer is what is said
 # Of the softmax. Half of it is the log-odds of the blank against a token, at the blank, for a token at the typical
@@ -92,6 +95,16 @@ def ctc_loss(log_probabilities: torch.Tensor, lengths: Sequence[int], targets: S
     )
 
 
+def warn_of_short_rows(lengths: Sequence[int], targets: Sequence[torch.Tensor]) -> None:
+    """Say once that most rows of a batch add nothing to `ctc_loss`, whose arguments these are: it is then near zero."""
+    short = sum(len(target) > length for length, target in zip(lengths, targets, strict=True))
+    if 2 * short > len(targets):
+        logger.warning_once(
+            "more than half of the rows of a batch have fewer audio embeddings than their words have tokens, and add "
+            "nothing to ctc_loss; give model.connector.num_queries=2, or a smaller window_seconds"
+        )
+
+
 def answer_tokens(dataset: Dataset, collator: ListenCollator) -> torch.Tensor:
     """All tokens of the answers as the collator renders them, sorted, `(tokens,)`, without special ones."""
     before, _, after = collator.render({"role": "user", "content": "?"}, "!")[1].partition("!")
@@ -148,7 +161,9 @@ class CtcTrainer(ListenTrainer):
         lengths = base.placeholder_masks(inputs["input_ids"])[0].sum(-1)  # (batch,)
         with torch.autocast(labels.device.type, enabled=False):
             log_probabilities = self.distances(embeddings)  # (total, 1 + tokens)
-            summed = ctc_loss(log_probabilities, lengths.tolist(), self._targets(labels))
+            counts, targets = lengths.tolist(), self._targets(labels)
+            warn_of_short_rows(counts, targets)
+            summed = ctc_loss(log_probabilities, counts, targets)
             spread = self.distances.spread(embeddings, log_probabilities)
         num_labels = (labels >= 0).sum()
         num_items = num_labels if num_items_in_batch is None else num_items_in_batch  # of all accumulated batches

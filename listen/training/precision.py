@@ -7,7 +7,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available, logging
 
-from ..generation_listen import cpu_has_bf16, warn_of_slow_weights
+from ..generation_listen import cpu_computes, cpu_has_bf16, warn_of_slow_weights
 from .values import ArgumentError
 
 logger = logging.get_logger(__name__)
@@ -28,12 +28,13 @@ def choose_bf16(value: bool | str, use_cpu: bool) -> bool:
 
 
 def warn_of_slow_bf16(model: nn.Module, arguments: TrainingArguments) -> None:
-    """Say so if training computes in bf16 on a CPU without instructions for it."""
-    if arguments.device.type != "cpu" or cpu_has_bf16():
+    """Say so if training computes in bf16, or over weights in fp16, on a CPU without instructions for it."""
+    if arguments.device.type != "cpu":
         return
-    if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
-        warn_of_slow_weights()  # evaluation by generation would say it again
-    elif arguments.bf16:
+    slow = [dtype for dtype in {parameter.dtype for parameter in model.parameters()} if not cpu_computes(dtype)]
+    if slow:
+        warn_of_slow_weights(slow[0])  # evaluation by generation would say it again
+    elif arguments.bf16 and not cpu_has_bf16():
         logger.warning("this CPU computes bf16 in software, many times slower than float32; set training.bf16=false")
 
 
