@@ -115,7 +115,7 @@ def _answer_batch(
     texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     first = prefill.output
     beams = len(first.logits) // len(indices)  # each row is repeated for its beams
-    indices, strengths, queries = (
+    selected, strengths, queries = (
         None if tensor is None else tensor[::beams].detach().cpu()
         for tensor in (first.prompt_indices, first.prompt_scores, first.query)
     )
@@ -125,8 +125,8 @@ def _answer_batch(
             index=index,
             instruction=rows[row]["instruction"],
             text=texts[row].strip(),
-            prompt_indices=[] if indices is None else indices[row][indices[row] >= 0].tolist(),
-            prompt_scores=[] if indices is None else strengths[row][indices[row] >= 0].tolist(),
+            prompt_indices=[] if selected is None else selected[row][selected[row] >= 0].tolist(),
+            prompt_scores=[] if selected is None else strengths[row][selected[row] >= 0].tolist(),
             yes_no_score=preferences[row],
             query=None if queries is None else queries[row].float().numpy(),
         )
