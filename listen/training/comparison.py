@@ -429,11 +429,11 @@ def _check_start_is_finished(cell: Cell, output: Path) -> None:
 def _run(cell: Cell, output: Path, models: str | Path | None, callbacks: Sequence[TrainerCallback]) -> None:
     folder = output / cell.folder
     run = _arguments(cell, models, output, output_dir=str(folder), resume=True)
-    settings = cell.evaluation  # rows that are missing show before the training
-    select_rows(_test_rows(cell), settings.tasks, settings.max_examples)
+    settings = cell.evaluation
+    rows = select_rows(_test_rows(cell), settings.tasks, settings.max_examples)  # missing ones show before the training
     cost = CostCallback(folder)
     result = train(run.model, run.data, run.training, raw=run.raw, callbacks=[cost, *callbacks])
-    further = _evaluate(cell, run, result, folder)
+    further = _evaluate(settings, run, result, rows, folder)
     losses = {name: value for name, value in result.eval_metrics.items() if name in ("eval_lm_loss", "eval_key_loss")}
     logs = [entry for entry in result.history if "lm_loss" in entry]
     pool = {name: value for name, value in logs[-1].items() if name.startswith("pool_")} if logs else {}
@@ -449,13 +449,12 @@ def _run(cell: Cell, output: Path, models: str | Path | None, callbacks: Sequenc
         shutil.rmtree(checkpoint)
 
 
-def _evaluate(cell: Cell, run: RunArguments, result: TrainResult, folder: Path) -> list[int]:
+def _evaluate(
+    settings: EvaluationArguments, run: RunArguments, result: TrainResult, rows: Dataset, folder: Path
+) -> list[int]:
     """Evaluate the trained model with its own k and, if it has a pool, with each further k; return these."""
-    settings, rows = cell.evaluation, _test_rows(cell)
     names = [source.path for source in settings.sources()]
     options = {
-        "tasks": settings.tasks,
-        "max_examples": settings.max_examples,
         "batch_size": settings.batch_size,
         "max_new_tokens": settings.max_new_tokens,
         "num_beams": settings.num_beams,
