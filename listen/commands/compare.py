@@ -153,12 +153,10 @@ def _method_of(row: str, methods: Container[str]) -> str:
     return row if row in methods else row.rpartition(", k = ")[0]
 
 
-def _place(method: str, order: dict[str, int]) -> tuple[int, int]:
+def _place(row: str, order: dict[str, int]) -> tuple[int, int]:
     """Methods as in the recipe; their rows at another k follow them."""
-    if method in order:
-        return order[method], -1
-    name, _, k = method.rpartition(", k = ")
-    return order[name], int(k)
+    method = _method_of(row, order)
+    return order[method], -1 if row == method else int(row.removeprefix(f"{method}, k = "))
 
 
 def notes(comparison: Comparison, cells: Sequence[Evaluated]) -> list[str]:
