@@ -44,7 +44,7 @@ def cpu_computes(dtype: torch.dtype) -> bool:
     return dtype not in _INSTRUCTIONS or any(capabilities.get(name, False) for name in _INSTRUCTIONS[dtype])
 
 
-def warn_of_slow_weights(dtype: torch.dtype = torch.bfloat16) -> None:
+def warn_of_slow_weights(dtype: torch.dtype) -> None:
     """Say once, in training or in generation, that weights in bf16 or fp16 are slow on this CPU."""
     logger.warning_once(
         f"this CPU computes {'fp16' if dtype == torch.float16 else 'bf16'} in software, and reads audio and prompts "
