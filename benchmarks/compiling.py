@@ -17,7 +17,7 @@ Call = Callable[[], object]
 def compile(setting: Setting) -> list[Figure]:
     """Training pass, prefill and encoders compiled by `torch.compile` against the same without it.
 
-    `.first` is the wall time of the first call, which compiles. It needs a C++ compiler on the CPU.
+    `.first` is the wall time of the first call, which compiles. The backend `inductor` needs a C++ compiler on the CPU.
     """
     options, model = setting.options, setting.model
     audio = setting.audio(options.batch, options.seconds)
@@ -45,7 +45,7 @@ def compile(setting: Setting) -> list[Figure]:
 def against_compiled(setting: Setting, name: str, make: Callable[[Callable], Call], method: Callable) -> list[Figure]:
     """A call of `method` as `make` makes it: compiled against not compiled, and the first compiled one."""
     torch.compiler.reset()
-    compiled = make(torch.compile(method))
+    compiled = make(torch.compile(method, backend=setting.options.backend))
     start = time.perf_counter()
     compiled()
     first = time.perf_counter() - start

@@ -60,6 +60,7 @@ def parse(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, help="prompts of each row (default: the model's)")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens of an answer (default 32)")
     parser.add_argument("--batches", type=int, default=3, help="how many of the decoded batches 1, 8, 64 (default all)")
+    parser.add_argument("--backend", default="inductor", help="of torch.compile (default inductor)")
     parser.add_argument("--points", type=int, default=4, help="points of a curve of growth (default 4)")
     options = parser.parse_args(given)
     if bool(options.speech) != bool(options.llm):

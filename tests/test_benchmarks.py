@@ -22,6 +22,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 SMALLEST = [
     *("--device", "cpu", "--repeats", "1", "--batch", "2", "--seconds", "0.5", "--text", "4", "--prompts", "4"),
     *("--new-tokens", "2", "--batches", "1", "--points", "2"),
+    *("--backend", "aot_eager"),  # inductor compiles for minutes
 ]
 MOST_HOPS = {"row to batch": (90, 9), "batch to loss": (35, 7)}  # functions, files
 MIB = 2**20

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +11,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from datasets import Dataset
+from fixtures_processes import run_script
 from fixtures_training import tiny_processor, write_clip, write_manifest
 
 from listen.data.collator import ListenCollator
@@ -359,19 +357,11 @@ def test_two_processes_give_what_one_gives(setup, manifest, result, tmp_path):
     model, processor = setup
     model.save_pretrained(tmp_path / "model", save_full=True)
     processor.save_pretrained(tmp_path / "model")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [
-        str(ROOT / "examples" / "evaluate_tasks.py"),
-        "--model",
-        str(tmp_path / "model"),
-        "--data",
-        str(manifest),
-    ]
-    command += ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "eval")]
-    command += ["--batch-size", "5", "--max-new-tokens", "6", "--sweep"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment, check=False)
-    assert run.returncode == 0, run.stderr
+    arguments = ["--data", manifest, "--model", tmp_path / "model", "--output", tmp_path / "eval"]
+    options = ["--batch-size", "5", "--max-new-tokens", "6", "--sweep"]
+    variables = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    script = ROOT / "examples" / "evaluate_tasks.py"
+    printed = run_script(script, *arguments, *options, environment=variables, processes=2)
     records = [json.loads(line) for line in (tmp_path / "eval" / "predictions.jsonl").read_text().splitlines()]
     assert [(r["id"], r["prediction"]) for r in records] == [(r["id"], r["prediction"]) for r in result.predictions]
     metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
@@ -379,4 +369,4 @@ def test_two_processes_give_what_one_gives(setup, manifest, result, tmp_path):
         assert metrics[task] == pytest.approx(result.metrics[task], rel=1e-3)
     assert metrics["details"]["settings"]["num_processes"] == 2
     assert json.loads((tmp_path / "eval" / "sweep" / "sweep.json").read_text())["num_prompts"].keys() == {"0", "2", "4"}
-    assert run.stdout.count("report.html") == 1
+    assert printed.count("report.html") == 1

@@ -1,7 +1,6 @@
 """What README.md and the pages of docs/ show is run, and what they name exists."""
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 import yaml
+from fixtures_processes import run_script
 
 import listen
 from listen.commands import serve
@@ -39,7 +39,7 @@ SHORTER = {  # the same commands over fewer rows and steps
 }
 FOREIGN = ("curl", "vllm", "docker", "hf")  # programs of others, in commands for servers and the Hub
 ROWS = 4
-MOST_SECONDS = 600
+VARIABLES = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # without network
 
 needs_miniature = pytest.mark.skipif(
     not (MINIATURE / "config.json").exists(), reason="model_cards/listen-tiny is absent"
@@ -118,14 +118,6 @@ def keep_few(manifest: Path) -> None:
     manifest.write_text("\n".join(line for rows in kept.values() for line in rows) + "\n", encoding="utf-8")
 
 
-def run(words: list[str], cwd: Path) -> str:
-    """Runs one command as a user would, without network; a failure shows what it wrote."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=MOST_SECONDS)
-    assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
 def test_readme_opens_with_five_lines_and_two_commands() -> None:
     opening = text_of(ROOT / "README.md").split("# LiSTEN\n\n")[1].split("\n\n```bash\n")[0]
     assert len(opening.splitlines()) == 5
@@ -151,7 +143,7 @@ def test_citation_names_the_version_and_the_licence_of_the_package() -> None:
 
 @pytest.mark.parametrize("target", ["demo", "test"])
 def test_make_knows_the_commands(target: str) -> None:
-    planned = run(["make", "--dry-run", target], cwd=ROOT)
+    planned = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert {"demo": "examples/demo.py", "test": "-m pytest"}[target] in planned
 
 
@@ -166,7 +158,7 @@ def test_python_blocks_of_a_page_run_one_after_the_other(page: str, workplace: P
     program = workplace / "page.py"
     text = "\n".join(block.text for block in blocks("python") if block.page == page)
     program.write_text(text, encoding="utf-8")
-    printed = run([sys.executable, program.name], cwd=workplace)
+    printed = run_script(program, cwd=workplace, environment=VARIABLES)
     assert ("generated_text" in printed) == ("print(listen(" in text)
 
 
@@ -178,7 +170,7 @@ def test_commands_run_and_print_what_is_shown(block: Block, workplace: Path) -> 
     for command in commands_of(block):
         program, script, *rest = shlex.split(command)
         assert program == "python"
-        printed += run([sys.executable, script, *rest, *SHORTER.get(script, [])], cwd=workplace)
+        printed += run_script(script, *rest, *SHORTER.get(script, []), cwd=workplace, environment=VARIABLES)
     if block.output is not None:
         assert printed == block.output
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 from conftest import tiny_model
 from datasets import Dataset
 from fixtures_endpoint import serve_chat
+from fixtures_processes import run_script
 from fixtures_training import tiny_processor, write_clip, write_manifest
 from test_bert_score import (
     bert,  # noqa: F401 (a fixture)
@@ -205,12 +204,10 @@ def test_the_script_evaluates_and_makes_the_table(manifest: Path, tmp_path: Path
     processor = tiny_processor(model.config)
     model.save_pretrained(tmp_path / "model", save_full=True)
     processor.save_pretrained(tmp_path / "model")
-    script = [sys.executable, str(ROOT / "examples" / "evaluate_responses.py")]
+    call = partial(run_script, ROOT / "examples" / "evaluate_responses.py", cwd=tmp_path)
     options = ["--data", str(manifest), "--classes", *CLASSES, "--judge", "rules", "--max-new-tokens", "4"]
     for name in ("v1", "v2"):
-        run = ["--model", str(tmp_path / "model"), "--system", name, "--output", str(tmp_path / name), *options]
-        subprocess.run([*script, *run], check=True, capture_output=True, cwd=tmp_path)
-    table = ["--table", str(tmp_path / "v1"), str(tmp_path / "v2"), "--output", str(tmp_path / "table")]
-    done = subprocess.run([*script, *table], check=True, capture_output=True, text=True, cwd=tmp_path)
-    assert "\n| v2 | 0." in done.stdout and "Of 6 strict pairwise orderings of the paper's table, " in done.stdout
+        call("--model", tmp_path / "model", "--system", name, "--output", tmp_path / name, *options)
+    printed = call("--table", tmp_path / "v1", tmp_path / "v2", "--output", tmp_path / "table")
+    assert "\n| v2 | 0." in printed and "Of 6 strict pairwise orderings of the paper's table, " in printed
     assert (tmp_path / "table" / "table.png").is_file()

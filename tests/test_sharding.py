@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,13 +16,15 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from conftest import clip, make_inputs, tiny_config, tiny_model
 from fixtures_backbones import model_section, save_backbones
+from fixtures_processes import START_METHOD, free_port
 from fixtures_repository import ROOT
 from fixtures_training import small_corpus
 from safetensors.torch import load_file
-from torch import distributed, multiprocessing
+from torch import distributed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing import start_processes
 from transformers import AutoModel
 
 from listen import ListenConfig, ListenForConditionalGeneration
@@ -93,7 +94,7 @@ def worker(rank: int, world: int, folder: Path, source: Path | None) -> None:
 def run_sharded(folder: Path, name: str, world: int, source: Path | None = None) -> tuple[list[float], Path]:
     place = folder / name
     place.mkdir()
-    multiprocessing.spawn(worker, (world, place, source), nprocs=world)
+    start_processes(worker, (world, place, source), nprocs=world, start_method=START_METHOD)
     return torch.load(place / "losses.pt"), place / "saved"
 
 
@@ -167,9 +168,7 @@ def train_worker(rank: int, world: int, port: int, folder: Path, runs: list[dict
 
 def launch(folder: Path, world: int, *runs: dict) -> None:
     """Runs in the same processes, one after the other."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    multiprocessing.spawn(train_worker, (world, port, folder, list(runs)), nprocs=world)
+    start_processes(train_worker, (world, free_port(), folder, list(runs)), nprocs=world, start_method=START_METHOD)
 
 
 def losses(folder: Path, name: str) -> list[float]:

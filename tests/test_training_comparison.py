@@ -8,11 +8,10 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-import os
 import shutil
-import subprocess
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +20,7 @@ import pytest
 import torch
 import yaml
 from fixtures_backbones import model_section, save_backbones
+from fixtures_processes import run_script
 from fixtures_training import small_corpus
 from safetensors.torch import load_file
 from transformers import TrainerCallback, set_seed
@@ -294,13 +294,7 @@ def test_shipped_recipes_are_fair(path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_command_runs_cells_in_processes_and_compares_two_evaluations(recipe: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, str(REPOSITORY / "examples" / "compare.py")]
-
-    def call(*arguments: str) -> str:
-        done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=True)
-        return done.stdout
-
+    call = partial(run_script, REPOSITORY / "examples" / "compare.py", environment={"PYTHONPATH": str(REPOSITORY)})
     path = changed(recipe, tmp_path, seeds=[0])
     first = call("--config", str(path), "--jobs", "2", "--output", str(tmp_path))
     assert first.count(": done, ") == 2 and (tmp_path / "comparison.md").is_file()

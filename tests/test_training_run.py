@@ -16,6 +16,7 @@ import torch
 import yaml
 from fixtures_backbones import model_section, save_backbones
 from fixtures_encoders import random_encoder
+from fixtures_processes import run_script
 from fixtures_training import save_tiny_llm, small_corpus, write_manifest
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
@@ -143,13 +144,9 @@ def launch(settings: dict, folder: Path, processes: int) -> None:
     config = folder / "settings.yaml"
     folder.mkdir(parents=True, exist_ok=True)
     config.write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(REPOSITORY / "examples" / "train.py"), "--config", str(config)],
-        env=environment, capture_output=True, text=True, timeout=300, cwd=folder,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    variables = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    script = REPOSITORY / "examples" / "train.py"
+    run_script(script, "--config", config, cwd=folder, environment=variables, processes=processes)
 
 
 def test_accumulated_steps_equal_one_batch(backbones: dict, manifest: Path, tmp_path: Path, one_batch: Path) -> None:

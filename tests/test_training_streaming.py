@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from datasets import IterableDataset
-from torch import multiprocessing
+from fixtures_processes import START_METHOD, free_port
+from torch.multiprocessing import start_processes
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
@@ -140,7 +140,7 @@ def fit(folder: Path, rank: int, name: str, steps: int, resume: Path | None = No
         save_steps=2,
         dataloader_num_workers=2,
         dataloader_pin_memory=False,
-        dataloader_multiprocessing_context="fork",  # as under a launcher; processes of `spawn` would spawn workers
+        dataloader_multiprocessing_context="fork",  # as under a launcher
         accelerator_config={"dispatch_batches": False},
         remove_unused_columns=False,
         use_cpu=True,
@@ -164,9 +164,7 @@ def worker(rank: int, world: int, port: int, folder: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_with_two_workers_resume_within_a_pass(tmp_path: Path) -> None:
     """Three steps of 12 rows are a pass; the checkpoint is after two of them."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    multiprocessing.spawn(worker, (2, port, tmp_path), nprocs=2)
+    start_processes(worker, (2, free_port(), tmp_path), nprocs=2, start_method=START_METHOD)
     results = {
         name: [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in range(2)]
         for name in ("whole", "resumed")
