@@ -9,7 +9,7 @@ import evaluate
 import numpy as np
 import pytest
 import sacrebleu
-from sklearn.metrics import balanced_accuracy_score
+from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from listen.evaluation import metrics
 from listen.evaluation.metrics import (
@@ -355,6 +355,19 @@ def test_event_f1_by_hand():
         predictions=["A dog barks while rain falls.", "a dog"], references=[["dog", "rain"], ["cat"]]
     )
     assert value == pytest.approx({"event_f1": 4 / 6, "event_f1_macro": (2 / 3 + 1 + 0) / 3})
+
+
+@pytest.mark.parametrize("average", ["micro", "macro"])
+@pytest.mark.parametrize("size", [1, 2, 40])  # in few examples, most events neither occur nor are named
+def test_event_f1_equals_scikit_learn(average: str, size: int):
+    occurring, named = np.random.default_rng(0).random((2, size, 5)) < 0.2
+    value = EventF1().aggregate(np.concatenate([occurring, named], axis=1).astype(float))
+    expected = f1_score(occurring, named, average=average, zero_division=np.nan)
+    assert value["event_f1" if average == "micro" else "event_f1_macro"] == pytest.approx(expected, nan_ok=True)
+
+
+def test_event_f1_without_any_event_is_nan():
+    assert all(math.isnan(value) for value in EventF1().aggregate(np.zeros((3, 4))).values())
 
 
 def test_event_f1_reads_phrases_as_whole_words():

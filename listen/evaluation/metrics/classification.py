@@ -1,11 +1,10 @@
-"""Accuracy and unweighted average recall of classification by free text (scikit-learn)."""
+"""Accuracy and unweighted average recall of classification by free text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
-from sklearn.metrics import accuracy_score, recall_score
 
 from .label_parser import LabelParser
 from .row_metric import RowMetric, reference_lists
@@ -37,11 +36,14 @@ class Classification(RowMetric):
 
     def aggregate(self, rows: np.ndarray) -> dict[str, float]:
         """`{"accuracy", "uar", "unparsable_rate"}` of a set of examples."""
-        truths, predicted = rows.astype(int).T  # (examples,) each
-        recall = recall_score(truths, predicted, labels=np.unique(truths), average="macro", zero_division=0.0)
+        truths, predicted = rows.T  # (examples,) each
+        right = truths == predicted
+        _, classes = np.unique(truths, return_inverse=True)
+        # counts of each class: `recall_score` of scikit-learn takes 5 ms, for each of 1000 resamples
+        recall = np.bincount(classes, weights=right) / np.bincount(classes)  # (classes that occur,)
         return {
-            "accuracy": float(accuracy_score(truths, predicted)),
-            "uar": float(recall),
+            "accuracy": float(right.mean()),
+            "uar": float(recall.mean()),
             "unparsable_rate": float((predicted < 0).mean()),
         }
 

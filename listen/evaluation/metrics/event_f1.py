@@ -1,4 +1,4 @@
-"""F1 of the sound events that captions name (scikit-learn)."""
+"""F1 of the sound events that captions name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from sklearn.metrics import f1_score
 
 from .label_parser import plain_words
 from .row_metric import RowMetric
@@ -46,13 +45,14 @@ class EventF1(RowMetric):
 
     def aggregate(self, rows: np.ndarray) -> dict[str, float]:
         """`{"event_f1", "event_f1_macro"}` of a set of examples."""
-        occurring, named = np.split(rows.astype(int), 2, axis=1)  # (examples, events) each
-        averages = {"event_f1": "micro", "event_f1_macro": "macro"}
+        occurring, named = np.split(rows, 2, axis=1)  # (examples, events) each
+        # sums over the examples: `f1_score` of scikit-learn takes 10 ms, for each of 1000 resamples
+        hits, mentions = (occurring * named).sum(0), (occurring + named).sum(0)  # (events,)
+        if not mentions.any():
+            return {"event_f1": float("nan"), "event_f1_macro": float("nan")}
         # labels that neither occur nor are named have no F1 and stay out of the mean
-        return {
-            name: float(f1_score(occurring, named, average=average, zero_division=np.nan))
-            for name, average in averages.items()
-        }
+        scores = 2 * hits[mentions > 0] / mentions[mentions > 0]
+        return {"event_f1": float(2 * hits.sum() / mentions.sum()), "event_f1_macro": float(scores.mean())}
 
 
 def _pattern(event: str, phrases: Sequence[str]) -> re.Pattern[str]:
