@@ -45,8 +45,8 @@ def test_prompting_names_the_emotions_of_held_out_actors(tmp_path: Path, monkeyp
             "--config", "examples/configs/speech_emotion/miniature.yaml",
             "--data.train", str(write_rows("er_train.jsonl", tmp_path)),
             "--training.output_dir", str(tmp_path / "run"), "--training.report_to", "none",
-            "--training.max_steps", "150", "--training.per_device_train_batch_size", "16",
-            "--training.warmup_steps", "20", "--training.dataloader_num_workers", "0",
+            "--training.max_steps", "75", "--training.per_device_train_batch_size", "16",
+            "--training.warmup_steps", "10", "--training.dataloader_num_workers", "0",
             "--training.disable_tqdm", "true",
         ]
     )  # fmt: skip
@@ -56,4 +56,4 @@ def test_prompting_names_the_emotions_of_held_out_actors(tmp_path: Path, monkeyp
         result.model, result.processor, rows, CLASSES, num_resamples=0, batch_size=16, progress=False
     )
     assert len(rows) == 72
-    assert scores.values["uar"] > 0.35, scores.values  # measured: 0.60, chance 0.20
+    assert scores.values["uar"] > 0.35, scores.values  # measured: 0.5 after 90 steps, 0.60 after 150; chance 0.20

@@ -37,10 +37,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainResult, Feat
             "data": {"train": [str(DATA / "digits_train.jsonl")], "features": str(folder / "features")},
             "training": {
                 "output_dir": str(folder / "run"),
-                "max_steps": 300,
+                "max_steps": 150,
                 "per_device_train_batch_size": 32,
                 "learning_rate": 1e-3,
-                "warmup_steps": 30,
+                "warmup_steps": 15,
                 "logging_steps": 20,
                 "save_strategy": "no",
                 "report_to": "none",
