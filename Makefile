@@ -18,8 +18,9 @@ demo: $(STAMP)  ## build the corpus, train, evaluate, answer questions; writes r
 
 environment: $(TEST_STAMP)  ## all that tests need, in .venv
 
+# Files go in the order of their names: by default, slow ones with a single test go last, and a core waits for the other.
 test: $(TEST_STAMP) lint  ## lint, then run every test
-	@HF_HUB_OFFLINE=1 $(RUN) -m pytest -q -n auto --dist loadfile
+	@HF_HUB_OFFLINE=1 $(RUN) -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)  ## style, docstrings and formatting
 	@$(RUN) -m ruff check --quiet .
@@ -29,13 +30,15 @@ format: $(STAMP)  ## mend what ruff can
 	@$(RUN) -m ruff check --fix --quiet .
 	@$(RUN) -m ruff format --quiet .
 
-# torch goes first and alone, so that no other package can ask for its newest release and gigabytes of CUDA with it.
+# torch goes first and alone, so that no other package can ask for its newest release and gigabytes of CUDA with it. pip
+# compiles modules on one core, so that is left to all cores at the end; it fails for files that are no code of this Python.
 $(STAMP): requirements.txt setup.py pyproject.toml
 	@echo "Setting up $(VENV) with $(PYTHON) (once, a few minutes)"
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	@$(PIP) "$$(grep '^torch==' requirements.txt)"
-	@$(PIP) -r requirements.txt
+	@$(PIP) --no-compile "$$(grep '^torch==' requirements.txt)"
+	@$(PIP) --no-compile -r requirements.txt
 	@$(PIP) --no-deps --editable .
+	@$(RUN) -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $@
 
 $(TEST_STAMP): $(STAMP) requirements-quantization.txt

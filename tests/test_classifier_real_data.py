@@ -33,7 +33,7 @@ def test_emotions_of_unheard_actors_are_told_far_better_than_by_chance(tmp_path:
             },
             "data": {"train": str(DATA / "er_train.jsonl"), "eval": str(DATA / "er_dev.jsonl")},
             "training": {
-                "output_dir": str(tmp_path), "max_steps": 300, "per_device_train_batch_size": 32, "report_to": "none",
+                "output_dir": str(tmp_path), "max_steps": 150, "per_device_train_batch_size": 32, "report_to": "none",
                 "per_device_eval_batch_size": 32, "save_strategy": "no", "use_cpu": True, "num_threads": 1,
                 "disable_tqdm": True,
             },
@@ -41,4 +41,4 @@ def test_emotions_of_unheard_actors_are_told_far_better_than_by_chance(tmp_path:
         CLASSIFIER_SECTIONS,
     )  # fmt: skip
     found = train_classifier(run.model, run.data, run.training, raw=run.raw).eval_metrics
-    assert found["eval_uar"] > 0.35, found  # 8 classes: chance is 0.125; 0.52 was measured
+    assert found["eval_uar"] > 0.35, found  # 8 classes: chance is 0.125; 0.43 was measured, 0.52 after 300 steps
