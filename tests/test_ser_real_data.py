@@ -56,4 +56,4 @@ def test_prompting_names_the_emotions_of_held_out_actors(tmp_path: Path, monkeyp
         result.model, result.processor, rows, CLASSES, num_resamples=0, batch_size=16, progress=False
     )
     assert len(rows) == 72
-    assert scores.values["uar"] > 0.35, scores.values  # measured: 0.5 after 90 steps, 0.60 after 150; chance 0.20
+    assert scores.values["uar"] > 0.35, scores.values  # measured: 0.45, and 0.60 after 150 steps; chance 0.20
