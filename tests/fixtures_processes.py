@@ -9,78 +9,79 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
-import socket
+import signal
 import sys
 import tempfile
-import warnings
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-START_METHOD = "forkserver"
+from fixtures_servers import free_port
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
+
 MOST_SECONDS = 600
-_SERVER = multiprocessing.get_context(START_METHOD)
-_SERVER.set_forkserver_preload(["listen.training", "listen.evaluation"])
+_METHOD = "forkserver"
+multiprocessing.get_context(_METHOD).set_forkserver_preload(["listen.training", "listen.evaluation"])
+
+
+def run_processes(work: Callable[..., None], processes: int, *arguments: Any) -> None:
+    """`work(rank, processes, *arguments)` in each process. If one fails, the others end, and its error is raised."""
+    start_processes(work, (processes, *arguments), nprocs=processes, start_method=_METHOD)
+
+
+def place(rank: int, processes: int, port: int) -> dict[str, str]:
+    """The variables that tell a process its place in a distributed run, as `torchrun` sets them."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    return {name: str(number) for name, number in numbers.items()} | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
 
 
 def run_script(
     script: str | Path, *arguments: str | Path, cwd: Path | None = None, environment: Mapping[str, str] | None = None,
     processes: int = 1,
 ) -> str:  # fmt: skip
-    """What a script prints. A failure shows its errors.
+    """What a script prints. A failure shows what it wrote.
 
     Args:
         script: Path of the script.
         arguments: Its arguments.
         cwd: Its working folder.
         environment: Variables beside those of this process.
-        processes: Processes of a distributed run, which find each other as those of `torchrun` do.
+        processes: Processes of a distributed run.
     """
     words = [str(word) for word in (script, *arguments)]
-    with tempfile.TemporaryDirectory() as name:
-        outputs = [Path(name) / str(rank) for rank in range(processes)]
-        variables = [{**os.environ, **(environment or {}), **place} for place in places(processes)]
-        started = [
-            _SERVER.Process(target=_run, args=(words, str(cwd or Path.cwd()), *pair))
-            for pair in zip(variables, outputs, strict=True)
-        ]
-        for process in started:
-            process.start()
-        for process in started:
-            process.join(MOST_SECONDS)
-            process.kill()
-        errors = "".join(output.with_suffix(".err").read_text() for output in outputs)
-        assert [process.exitcode for process in started] == [0] * processes, f"{words}\n{errors[-6000:]}"
-        return "".join(output.with_suffix(".out").read_text() for output in outputs)
+    variables = {**os.environ, **(environment or {})}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            run_processes(_run, processes, words, str(cwd or Path.cwd()), variables, free_port(), folder)
+        except (ProcessExitedException, ProcessRaisedException) as error:
+            raise AssertionError(
+                "\n".join([" ".join(words), _written(folder, "out"), _written(folder, "err")])
+            ) from error
+        return _written(folder, "out")
 
 
-def places(processes: int) -> list[dict[str, str]]:
-    """The variables that tell each process of a distributed run its place; none for a single process."""
-    if processes == 1:
-        return [{}]
-    size, port = str(processes), str(free_port())
-    common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **common} for rank in range(processes)]
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens at."""
-    with closing(socket.create_server(("127.0.0.1", 0))) as server:
-        return server.getsockname()[1]
-
-
-def _run(words: list[str], cwd: str, variables: dict[str, str], output: Path) -> None:
+def _run(
+    rank: int, processes: int, words: list[str], cwd: str, variables: dict[str, str], port: int, folder: str
+) -> None:
     """The main function of a process: the script as `python SCRIPT` runs it, its output in files."""
+    signal.alarm(MOST_SECONDS)
     os.environ.clear()
-    os.environ.update(variables)
-    for suffix, stream in ((".out", sys.stdout), (".err", sys.stderr)):
+    os.environ.update(variables | (place(rank, processes, port) if processes > 1 else {}))
+    for kind, stream in (("out", sys.stdout), ("err", sys.stderr)):
         stream.flush()
-        os.dup2(os.open(output.with_suffix(suffix), os.O_WRONLY | os.O_CREAT), stream.fileno())
+        os.dup2(os.open(f"{folder}/{rank}.{kind}", os.O_WRONLY | os.O_CREAT), stream.fileno())
     os.chdir(cwd)
-    warnings.simplefilter("ignore")
     sys.argv = words
     sys.path.insert(0, str(Path(words[0]).resolve().parent))
     runpy.run_path(words[0], run_name="__main__")
 
 
-__all__ = ["START_METHOD", "free_port", "places", "run_script"]
+def _written(folder: str, kind: str) -> str:
+    """What all processes wrote to one stream."""
+    return "".join(path.read_text() for path in sorted(Path(folder).glob(f"*.{kind}")))
+
+
+__all__ = ["place", "run_processes", "run_script"]

@@ -92,7 +92,9 @@ def test_features_and_answers_are_those_of_one_process(tmp_path: Path) -> None:
         (one,), (two,) = store.recordings(row), straight.recordings(row)
         assert torch.equal(one.speech, two.speech) and torch.equal(one.audio, two.audio)
     expected = generate_predictions(model, processor, dataset, batch_size=2, progress=False, **OPTIONS)
-    found = answer_on_ray(partial(load, tmp_path / "dead"), dataset, rows_per_item=4, batch_size=2, **OPTIONS)
+    dying = partial(load, tmp_path / "dead too")
+    found = answer_on_ray(dying, dataset, rows_per_item=4, batch_size=2, **OPTIONS)
+    assert (tmp_path / "dead too").exists()
     assert [item.index for item in found] == list(range(16))
     for one, two in zip(found, expected, strict=True):
         assert (one.text, one.instruction, one.prompt_indices) == (two.text, two.instruction, two.prompt_indices)

@@ -16,15 +16,15 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from conftest import clip, make_inputs, tiny_config, tiny_model
 from fixtures_backbones import model_section, save_backbones
-from fixtures_processes import START_METHOD, free_port
+from fixtures_processes import place, run_processes
 from fixtures_repository import ROOT
+from fixtures_servers import free_port
 from fixtures_training import small_corpus
 from safetensors.torch import load_file
 from torch import distributed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.multiprocessing import start_processes
 from transformers import AutoModel
 
 from listen import ListenConfig, ListenForConditionalGeneration
@@ -92,10 +92,10 @@ def worker(rank: int, world: int, folder: Path, source: Path | None) -> None:
 
 
 def run_sharded(folder: Path, name: str, world: int, source: Path | None = None) -> tuple[list[float], Path]:
-    place = folder / name
-    place.mkdir()
-    start_processes(worker, (world, place, source), nprocs=world, start_method=START_METHOD)
-    return torch.load(place / "losses.pt"), place / "saved"
+    target = folder / name
+    target.mkdir()
+    run_processes(worker, world, target, source)
+    return torch.load(target / "losses.pt"), target / "saved"
 
 
 @pytest.mark.slow
@@ -158,8 +158,7 @@ def fit(folder: Path, name: str, world: int, steps: int = 3, model: dict | None 
 
 
 def train_worker(rank: int, world: int, port: int, folder: Path, runs: list[dict]) -> None:
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()}, ACCELERATE_USE_CPU="true")
+    os.environ.update(place(rank, world, port), ACCELERATE_USE_CPU="true")
     os.environ.update(launch_settings())
     torch.set_num_threads(1)
     for options in runs:
@@ -168,7 +167,7 @@ def train_worker(rank: int, world: int, port: int, folder: Path, runs: list[dict
 
 def launch(folder: Path, world: int, *runs: dict) -> None:
     """Runs in the same processes, one after the other."""
-    start_processes(train_worker, (world, free_port(), folder, list(runs)), nprocs=world, start_method=START_METHOD)
+    run_processes(train_worker, world, free_port(), folder, list(runs))
 
 
 def losses(folder: Path, name: str) -> list[float]:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from datasets import IterableDataset
-from fixtures_processes import START_METHOD, free_port
-from torch.multiprocessing import start_processes
+from fixtures_processes import place, run_processes
+from fixtures_servers import free_port
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
@@ -154,8 +154,7 @@ def fit(folder: Path, rank: int, name: str, steps: int, resume: Path | None = No
 
 
 def worker(rank: int, world: int, port: int, folder: Path) -> None:
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()}, ACCELERATE_USE_CPU="true")
+    os.environ.update(place(rank, world, port), ACCELERATE_USE_CPU="true")
     torch.set_num_threads(1)
     fit(folder, rank, "whole", steps=5)
     fit(folder, rank, "resumed", steps=5, resume=folder / "whole" / "checkpoint-2")
@@ -164,7 +163,7 @@ def worker(rank: int, world: int, port: int, folder: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_with_two_workers_resume_within_a_pass(tmp_path: Path) -> None:
     """Three steps of 12 rows are a pass; the checkpoint is after two of them."""
-    start_processes(worker, (2, free_port(), tmp_path), nprocs=2, start_method=START_METHOD)
+    run_processes(worker, 2, free_port(), tmp_path)
     results = {
         name: [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in range(2)]
         for name in ("whole", "resumed")
