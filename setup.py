@@ -87,7 +87,7 @@ EXTRAS = {
         "packaging>=24.0",  # reads requirements in the packaging tests
         "playwright>=1.50",  # opens the HTML report in a browser
         "pytest>=8.4",  # tests
-        "pytest-xdist>=3.6",  # one test process per core
+        "pytest-xdist>=3.8",  # one test process per core
         "ruff>=0.14",  # lint and formatting
         "setuptools>=70.1",  # builds the wheel that the packaging tests look into
     ],

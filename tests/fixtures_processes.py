@@ -15,18 +15,21 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from fixtures_servers import free_port
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
 MOST_SECONDS = 600
+READ_AT_IMPORT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # no network, one thread
 _METHOD = "forkserver"
 multiprocessing.get_context(_METHOD).set_forkserver_preload(["listen.training", "listen.evaluation"])
 
 
 def run_processes(work: Callable[..., None], processes: int, *arguments: Any) -> None:
     """`work(rank, processes, *arguments)` in each process. If one fails, the others end, and its error is raised."""
-    start_processes(work, (processes, *arguments), nprocs=processes, start_method=_METHOD)
+    with mock.patch.dict(os.environ, READ_AT_IMPORT):  # the first call starts the process with the imports
+        start_processes(work, (processes, *arguments), nprocs=processes, start_method=_METHOD)
 
 
 def place(rank: int, processes: int, port: int) -> dict[str, str]:
@@ -52,7 +55,7 @@ def run_script(
         processes: Processes of a distributed run.
     """
     words = [str(word) for word in (script, *arguments)]
-    variables = {**os.environ, **(environment or {})}
+    variables = {**os.environ, **READ_AT_IMPORT, **(environment or {})}
     with tempfile.TemporaryDirectory() as folder:
         try:
             run_processes(_run, processes, words, str(cwd or Path.cwd()), variables, free_port(), folder)

@@ -366,6 +366,11 @@ def test_event_f1_equals_scikit_learn(average: str, size: int):
     assert value["event_f1" if average == "micro" else "event_f1_macro"] == pytest.approx(expected, nan_ok=True)
 
 
+def test_event_f1_of_one_event_counts_no_true_negatives():
+    value = EventF1().compute(predictions=["silence"] * 3, references=[["dog"], [], []])
+    assert value == {"event_f1": 0.0, "event_f1_macro": 0.0}
+
+
 def test_event_f1_without_any_event_is_nan():
     assert all(math.isnan(value) for value in EventF1().aggregate(np.zeros((3, 4))).values())
 

@@ -39,7 +39,6 @@ SHORTER = {  # the same commands over fewer rows and steps
 }
 FOREIGN = ("curl", "vllm", "docker", "hf")  # programs of others, in commands for servers and the Hub
 ROWS = 4
-VARIABLES = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # without network
 
 needs_miniature = pytest.mark.skipif(
     not (MINIATURE / "config.json").exists(), reason="model_cards/listen-tiny is absent"
@@ -158,7 +157,7 @@ def test_python_blocks_of_a_page_run_one_after_the_other(page: str, workplace: P
     program = workplace / "page.py"
     text = "\n".join(block.text for block in blocks("python") if block.page == page)
     program.write_text(text, encoding="utf-8")
-    printed = run_script(program, cwd=workplace, environment=VARIABLES)
+    printed = run_script(program, cwd=workplace)
     assert ("generated_text" in printed) == ("print(listen(" in text)
 
 
@@ -170,7 +169,7 @@ def test_commands_run_and_print_what_is_shown(block: Block, workplace: Path) -> 
     for command in commands_of(block):
         program, script, *rest = shlex.split(command)
         assert program == "python"
-        printed += run_script(script, *rest, *SHORTER.get(script, []), cwd=workplace, environment=VARIABLES)
+        printed += run_script(script, *rest, *SHORTER.get(script, []), cwd=workplace)
     if block.output is not None:
         assert printed == block.output
 

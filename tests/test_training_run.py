@@ -144,7 +144,7 @@ def launch(settings: dict, folder: Path, processes: int) -> None:
     config = folder / "settings.yaml"
     folder.mkdir(parents=True, exist_ok=True)
     config.write_text(yaml.safe_dump(settings))
-    variables = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    variables = {"ACCELERATE_USE_CPU": "true"}
     script = REPOSITORY / "examples" / "train.py"
     run_script(script, "--config", config, cwd=folder, environment=variables, processes=processes)
 
